@@ -1,0 +1,44 @@
+# Two commands do everything: `make demo` runs the main job, `make test` passes the tests. Both install what they need.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help venv demo up test check format bench clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+
+venv: $(STAMP) ## create .venv and install everything at the pinned versions
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[local,dev]'
+	@touch $@
+
+demo: $(STAMP) ## run the main job on real parts and check that all is as it must be (about a minute)
+	$(BIN)/taskplatform demo
+
+up: $(STAMP) ## run the whole platform until Ctrl-C
+	$(BIN)/taskplatform up
+
+test: $(STAMP) ## all tests, slow fault tests included
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## ruff, mypy --strict, import-linter, and the shipped definitions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	API_BASE_URL=http://127.0.0.1:8000 API_TOKEN=check $(BIN)/taskplatform tasks check
+
+format: $(STAMP) ## let ruff format and mend what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## all benchmarks, one table
+	$(BIN)/python -m bench
+
+clean: ## remove .venv, caches and the data of `up`
+	rm -rf $(VENV) .taskplatform .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

@@ -1,0 +1,72 @@
+"""Celery's and redbeat's settings, and nothing else. Every value that may differ between installations comes from Settings."""
+
+from __future__ import annotations
+
+from kombu import Queue
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.retry import Retry
+
+from beat_schedule import beat_schedule as beat_schedule
+from taskplatform.settings import settings
+
+_settings = settings()
+
+# Broker: one queue for each priority, served in this order. Each has its own routing key, or all would share the default's.
+broker_url = _settings.redis_url
+broker_connection_retry_on_startup = True
+broker_transport_options = {
+    "queue_order_strategy": "priority",
+    "priority_steps": [0],
+    # The platform recovers lost jobs itself, in seconds. Celery's own redelivery would only bring stale copies.
+    "visibility_timeout": 30 * 86_400,
+    "socket_keepalive": True,
+}
+task_queues = (
+    Queue("high", routing_key="high"),
+    Queue("medium", routing_key="medium"),
+    Queue("low", routing_key="low"),
+)
+task_default_queue = "low"
+task_default_routing_key = "low"
+
+# JSON only.
+task_serializer = "json"
+result_serializer = "json"
+accept_content = ["json"]
+
+# The ledger in Redis knows what became of a job; Celery's results would be a second, weaker truth.
+task_ignore_result = True
+
+# A job is fetched when a slot is free, and no earlier: otherwise priorities would not hold.
+task_acks_late = True
+task_acks_on_failure = True
+task_acks_on_timeout = True
+task_reject_on_worker_lost = False
+worker_prefetch_multiplier = 1
+worker_disable_prefetch = True
+worker_concurrency = _settings.worker_slots
+worker_cancel_long_running_tasks_on_connection_loss = False
+
+# What Flower shows.
+worker_send_task_events = True
+task_send_sent_event = False
+
+enable_utc = True
+timezone = "UTC"
+worker_redirect_stdouts_level = "INFO"
+
+# Beat: one leader under redbeat's lock.
+beat_scheduler = "taskplatform.beat:Scheduler"
+beat_max_loop_interval = _settings.beat_interval.total_seconds()
+redbeat_redis_url = _settings.redis_url
+redbeat_key_prefix = f"{_settings.namespace}:redbeat:"
+redbeat_lock_timeout = _settings.beat_lock_timeout.total_seconds()
+redbeat_redis_options = {
+    "retry_period": -1,
+    "retry": Retry(ExponentialWithJitterBackoff(base=0.25, cap=2), 1000),
+    "retry_on_error": [RedisConnectionError, RedisTimeoutError],
+    "socket_timeout": 5,
+    "socket_connect_timeout": 5,
+}

@@ -1,0 +1,494 @@
+"""The Celery application: the definitions as tasks, and what a worker does beside Celery's own.
+
+`celery -A taskplatform.app worker | beat | flower`. Each definition is a task under its own id. Its usual Celery calls
+(`delay`, `apply_async`, `retry`) make and move platform jobs. A delivery that is not the job's current one is dropped before
+anything happens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import math
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+from celery import Celery, Task, bootsteps, signals
+from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded, WorkerLostError
+from celery.result import AsyncResult
+from celery.worker import state as worker_state
+from celery.worker.request import Request
+
+from taskplatform import http
+from taskplatform.catalogue import Catalogue, load, resolve_calls
+from taskplatform.errors import CatalogueError, InvalidInput, StoreUnavailable, TaskPlatformError
+from taskplatform.message import time_limits
+from taskplatform.model import Definition, JobState, Priority
+from taskplatform.platform import Platform
+from taskplatform.recovery import LOSS_BACKOFF, RecoveryLoop
+from taskplatform.release import ReleaseLoop
+from taskplatform.settings import environment, settings
+from taskplatform.store import Start
+
+log = logging.getLogger(__name__)
+
+#: So long a worker tries to record how a run ended while Redis is away.
+_RECORD_FOR = timedelta(minutes=10)
+
+
+# --- this process's platform -----------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _catalogue() -> Catalogue:
+    catalogue = load(Path(settings().tasks_dir), environment=environment())
+    faults = resolve_calls(catalogue)
+    if faults:
+        raise CatalogueError(faults)
+    return catalogue
+
+
+@lru_cache(maxsize=1)
+def _platform_of(_pid: int) -> Platform:
+    return Platform.connect(catalogue=_catalogue(), actor=f"{socket.gethostname()}#{os.getpid()}")
+
+
+def platform() -> Platform:
+    """The platform of this process; a new one after a fork, because connections cannot be shared."""
+    return _platform_of(os.getpid())
+
+
+@lru_cache(maxsize=1)
+def _http_client_of(_pid: int) -> http.Client:
+    chosen = settings()
+    return http.Client(connect_timeout=chosen.http_connect_timeout, max_response=chosen.http_max_response, excerpt=chosen.http_excerpt)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+class JobFailed(TaskPlatformError):
+    """A run ended for good; the reason is the message."""
+
+
+class TargetUnavailable(TaskPlatformError):
+    """A run failed in a way that another may not."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunningJob:
+    """What a Python task function is given."""
+
+    id: str
+    definition: str
+    user: str
+    params: Mapping[str, Any]
+    attempt: int
+    execute_after_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One delivery that was allowed to run."""
+
+    job_id: str
+    delivery: int
+    worker: str
+    start: Start
+
+
+@lru_cache(maxsize=1)
+def _worker_nonce() -> str:
+    return uuid.uuid4().hex[:8]
+
+
+def worker_id(hostname: str) -> str:
+    """A worker's identity: its node name and a mark of this life, so that a restarted one is another."""
+    return f"{hostname}#{os.environ.get(_NONCE_VARIABLE, '') or _worker_nonce()}"
+
+
+#: Pool processes take the mark from the worker's main process.
+_NONCE_VARIABLE = "_TP_WORKER_NONCE"
+
+
+class PlatformTask(Task):  # type: ignore[misc]
+    """A definition as a Celery task."""
+
+    abstract = True
+    Request = "taskplatform.app:PlatformRequest"
+    definition: Definition
+    #: HTTP failures that the policy sends into a retry never get this far; this is for what nobody foresaw.
+    autoretry_for: Sequence[type[BaseException]] = (Exception,)
+    dont_autoretry_for: Sequence[type[BaseException]] = (JobFailed,)
+
+    # sending
+
+    def apply_async(
+        self,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        task_id: str | None = None,
+        producer: Any = None,  # noqa: ARG002
+        link: Any = None,
+        link_error: Any = None,
+        shadow: str | None = None,  # noqa: ARG002
+        countdown: float | None = None,
+        eta: datetime | None = None,
+        priority: Priority | str | int | None = None,
+        **options: Any,
+    ) -> AsyncResult:
+        """Make a platform job: `kwargs` are `user` and the job's parameters.
+
+        `priority` is high, medium or low, or Celery's number on Redis: 0 to 2 is high, 3 to 6 medium, 7 to 9 low. `task_id`
+        is taken as the idempotency key. Raises InvalidInput for options that would change what a job is.
+        """
+        given = {"link": link, "link_error": link_error, **options}
+        refused = sorted(name for name in _UNSUPPORTED if given.get(name))
+        if refused:
+            raise InvalidInput(f"{self.name}: {', '.join(refused)} cannot be used with a platform job")
+        if args:
+            raise InvalidInput(f"{self.name}: positional arguments are not accepted, use user=… and named parameters")
+        params = dict(kwargs or {})
+        user = params.pop("user", None)
+        job = platform().enqueue(
+            self.name,
+            user=user,
+            params=params,
+            countdown=countdown,
+            eta=eta,
+            priority=_priority(priority),
+            idempotency_key=task_id,
+        )
+        return AsyncResult(job.id, app=self.app, task_name=self.name)
+
+    def retry(
+        self,
+        args: Any = None,  # noqa: ARG002
+        kwargs: Any = None,  # noqa: ARG002
+        exc: BaseException | None = None,
+        throw: bool = True,
+        eta: datetime | None = None,
+        countdown: float | None = None,
+        max_retries: int | None = None,
+        **options: Any,
+    ) -> Retry:
+        """Put the running job back into the waiting set, as Celery's `retry` does with its message.
+
+        Without `countdown` and `eta` the definition's backoff decides. Raises `exc`, or JobFailed, when the retries are used up.
+        """
+        run = self._run()
+        reason = options.get("reason") or (_describe(exc) if exc is not None else "retry")
+        most = self.definition.retries if max_retries is None else max_retries
+        if run.start.failures >= most:
+            timed_out = isinstance(exc, SoftTimeLimitExceeded) or bool(options.get("timed_out"))
+            self._finish(run, JobState.TIMED_OUT if timed_out else JobState.FAILED, reason, options.get("detail"))
+            raise JobFailed(f"{reason}; {run.start.failures} retries used up") from exc
+        if eta is not None:
+            countdown = max(0.0, eta.timestamp() - time.time())
+        delay = self.definition.backoff.delay(run.start.failures + 1) if countdown is None else timedelta(seconds=countdown)
+        self._finish(run, JobState.RETRYING, reason, options.get("detail"), delay)
+        signal = Retry(reason, exc, when=eta or delay.total_seconds())
+        if throw:
+            raise signal
+        return signal
+
+    # running
+
+    def run(self, *, user: str, **_: Any) -> str:
+        """Run the delivery in the message. Returns a line that says how it went."""
+        request = self.request
+        delivery = request.get("delivery")
+        if request.called_directly or delivery is None:
+            raise InvalidInput(f"{self.name} runs only as a job: use delay(user=…), apply_async or Platform.enqueue")
+        worker = worker_id(request.hostname)
+        waited_ms = max(0, round((time.time() - request.get("received_at", time.time())) * 1000))
+        start = platform().store.start(request.id, delivery=delivery, worker=worker, waited_ms=waited_ms)
+        if not start.go:
+            log.info("delivery %s of job %s dropped: the job is %s", delivery, request.id, start.refusal)
+            raise Ignore
+        request.platform_run = run = _Run(request.id, delivery, worker, start)
+        params = {**self.definition.params, **start.params}
+        try:
+            if self.definition.config is not None:
+                return self._call_target(run, user, params)
+            return self._call_function(run, user, params)
+        except SoftTimeLimitExceeded as fault:
+            limit = self.definition.work_limit
+            raise self.retry(exc=fault, reason=f"time limit of {limit} exceeded", timed_out=True) from fault
+
+    def _call_target(self, run: _Run, user: str, params: Mapping[str, Any]) -> str:
+        config = self.definition.config
+        assert config is not None
+        try:
+            call = http.render(
+                config, job_id=run.job_id, user=user, definition=self.definition.id, params=params, environment=environment()
+            )
+        except InvalidInput as fault:
+            self._finish(run, JobState.FAILED, str(fault), None)
+            raise JobFailed(str(fault)) from fault
+        outcome = _http_client_of(os.getpid()).send(call, deadline=self.definition.work_limit)
+        summary = f"{outcome.reason} in {outcome.duration_ms} ms"
+        if outcome.kind is http.OutcomeKind.COMPLETED:
+            self._finish(run, JobState.COMPLETED, outcome.reason, outcome.detail)
+            return summary
+        if outcome.kind is http.OutcomeKind.FAILED:
+            self._finish(run, JobState.FAILED, outcome.reason, outcome.detail)
+            raise JobFailed(summary)
+        countdown = outcome.retry_after.total_seconds() if outcome.retry_after is not None else None
+        raise self.retry(
+            exc=TargetUnavailable(summary),
+            countdown=countdown,
+            reason=outcome.reason,
+            detail=outcome.detail,
+            timed_out=outcome.timed_out,
+        )
+
+    def _call_function(self, run: _Run, user: str, params: Mapping[str, Any]) -> str:
+        job = RunningJob(run.job_id, self.definition.id, user, params, run.start.attempt, run.start.execute_after_ms)
+        began = time.monotonic()
+        try:
+            result = _function(cast("str", self.definition.call))(job)
+        except (Retry, SoftTimeLimitExceeded, JobFailed):
+            raise
+        except Exception as fault:
+            log.exception("job %s: attempt %d failed", run.job_id, run.start.attempt)
+            raise self.retry(exc=fault) from fault
+        duration_ms = round((time.monotonic() - began) * 1000)
+        excerpt = json.dumps(result, default=str)[: settings().http_excerpt]
+        self._finish(run, JobState.COMPLETED, "returned", {"duration_ms": duration_ms, "excerpt": excerpt})
+        return excerpt
+
+    def _run(self) -> _Run:
+        run = self.request.get("platform_run")
+        if run is None:
+            raise InvalidInput(f"{self.name}: no job is running here")
+        return cast("_Run", run)
+
+    def _finish(self, run: _Run, state: JobState, reason: str, detail: Mapping[str, Any] | None, retry_in: timedelta | None = None) -> None:
+        """Record how a run ended; while Redis is away, keep trying, because the work is done."""
+        deadline = time.monotonic() + _RECORD_FOR.total_seconds()
+        while True:
+            try:
+                counted = platform().store.finish(
+                    run.job_id, delivery=run.delivery, worker=run.worker, state=state, reason=reason, detail=detail, retry_in=retry_in
+                )
+                break
+            except StoreUnavailable as fault:
+                if time.monotonic() > deadline:
+                    raise
+                log.warning("job %s: cannot record %s yet: %s", run.job_id, state, fault)
+                time.sleep(1)
+        if not counted:
+            log.warning("job %s: result %s of delivery %d discarded: it is not the job's current one", run.job_id, state, run.delivery)
+            raise Ignore
+
+
+_UNSUPPORTED = (
+    "link",
+    "link_error",
+    "chain",
+    "chord",
+    "group_id",
+    "expires",
+    "queue",
+    "exchange",
+    "routing_key",
+    "time_limit",
+    "soft_time_limit",
+)
+
+
+def _priority(value: Priority | str | int | None) -> Priority | str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if not 0 <= value <= 9:
+        raise InvalidInput(f"priority {value} is not accepted: 0 to 9 is, or {', '.join(Priority)}")
+    return Priority.HIGH if value <= 2 else Priority.MEDIUM if value <= 6 else Priority.LOW
+
+
+def _describe(fault: BaseException) -> str:
+    text = f"{type(fault).__name__}: {fault}" if str(fault) else type(fault).__name__
+    return text if len(text) <= 300 else text[:299] + "…"
+
+
+@lru_cache(maxsize=1000)
+def _function(call: str) -> Callable[[RunningJob], object]:
+    module, _, name = call.partition(":")
+    return cast("Callable[[RunningJob], object]", getattr(importlib.import_module(module), name))
+
+
+class PlatformRequest(Request):  # type: ignore[misc]
+    """What the worker's main process does for a message: notes when it came, and records runs whose process is gone."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._request_dict["received_at"] = time.time()
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """The pool killed the process at the hard limit."""
+        super().on_timeout(soft, timeout)
+        if not soft:
+            self._end_killed_run(timeout)
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
+        """The run raised, or its process died."""
+        super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+        fault = getattr(exc_info.exception, "exc", exc_info.exception)
+        if isinstance(fault, WorkerLostError | SystemExit | KeyboardInterrupt):
+            self._lose(f"the process that ran it died: {fault}")
+
+    @property
+    def _delivery(self) -> int:
+        return int(self._request_dict.get("delivery") or 0)
+
+    def _end_killed_run(self, timeout: float) -> None:
+        owner = platform()
+        reason = f"killed at the hard time limit of {timeout:g} s"
+        task = cast("PlatformTask", self.task)
+        job = owner.store.job(self.id)
+        again = job.failures < task.definition.retries
+        owner.store.finish(
+            self.id,
+            delivery=self._delivery,
+            worker=worker_id(self.hostname),
+            state=JobState.RETRYING if again else JobState.TIMED_OUT,
+            reason=reason,
+            retry_in=task.definition.backoff.delay(job.failures + 1) if again else None,
+        )
+
+    def _lose(self, what: str) -> None:
+        owner = platform()
+        owner.store.lose(
+            self.id,
+            delivery=self._delivery,
+            worker=worker_id(self.hostname),
+            what=what,
+            max_losses=owner.settings.max_losses,
+            backoff=LOSS_BACKOFF,
+        )
+
+
+# --- the worker's loops ----------------------------------------------------------------------------------------------
+
+
+class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
+    """Runs the release and the recovery loop in the worker's main process, from pool start to shutdown."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def __init__(self, worker: Any, **kwargs: Any) -> None:
+        os.environ[_NONCE_VARIABLE] = _worker_nonce()
+        self._release: ReleaseLoop | None = None
+        self._recovery: RecoveryLoop | None = None
+        super().__init__(worker, **kwargs)
+
+    def start(self, worker: Any) -> None:
+        """Begin to release, to heartbeat and to recover."""
+        owner = platform()
+        self._release = ReleaseLoop(owner.store)
+        self._recovery = RecoveryLoop(
+            owner.store,
+            owner.settings,
+            worker=worker_id(worker.hostname),
+            slots=lambda: int(worker.pool.num_processes),
+            queues=lambda: [str(name) for name in worker.app.amqp.queues.consume_from],
+            stop_job=lambda job_id: _stop_job(worker, job_id),
+            info={
+                "host": socket.gethostname(),
+                "pid": str(os.getpid()),
+                "pool": type(worker.pool).__module__,
+                "started": str(time.time_ns() // 1_000_000),
+            },
+        )
+        signals.worker_shutting_down.connect(self._drain)
+        signals.worker_shutdown.connect(self._leave)
+        for name, loop in (("release", self._release), ("recovery", self._recovery)):
+            threading.Thread(target=loop.run, name=f"platform-{name}", daemon=True).start()
+
+    def stop(self, worker: Any) -> None:  # noqa: ARG002
+        """The pool still finishes what runs; `_leave` comes after it."""
+        if self._release is not None:
+            self._release.stop()
+
+    def _drain(self, **_: Any) -> None:
+        if self._recovery is not None:
+            threading.Thread(target=self._recovery.drain, name="platform-drain", daemon=True).start()
+
+    def _leave(self, **_: Any) -> None:
+        if self._recovery is not None:
+            self._recovery.stop()
+
+
+def _stop_job(worker: Any, job_id: str) -> None:
+    """Stop a job that was canceled while it ran here, if the pool can."""
+    store, name = platform().store, worker_id(worker.hostname)
+    request = worker_state.requests.get(job_id)
+    if request is None:
+        return
+    if type(worker.pool).__module__ != "celery.concurrency.prefork":
+        store.note(job_id, worker=name, text="this worker's pool cannot stop it: its result will be discarded")
+        return
+    request.terminate(worker.pool)
+    store.note(job_id, worker=name, text="stopped")
+
+
+# --- the application -------------------------------------------------------------------------------------------------
+
+
+def _register(application: Celery, definition: Definition) -> None:
+    hard, soft = time_limits(definition)
+    backoff = definition.backoff
+    limit = definition.rate_limit
+    options = {
+        "__module__": __name__,
+        "__doc__": definition.description,
+        "name": definition.id,
+        "definition": definition,
+        "queue": definition.priority.value,
+        "time_limit": hard,
+        "soft_time_limit": soft,
+        "max_retries": definition.retries,
+        "default_retry_delay": backoff.base.total_seconds(),
+        "retry_backoff": max(1, math.ceil(backoff.base.total_seconds())) if backoff.strategy == "exponential" else False,
+        "retry_backoff_max": math.ceil(backoff.cap.total_seconds()),
+        "retry_jitter": backoff.jitter,
+        # Celery's holds per worker and has no burst: it is a backstop that must not bind while the platform keeps its own
+        "rate_limit": f"{math.ceil(limit.per_second + 100 * limit.burst)}/s" if limit else None,
+    }
+    application.register_task(type(f"Task_{definition.id}", (PlatformTask,), options)())
+
+
+def _make_app() -> Celery:
+    if str(Path.cwd()) not in sys.path and "" not in sys.path:
+        # celeryconfig.py and tasks/ lie in the current folder, which console scripts do not search
+        sys.path.insert(0, str(Path.cwd()))
+    application = Celery("taskplatform")
+    application.config_from_object("celeryconfig")
+    application.steps["worker"].add(PlatformStep)
+    for definition in _catalogue().values():
+        _register(application, definition)
+    return application
+
+
+app = _make_app()
+
+
+@app.task(name="taskplatform.sweep", queue="low")  # type: ignore[untyped-decorator]
+def sweep() -> int:
+    """Forget jobs and occurrences that are past their retention. Returns how many."""
+    owner = platform()
+    total = 0
+    while forgotten := owner.store.sweep(retention=owner.settings.retention):
+        total += forgotten
+    return total

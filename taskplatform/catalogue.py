@@ -1,0 +1,703 @@
+"""Loads and checks the definitions in `tasks/*.yaml`.
+
+A file is a mapping with `tasks`, a list of definitions, and optionally `defaults`, fields that each of them has unless it
+gives its own. Its name is the domain of its definitions. Ids are unique over all files.
+
+**Defaults.** Any field but `id`, `name`, `interval` and `cron`. Mappings merge key by key, to any depth, and the
+definition's own value wins, also when it is `null`; anything else replaces. A short form stands for its mapping: under a
+default `catch_up: {policy: all, window: 2d}`, `catch_up: latest` keeps the window. A default `config` does not go to a
+definition that has a `call`, nor a default `call` to one that has a `config`.
+
+**YAML.** UTF-8, one document, keys are text and given once. Anchors, aliases and `<<` work, within bounds; tags but
+`!!str` do not. What YAML 1.1 and 1.2 read differently (`on`, `010`, `12:30`, `1_000`) is refused with both readings; a
+day such as 2026-01-31 is text, as in YAML 1.2.
+
+**Faults.** All faults of all files are found in one go, each with file, line, field, what was wrong and what is accepted;
+a faulty definition hides nothing in the others, nor does a file. Only YAML that cannot be parsed at all counts as the one
+fault of its file. Nothing but CatalogueError leaves this module on account of what is in a file.
+
+**Secrets.** `${NAME}` is left as it stands: a value from the environment is in no definition and no message. What a file
+itself holds under headers, body and params is not quoted in messages either.
+
+Loading imports and calls nothing; `resolve_calls` does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+
+from taskplatform.errors import CatalogueError, Fault, UnknownDefinition
+from taskplatform.model import DEFINITION_ID, Definition, Place, did_you_mean, explain, format_duration
+
+NOT_IN_DEFAULTS = ("id", "name", "interval", "cron")
+"""Fields that each definition has to give itself."""
+
+SHORT_FORMS = {"rate_limit": "rate", "catch_up": "policy"}
+"""Fields that may be text, and the key of the mapping that the text stands for."""
+
+MAX_FILE_BYTES = 4_000_000
+MAX_VALUES = 100_000
+"""Values in one file, each alias counted with all that it stands for."""
+MAX_DEPTH = 64
+
+_SUFFIXES = (".yaml", ".yml")
+_HIDDEN: tuple[Place, ...] = (("config", "headers"), ("config", "body"), ("params",))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A definition and where it stands."""
+
+    definition: Definition
+    file: str
+    line: int
+
+
+class Catalogue(Mapping[str, Definition]):
+    """The definitions by id, in the order of the files' names and of the lines in them. It does not change."""
+
+    __slots__ = ("_entries",)
+
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self._entries = {entry.definition.id: entry for entry in entries}
+
+    @classmethod
+    def of(cls, *definitions: Definition) -> Catalogue:
+        """A catalogue of definitions that come from no file."""
+        return cls(Entry(definition, "-", 0) for definition in definitions)
+
+    def __getitem__(self, id_: str) -> Definition:
+        return self._entries[id_].definition
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"<Catalogue of {len(self)} definitions>"
+
+    def require(self, id_: str) -> Definition:
+        """The definition `id_`. Raises UnknownDefinition, which names the nearest id."""
+        return self._entry(id_).definition
+
+    def source(self, id_: str) -> str:
+        """Where the definition stands: "tasks/billing.yaml:12". Raises UnknownDefinition."""
+        entry = self._entry(id_)
+        return f"{entry.file}:{entry.line}"
+
+    def domain(self, id_: str) -> str:
+        """The name of the definition's file, without its suffix. Raises UnknownDefinition."""
+        return Path(self._entry(id_).file).stem
+
+    @property
+    def domains(self) -> dict[str, list[str]]:
+        """The ids of each domain."""
+        by_domain: dict[str, list[str]] = {}
+        for id_ in self:
+            by_domain.setdefault(self.domain(id_), []).append(id_)
+        return by_domain
+
+    @property
+    def environment_names(self) -> frozenset[str]:
+        """The variables that the definitions take from the environment."""
+        return frozenset(name for definition in self.values() for name in _environment_names(definition))
+
+    def fault(self, id_: str, field_: str, message: str) -> Fault:
+        """A fault of the definition `id_` that came out after loading."""
+        entry = self._entry(id_)
+        return Fault(entry.file, entry.line, f"{id_}.{field_}" if field_ else id_, message)
+
+    def _entry(self, id_: str) -> Entry:
+        try:
+            return self._entries[id_]
+        except KeyError:
+            raise UnknownDefinition(f"there is no definition {id_!r}{did_you_mean(id_, self._entries)}") from None
+
+
+def load(folder: Path, *, environment: Mapping[str, str] | None = None) -> Catalogue:
+    """The definitions of all files in `folder`.
+
+    With an `environment`, a `${NAME}` that it does not have is a fault; without one, they are not checked.
+    Raises CatalogueError with all faults.
+    """
+    catalogue, faults = check([folder], environment=environment)
+    if faults:
+        raise CatalogueError(faults)
+    return catalogue
+
+
+def check(paths: Sequence[Path], *, environment: Mapping[str, str] | None = None) -> tuple[Catalogue, list[Fault]]:
+    """The definitions without fault in files and folders, and the faults, by file and line. Sub-folders are left out."""
+    entries: dict[str, Entry] = {}
+    first_seen: dict[str, str] = {}
+    faults: list[Fault] = []
+    for path in _files(paths, faults):
+        file = _File(path)
+        for id_, line in file.ids:
+            if id_ in first_seen:
+                file.add_at(line, f"{id_}.id", f"is defined twice: the first is at {first_seen[id_]}")
+            first_seen.setdefault(id_, f"{file.name}:{line}")
+        for entry in file.all_entries if environment is not None else ():
+            for name in sorted(_environment_names(entry.definition) - (environment or {}).keys()):
+                file.add_at(entry.line, f"{entry.definition.id}.config", f"${{{name}}} is not in the environment")
+        for entry in file.good_entries:
+            entries.setdefault(entry.definition.id, entry)
+        faults += sorted(file.faults, key=lambda fault: fault.line)
+    return Catalogue(entries.values()), faults
+
+
+def resolve_calls(catalogue: Catalogue) -> list[Fault]:
+    """Import what the definitions `call`; a fault for each that is not a function of one argument, the running job."""
+    faults = []
+    for id_, definition in catalogue.items():
+        if definition.call is not None and (problem := _call_problem(definition.call)):
+            faults.append(catalogue.fault(id_, "call", problem))
+    return faults
+
+
+def json_schema() -> dict[str, Any]:
+    """A JSON Schema (draft 2020-12) of a definition file, for editors. It accepts every file that `load` accepts."""
+    definition = Definition.model_json_schema(schema_generator=_FileSchema)
+    parts = definition.pop("$defs")
+    for name in ("Backoff", "CatchUp", "HttpConfig", "RateLimit"):
+        for option in parts[name].get("anyOf", [parts[name]]):
+            # the file's defaults may give them
+            option.pop("required", None)
+    method = parts["HttpConfig"]["properties"]["method"]
+    any_case = "|".join("".join(f"[{letter}{letter.lower()}]" for letter in name) for name in method["enum"])
+    method["anyOf"] = [{"enum": method.pop("enum")}, {"pattern": f"^({any_case})$"}]
+    fields = definition["properties"]
+    definition["anyOf"] = [{"required": ["interval"]}, {"required": ["cron"]}]
+    definition["allOf"] = [_not_both("interval", "cron"), _not_both("config", "call")]
+    parts["Definition"] = definition
+    parts["Defaults"] = {
+        "title": "Defaults",
+        "description": "What each definition of the file has unless it gives its own. Mappings merge key by key.",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {name: schema for name, schema in fields.items() if name not in NOT_IN_DEFAULTS},
+        "allOf": [_not_both("config", "call")],
+    }
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Task definitions",
+        "description": "A file of taskplatform's folder of definitions.",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["tasks"],
+        "properties": {
+            "defaults": {"anyOf": [{"$ref": "#/$defs/Defaults"}, {"type": "null"}]},
+            "tasks": {"type": "array", "items": {"$ref": "#/$defs/Definition"}},
+        },
+        "$defs": parts,
+    }
+    return cast("dict[str, Any]", _with_outer_space(schema))
+
+
+# --- one file --------------------------------------------------------------------------------------------------------
+
+
+class _File:
+    """What one file holds: its definitions, and its faults so far."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.as_posix()
+        self.faults: list[Fault] = []
+        self.ids: list[tuple[str, int]] = []
+        self.good_entries: list[Entry] = []
+        self.all_entries: list[Entry] = []
+        """Also those that are only well-formed with stand-ins for what is wrong in them."""
+        self._root: Any = None
+        try:
+            self._root, complaints = _read_yaml(_read_text(path))
+        except _Unreadable as fault:
+            self.add_at(fault.line, "", fault.message)
+            return
+        self._read()
+        self._add_complaints(complaints)
+
+    def add_at(self, line: int, field_: str, message: str) -> None:
+        self.faults.append(Fault(self.name, line, field_, message))
+
+    def _read(self) -> None:
+        root = self._root
+        if not isinstance(root, _Map):
+            what = "is empty" if root is None else f"is {_kind(root)}"
+            self.add_at(0 if root is None else 1, "", f"{what}; a file is a mapping with tasks, a list of definitions, and defaults")
+            return
+        for key in root.keys() - {"tasks", "defaults"}:
+            hint = did_you_mean(key, ("tasks", "defaults"))
+            self._add((key,), f"is not known at the top of a file{hint}; tasks and defaults are")
+        tasks = root.get("tasks")
+        if "tasks" not in root:
+            self.add_at(root.line, "tasks", "is missing; it takes a list of definitions")
+        elif not isinstance(tasks, _List):
+            self._add(("tasks",), f"is {_kind(tasks)}; it takes a list of definitions")
+        else:
+            defaults = self._checked_defaults(root.get("defaults"))
+            for index, raw in enumerate(tasks):
+                self._read_definition(index, raw, defaults)
+
+    def _checked_defaults(self, defaults: Any) -> _Map:
+        """The defaults without what is wrong in them, so that it is said once and not for each definition."""
+        if defaults is None:
+            return _Map(0)
+        if not isinstance(defaults, _Map):
+            self._add(("defaults",), f"is {_kind(defaults)}; it takes a mapping of fields")
+            return _Map(0)
+        allowed = _Map(defaults.line)
+        for key, value in defaults.items():
+            if key in NOT_IN_DEFAULTS:
+                self._add(("defaults", key), "cannot be a default: each definition gives its own")
+            else:
+                allowed.put(key, value, defaults.lines[key])
+        probe = _merged(_PROBE, allowed)
+        if "call" in allowed and "config" not in allowed:
+            del probe["config"]
+        mended, _, problems = _checked(probe)
+        for place, message in problems:
+            self._add(("defaults", *place), message)
+        if not problems:
+            return allowed
+        for key in NOT_IN_DEFAULTS:
+            mended.pop(key, None)
+        return mended
+
+    def _read_definition(self, index: int, raw: Any, defaults: _Map) -> None:
+        if not isinstance(raw, _Map):
+            self._add(("tasks", index), f"is {_kind(raw)}; a definition is a mapping with id, name, interval or cron, config or call")
+            return
+        id_ = _good_id(raw)
+        if id_ is not None:
+            self.ids.append((id_, raw.line))
+        whole = _with_defaults(raw, defaults)
+        _, definition, problems = _checked(whole)
+        for place, message in problems:
+            self.add_at(_line(whole, place), _field_name(self._root, ("tasks", index, *place)), message)
+        if definition is not None:
+            entry = Entry(definition, self.name, raw.line)
+            self.all_entries += [entry] if id_ is not None else []
+            self.good_entries += [] if problems else [entry]
+
+    def _add(self, place: Place, message: str) -> None:
+        self.add_at(_line(self._root, place), _field_name(self._root, place), message)
+
+    def _add_complaints(self, complaints: Iterable[_Complaint]) -> None:
+        """Add what the reader found, but for a doubtful value that is wrong in itself: one fault is enough."""
+        already = {(fault.line, fault.field) for fault in self.faults}
+        for complaint in complaints:
+            field_ = _field_name(self._root, complaint.place)
+            if not (complaint.doubtful and (complaint.line, field_) in already):
+                self.add_at(complaint.line, field_, complaint.message)
+        doubted = {complaint.id_in(self._root) for complaint in complaints}
+        self.good_entries = [entry for entry in self.good_entries if entry.definition.id not in doubted]
+
+
+def _files(paths: Sequence[Path], faults: list[Fault]) -> Iterator[Path]:
+    """The files that `paths` mean, each once."""
+    seen = set()
+    for path in paths:
+        found = _files_in(path, faults) if path.is_dir() else [path]
+        for file in found:
+            if file.absolute() not in seen:
+                seen.add(file.absolute())
+                yield file
+
+
+def _files_in(folder: Path, faults: list[Fault]) -> list[Path]:
+    try:
+        found = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and not path.name.startswith("."))
+    except OSError as fault:
+        faults.append(Fault(folder.as_posix(), 0, "", f"cannot be read: {fault.strerror}"))
+        return []
+    if not found:
+        faults.append(Fault(folder.as_posix(), 0, "", "holds no definition file; their names end in .yaml"))
+    return found
+
+
+def _environment_names(definition: Definition) -> frozenset[str]:
+    return definition.config.environment_names if definition.config is not None else frozenset()
+
+
+def _good_id(raw: Mapping[str, Any]) -> str | None:
+    id_ = raw.get("id")
+    return id_.strip() if isinstance(id_, str) and DEFINITION_ID.fullmatch(id_.strip()) else None
+
+
+def _kind(value: object) -> str:
+    """What `value` is, in words that do not quote it."""
+    if value is None:
+        return "empty"
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", _List: "a list", _Map: "a mapping"}
+    return kinds[type(value)]
+
+
+def _line(root: Any, place: Place) -> int:
+    """The line of the innermost part of `place` that is there."""
+    line: int = root.line
+    for step in place:
+        if isinstance(root, _Map) and step in root and isinstance(step, str):
+            root, line = root[step], root.lines[step]
+        elif isinstance(root, _List) and isinstance(step, int) and step < len(root):
+            root, line = root[step], root.lines[step]
+        else:
+            break
+    return line
+
+
+def _field_name(root: Any, place: Place) -> str:
+    """`place` for people: `weekly_report.interval.type`, or `tasks[3].id` where there is no good id."""
+    if place[:1] == ("tasks",) and len(place) > 1 and isinstance(root, _Map) and isinstance(root.get("tasks"), _List):
+        tasks, index = root["tasks"], place[1]
+        if isinstance(index, int) and index < len(tasks) and isinstance(tasks[index], _Map) and (id_ := _good_id(tasks[index])):
+            place = (id_, *place[2:])
+    text = ""
+    for step in place:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        elif re.fullmatch(r"[\w-]+", step):
+            text += f".{step}" if text else step
+        else:
+            text += f"[{json.dumps(step[:80], ensure_ascii=False)}]"
+    return text
+
+
+# --- defaults and faults of a definition -----------------------------------------------------------------------------
+
+
+def _with_defaults(raw: _Map, defaults: _Map) -> _Map:
+    applicable = _Map(defaults.line)
+    for key, value in defaults.items():
+        if not (key == "config" and raw.get("call") is not None) and not (key == "call" and raw.get("config") is not None):
+            applicable.put(key, value, defaults.lines.get(key, defaults.line))
+    return _merged(applicable, raw)
+
+
+def _merged(default: _Map, own: _Map) -> _Map:
+    merged = _Map(own.line)
+    for key in {**default, **own}:
+        if key not in own:
+            merged.put(key, default[key], default.lines[key])
+            continue
+        value = own[key]
+        if key in default:
+            given, wanted = _long_form(key, default[key]), _long_form(key, value)
+            value = _merged(given, wanted) if isinstance(given, _Map) and isinstance(wanted, _Map) else value
+        merged.put(key, value, own.lines[key])
+    return merged
+
+
+def _long_form(key: str, value: Any) -> Any:
+    if key not in SHORT_FORMS or not isinstance(value, str):
+        return value
+    whole = _Map(0)
+    whole.put(SHORT_FORMS[key], value, 0)
+    return whole
+
+
+_STAND_INS: Mapping[Place, Any] = {
+    ("id",): "stand_in",
+    ("name",): "stand-in",
+    ("interval",): {"type": "daily"},
+    ("cron",): "0 0 * * *",
+    ("timeout",): "366d",
+    ("config",): {"endpoint": "http://localhost"},
+    ("config", "endpoint"): "http://localhost",
+    ("call",): "module:function",
+}
+"""For a faulty value that cannot just be left out without a fault elsewhere."""
+
+_NEEDED = {("interval", "type"), ("cron", "expression"), ("rate_limit", "rate")}
+"""Fields without which the mapping that they are in is faulty too."""
+
+
+def _checked(raw: _Map) -> tuple[_Map, Definition | None, list[tuple[Place, str]]]:
+    """Check `raw`, mend what is wrong, and check again: the later checks run only when the earlier ones passed.
+
+    Returns what was mended, the definition that it makes, and all that was wrong.
+    """
+    problems: dict[tuple[Place, str], None] = {}
+    for _ in range(6):
+        try:
+            # as JSON, because only there strict means "no number for text" but still "text for an enum"
+            return raw, Definition.model_validate_json(json.dumps(raw), strict=True), list(problems)
+        except ValidationError as error:
+            found = explain(error, Definition, hidden=_HIDDEN)
+        problems.update(dict.fromkeys(found))
+        for place, _message in found:
+            raw = _mended(raw, place)
+    return raw, None, list(problems)
+
+
+def _mended(raw: _Map, place: Place) -> _Map:
+    """A copy of `raw` in which what is at `place` is left out, or replaced by its stand-in."""
+    place = place[:1] if place in _NEEDED else place
+    while place and place not in _STAND_INS and not _is_there(raw, place):
+        place = place[:-1]
+    return cast("_Map", _replaced(raw, place, _STAND_INS.get(place))) if place else raw
+
+
+def _is_there(value: Any, place: Place) -> bool:
+    for step in place:
+        if not isinstance(value, dict) or step not in value:
+            return isinstance(value, list)
+        value = value[step]
+    return True
+
+
+def _replaced(value: Any, place: Place, stand_in: Any) -> Any:
+    if not place:
+        return stand_in
+    if not isinstance(value, _Map) or not isinstance(place[0], str):
+        return None
+    copy = _Map(value.line)
+    for key, item in value.items():
+        copy.put(key, item, value.lines[key])
+    below = _replaced(value.get(place[0], _Map(0)), place[1:], stand_in)
+    if below is None:
+        copy.pop(place[0], None)
+    else:
+        copy.put(place[0], below, value.lines.get(place[0], value.line))
+    return copy
+
+
+# --- YAML with lines -------------------------------------------------------------------------------------------------
+
+
+class _Map(dict[str, Any]):
+    """A mapping that knows its line and those of its keys."""
+
+    __slots__ = ("line", "lines")
+
+    def __init__(self, line: int) -> None:
+        super().__init__()
+        self.line = line
+        self.lines: dict[str, int] = {}
+
+    def put(self, key: str, value: Any, line: int) -> None:
+        self[key] = value
+        self.lines[key] = line
+
+
+class _List(list[Any]):
+    """A list that knows its line and those of its items."""
+
+    __slots__ = ("line", "lines")
+
+    def __init__(self, line: int) -> None:
+        super().__init__()
+        self.line = line
+        self.lines: list[int] = []
+
+
+def _literal_map(values: Mapping[str, Any]) -> _Map:
+    result = _Map(0)
+    for key, value in values.items():
+        result.put(key, _literal_map(value) if isinstance(value, dict) else value, 0)
+    return result
+
+
+_PROBE = _literal_map({name: _STAND_INS[(name,)] for name in ("id", "name", "interval", "config")})
+"""Makes a whole definition of defaults, so that they can be checked."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Complaint:
+    """Something in a document that is YAML but is not accepted."""
+
+    line: int
+    place: Place
+    message: str
+    doubtful: bool = False
+    """It stands for one of two values, and that may be wrong for another reason as well."""
+
+    def id_in(self, root: Any) -> str:
+        return _field_name(root, self.place[:2])
+
+
+class _Unreadable(Exception):
+    """The file is not YAML, or is out of bounds."""
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(message)
+        self.line = line
+        self.message = message
+
+
+@dataclass(slots=True)
+class _Open:
+    """A mapping or list whose end has not come yet."""
+
+    container: _Map | _List
+    anchor: str | None
+    size: int = 1
+    key: str | None = None
+    key_line: int = 0
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if not path.is_file():
+            raise _Unreadable(0, "is not a file" if path.exists() else "does not exist")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise _Unreadable(0, f"is larger than {MAX_FILE_BYTES:,} bytes")
+        content = path.read_bytes()
+    except OSError as fault:
+        raise _Unreadable(0, f"cannot be read: {fault.strerror}") from None
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise _Unreadable(0, "is UTF-16; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        line = content.count(b"\n", 0, fault.start) + 1
+        raise _Unreadable(line, f"is not UTF-8: byte 0x{content[fault.start]:02x}; save it as UTF-8") from None
+
+
+def _read_yaml(text: str) -> tuple[Any, list[_Complaint]]:
+    """The one document in `text`, None if there is none, and what is not accepted in it. Raises _Unreadable."""
+    loader = _Loader(text)
+    document = _Document()
+    try:
+        while not isinstance(event := loader.get_event(), yaml.StreamEndEvent):
+            document.take(event)
+    except yaml.MarkedYAMLError as fault:
+        raise _Unreadable(*_syntax_fault(fault, text)) from None
+    except yaml.reader.ReaderError as fault:
+        line = text.encode().count(b"\n", 0, fault.position) + 1
+        raise _Unreadable(line, f"is not YAML: character U+{_code(fault):04X}: {fault.reason}") from None
+    finally:
+        loader.dispose()
+    return document.root, document.complaints
+
+
+_Loader: Callable[[str], Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Document:
+    """Makes values of parser events, one by one, without recursion: no document can exhaust the stack or the memory."""
+
+    def __init__(self) -> None:
+        self.root: Any = None
+        self.complaints: list[_Complaint] = []
+        self._documents = 0
+        self._values = 0
+        self._open: list[_Open] = []
+        self._anchors: dict[str, tuple[Any, int] | None] = {}
+
+    def take(self, event: Any) -> None:
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.ScalarEvent):
+            self._scalar(event, line)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            self._start(event, line)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            self._end()
+        elif isinstance(event, yaml.AliasEvent):
+            self._alias(event.anchor, line)
+        elif isinstance(event, yaml.DocumentStartEvent):
+            self._documents += 1
+            if self._documents > 1:
+                raise _Unreadable(line, "a second document begins here (---); a file holds one")
+
+    def _scalar(self, event: Any, line: int) -> None:
+        value, problem = (event.value, "")
+        if event.implicit[0] and event.tag in (None, "!"):
+            if self._is_key() and event.value == "<<":
+                self._value(_MERGE, 1, line)
+                return
+            value, problem = _plain(event.value)
+        elif event.tag not in (None, "!", "tag:yaml.org,2002:str"):
+            problem = f"the tag {_tag(event.tag)} is not accepted"
+        if self._is_key() and (problem or not isinstance(value, str)):
+            self._complain(line, "a key is text, and this one may be read as something else: write it in quotes", event.value)
+            value = event.value
+        elif problem:
+            self._complain(line, problem, doubtful=True)
+        self._anchor(event.anchor, value, 1)
+        self._value(value, 1, line)
+
+    def _start(self, event: Any, line: int) -> None:
+        if len(self._open) >= MAX_DEPTH:
+            raise _Unreadable(line, f"more than {MAX_DEPTH} levels deep")
+        if event.tag not in (None, "!", "tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+            self._complain(line, f"the tag {_tag(event.tag)} is not accepted")
+        if event.anchor is not None:
+            self._anchors[event.anchor] = None
+        container = _Map(line) if isinstance(event, yaml.MappingStartEvent) else _List(line)
+        self._open.append(_Open(container, event.anchor))
+
+    def _end(self) -> None:
+        closed = self._open.pop()
+        self._anchor(closed.anchor, closed.container, closed.size)
+        self._value(closed.container, closed.size, closed.container.line, counted=closed.size - 1)
+
+    def _alias(self, name: str, line: int) -> None:
+        if name not in self._anchors:
+            raise _Unreadable(line, f"*{name} refers to an anchor that does not come before it")
+        known = self._anchors[name]
+        if known is None:
+            raise _Unreadable(line, f"*{name} refers to what it is part of")
+        value, size = known
+        if self._is_key() and not isinstance(value, str):
+            value = "*" + name
+            self._complain(line, "a key is text", value)
+        self._value(value, size, line)
+
+    def _anchor(self, name: str | None, value: Any, size: int) -> None:
+        if name is not None:
+            self._anchors[name] = (value, size)
+
+    def _value(self, value: Any, size: int, line: int, *, counted: int = 0) -> None:
+        """Put a whole value where it belongs. `counted` of its `size` have been counted before."""
+        self._values += size - counted
+        if self._values > MAX_VALUES:
+            raise _Unreadable(line, f"more than {MAX_VALUES:,} values, counting what aliases stand for")
+        if not self._open:
+            self.root = value
+            return
+        top = self._open[-1]
+        top.size += size
+        if isinstance(top.container, _List):
+            top.container.append(value)
+            top.container.lines.append(line)
+        elif top.key is None:
+            self._key(top, value, line)
+        else:
+            self._item(top, top.container, value)
+
+    def _key(self, top: _Open, value: Any, line: int) -> None:
+        if isinstance(value, _Map | _List):
+            self._complain(line, "a key is text, not a list or mapping")
+            value = "?"
+        top.key, top.key_line = value, line
+        first = top.container.lines.get(value) if isinstance(top.container, _Map) else None
+        if first is not None:
+            self._complain(line, f"is given twice; the first is at line {first}")
+
+    def _item(self, top: _Open, container: _Map, value: Any) -> None:
+        key = top.key
+        if key is _MERGE:
+            self._merge(container, value, top.key_line)
+        elif key is not None:
+            container.put(key, value, top.key_line)
+        top.key = None
+
+    def _merge(self, container: _Map, value: Any, line: int) -> None:
+        raise NotImplementedError
+
+    def _is_key(self) -> bool:
+        return bool(self._open) and isinstance(self._open[-1].container, _Map) and self._open[-1].key is None

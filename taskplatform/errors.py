@@ -1,0 +1,98 @@
+"""Every exception that the platform raises on purpose.
+
+    TaskPlatformError
+    ├── SettingsError          a setting is unknown, missing or has a bad value
+    ├── CatalogueError         one or more faults in the definition files; `.faults` lists them
+    ├── InvalidInput           an argument is not acceptable (also a ValueError)
+    ├── NotFound               something that was named does not exist (also a LookupError)
+    │   ├── UnknownDefinition
+    │   ├── UnknownUser
+    │   ├── UnknownSubscription
+    │   └── UnknownJob
+    ├── Conflict               the state of the thing forbids the operation
+    │   └── InvalidTransition  a job cannot go from its state to the one asked for
+    ├── StoreError             Redis refused the operation or cannot be used as it is configured
+    │   └── StoreUnavailable   Redis cannot be reached, or did not answer in time
+    └── HttpError              a call to a target did not complete; see `taskplatform.http`
+
+A message says what was wrong, where, and what is accepted. Secrets never appear in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class TaskPlatformError(Exception):
+    """Root of all errors of the platform."""
+
+
+class SettingsError(TaskPlatformError):
+    """A setting is unknown, missing or has a bad value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault in a definition file. `line` counts from 1; 0 means the file as a whole."""
+
+    file: str
+    line: int
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{place}: {self.field}: {self.message}" if self.field else f"{place}: {self.message}"
+
+
+class CatalogueError(TaskPlatformError):
+    """Faults in the definition files; all of them, not just the first."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(str(fault) for fault in self.faults))
+
+
+class InvalidInput(TaskPlatformError, ValueError):
+    """An argument is not acceptable."""
+
+
+class NotFound(TaskPlatformError, LookupError):
+    """Something that was named does not exist."""
+
+
+class UnknownDefinition(NotFound):
+    """No definition has this id."""
+
+
+class UnknownUser(NotFound):
+    """No user has this id."""
+
+
+class UnknownSubscription(NotFound):
+    """This user is not subscribed to this definition."""
+
+
+class UnknownJob(NotFound):
+    """No job has this id, or its record is past its retention."""
+
+
+class Conflict(TaskPlatformError):
+    """The state of the thing forbids the operation."""
+
+
+class InvalidTransition(Conflict):
+    """A job cannot go from the state that it is in to the one asked for."""
+
+
+class StoreError(TaskPlatformError):
+    """Redis refused the operation or cannot be used as it is configured."""
+
+
+class StoreUnavailable(StoreError):
+    """Redis cannot be reached, or did not answer in time."""
+
+
+class HttpError(TaskPlatformError):
+    """A call to a target did not complete."""

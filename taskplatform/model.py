@@ -1,0 +1,784 @@
+"""The values that the platform works with. All are frozen; none does I/O.
+
+What is written by people (definitions, schedules, policies) is a pydantic model, so that it is checked, and described
+by a JSON Schema, in one place. What the platform makes itself (jobs, history, occurrences) is a dataclass.
+
+Instants are integers: milliseconds since the Unix epoch, in UTC, in names that end in `_ms` or are documented so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import zoneinfo
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from difflib import get_close_matches
+from enum import StrEnum
+from functools import lru_cache
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from cronsim import CronSim, CronSimError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
+
+from taskplatform.errors import InvalidInput
+
+Place = tuple[str | int, ...]
+"""Where something is inside a value: the keys and indices that lead to it."""
+
+DEFINITION_ID = re.compile(r"[a-z][a-z0-9_]{0,63}")
+USER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,127}")
+USER_ID_RULE = "1 to 128 characters: letters, digits and . _ @ + -, the first a letter or digit"
+DEFINITION_ID_RULE = "1 to 64 characters: lower-case letters, digits and _, the first a letter"
+
+
+def check_user_id(user: object) -> str:
+    """Return `user` if it is a well-formed user id, else raise InvalidInput."""
+    if isinstance(user, str) and USER_ID.fullmatch(user):
+        return user
+    raise InvalidInput(f"user id {user!r} is not accepted: {USER_ID_RULE}")
+
+
+def check_definition_id(definition: object) -> str:
+    """Return `definition` if it is a well-formed definition id, else raise InvalidInput."""
+    if isinstance(definition, str) and DEFINITION_ID.fullmatch(definition):
+        return definition
+    raise InvalidInput(f"definition id {definition!r} is not accepted: {DEFINITION_ID_RULE}")
+
+
+# --- durations, rates, zones -----------------------------------------------------------------------------------------
+
+_DURATION = re.compile(r"(?:(?P<d>\d+)d)?(?:(?P<h>\d+)h)?(?:(?P<m>\d+)m)?(?:(?P<s>\d+(?:\.\d+)?)s)?(?:(?P<ms>\d+)ms)?", re.ASCII)
+_DURATION_RULE = 'a duration such as "500ms", "90s", "10m", "2h", "1d" or "1h30m"'
+_LONGEST = timedelta(days=366)
+
+
+def parse_duration(value: object) -> timedelta:
+    """Turn `"90s"`, `"10m"`, `"1h30m"`, `"500ms"` or a number of seconds into a timedelta.
+
+    Raises ValueError with what is accepted; a duration is from 0 to 366 days, in whole milliseconds.
+    """
+    if isinstance(value, timedelta):
+        duration = value
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        if not 0 <= value <= _LONGEST.total_seconds():
+            raise ValueError(f"{value!r} seconds is out of range, from 0 to 366 days are accepted")
+        duration = timedelta(seconds=value)
+    elif isinstance(value, str) and value.strip() and (match := _DURATION.fullmatch(value.strip())):
+        parts = {name: float(text) for name, text in match.groupdict().items() if text}
+        if any(amount > 1e11 for amount in parts.values()):
+            raise ValueError(f"{value!r} is out of range, from 0 to 366 days are accepted")
+        duration = timedelta(
+            days=parts.get("d", 0),
+            hours=parts.get("h", 0),
+            minutes=parts.get("m", 0),
+            seconds=parts.get("s", 0),
+            milliseconds=parts.get("ms", 0),
+        )
+    else:
+        raise ValueError(f"{value!r} is not {_DURATION_RULE}")
+    if not timedelta() <= duration <= _LONGEST:
+        raise ValueError(f"{value!r} is out of range, from 0 to 366 days are accepted")
+    return timedelta(milliseconds=round(duration / timedelta(milliseconds=1)))
+
+
+def format_duration(duration: timedelta) -> str:
+    """The text that `parse_duration` reads back as `duration`, to the millisecond."""
+    left = round(duration / timedelta(milliseconds=1))
+    text = ""
+    for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)):
+        amount, left = divmod(left, size)
+        if amount:
+            text += f"{amount}{unit}"
+    return text or "0s"
+
+
+_DURATION_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1, "pattern": r"^(\d+d)?(\d+h)?(\d+m)?(\d+(\.\d+)?s)?(\d+ms)?$", "description": _DURATION_RULE},
+        {"type": "number", "minimum": 0, "maximum": _LONGEST.total_seconds(), "description": "a number of seconds"},
+    ]
+}
+Duration = Annotated[
+    timedelta,
+    BeforeValidator(parse_duration),
+    PlainSerializer(format_duration, when_used="json"),
+    WithJsonSchema(_DURATION_SCHEMA),
+]
+
+
+def _positive(duration: timedelta) -> timedelta:
+    if duration <= timedelta():
+        raise ValueError("must be longer than 0")
+    return duration
+
+
+PositiveDuration = Annotated[Duration, AfterValidator(_positive)]
+
+
+@lru_cache(maxsize=1)
+def _zone_names() -> frozenset[str]:
+    return frozenset(zoneinfo.available_timezones())
+
+
+def _check_zone(name: str) -> str:
+    if name not in _zone_names():
+        raise ValueError(f'{name!r} is not an IANA time zone such as "UTC", "Europe/Berlin" or "America/New_York"')
+    return name
+
+
+TimeZone = Annotated[str, AfterValidator(_check_zone)]
+
+_RATE = re.compile(r"(\d+(?:\.\d+)?)/([smhd])", re.ASCII)
+_HIGHEST_RATE = 1_000_000
+_LOWEST_RATE = 1 / _LONGEST.total_seconds()
+_PER_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
+
+
+class _ShortForm(_Frozen):
+    """A mapping that may also be written as the text of its first field."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        return {next(iter(cls.model_fields)): value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        reference = handler(core_schema)
+        schema = handler.resolve_ref_schema(reference)
+        whole = dict(schema)
+        schema.clear()
+        schema.update(anyOf=[whole["properties"][next(iter(cls.model_fields))], whole])
+        return reference
+
+
+def _refuse(model: BaseModel, faults: Sequence[tuple[Place, str]]) -> None:
+    """Raise what a model's fields do wrong together, each at its own place."""
+    if faults:
+        kinds = [(place, PydanticCustomError("value_error", "{message}", {"message": message})) for place, message in faults]
+        details = [InitErrorDetails(type=kind, loc=place, input=None) for place, kind in kinds]
+        raise ValidationError.from_exception_data(type(model).__name__, details)
+
+
+class RateLimit(_ShortForm):
+    """At most `rate`, with bursts of `burst`: in no span of t seconds more than rate × t + burst."""
+
+    rate: str = Field(
+        description='count per second, minute, hour or day: "10/s", "100/m", "5000/h", "20/d"',
+        json_schema_extra={"pattern": f"^{_RATE.pattern}$"},
+    )
+    burst: int = Field(default=1, ge=1, le=1_000_000, description="how many may go at once after a quiet time")
+
+    @model_validator(mode="after")
+    def _check_rate(self) -> RateLimit:
+        if not _RATE.fullmatch(self.rate):
+            _refuse(self, [(("rate",), f'{self.rate!r} is not a rate such as "10/s", "100/m", "5000/h" or "20/d"')])
+        elif not _LOWEST_RATE <= self.per_second <= _HIGHEST_RATE:
+            _refuse(self, [(("rate",), f"{self.rate!r} is out of range, from one in 366 days to {_HIGHEST_RATE}/s are accepted")])
+        return self
+
+    @property
+    def per_second(self) -> float:
+        """The rate in jobs per second."""
+        count, per = self.rate.split("/")
+        return float(count) / _PER_SECONDS[per]
+
+
+# --- schedules -------------------------------------------------------------------------------------------------------
+
+
+class IntervalType(StrEnum):
+    MINUTELY = "minutely"
+    HOURLY = "hourly"
+    DAILY = "daily"
+    WEEKLY = "weekly"
+    MONTHLY = "monthly"
+
+
+class Weekday(StrEnum):
+    """In ISO order: Monday first."""
+
+    MONDAY = "monday"
+    TUESDAY = "tuesday"
+    WEDNESDAY = "wednesday"
+    THURSDAY = "thursday"
+    FRIDAY = "friday"
+    SATURDAY = "saturday"
+    SUNDAY = "sunday"
+
+
+class AtTime(_Frozen):
+    """A wall-clock time of day. Hourly intervals use only the minute, unless they run every 2 or more hours."""
+
+    hour: int = Field(default=0, ge=0, le=23)
+    minute: int = Field(default=0, ge=0, le=59)
+
+
+class Interval(_Frozen):
+    """Every `value` minutes, hours, days, weeks or months. What that means exactly is in `taskplatform.schedule`."""
+
+    type: IntervalType
+    value: int = Field(default=1, ge=1, le=1000, description="every n of them")
+    timezone: TimeZone = "UTC"
+    at_time: AtTime = AtTime()
+    weekday: Weekday | None = Field(default=None, description="weekly only; default monday")
+    day_of_month: int | None = Field(default=None, ge=1, le=31, description="monthly only; default 1; the last day in a shorter month")
+
+    @model_validator(mode="after")
+    def _check_fields_fit_type(self) -> Interval:
+        faults: list[tuple[Place, str]] = []
+        if self.weekday is not None and self.type is not IntervalType.WEEKLY:
+            faults.append((("weekday",), f"weekday goes with type weekly, not {self.type.value}"))
+        if self.day_of_month is not None and self.type is not IntervalType.MONTHLY:
+            faults.append((("day_of_month",), f"day_of_month goes with type monthly, not {self.type.value}"))
+        if self.type is IntervalType.MINUTELY and "at_time" in self.model_fields_set:
+            faults.append((("at_time",), "at_time does not go with type minutely"))
+        _refuse(self, faults)
+        return self
+
+
+class Cron(_ShortForm):
+    """Five fields (minute, hour, day of month, month, weekday) on the wall clock of `timezone`."""
+
+    expression: str = Field(description='five fields, such as "*/15 9-17 * * mon-fri"')
+    timezone: TimeZone = "UTC"
+
+    @model_validator(mode="after")
+    def _check_expression(self) -> Cron:
+        if problem := _cron_problem(self.expression):
+            _refuse(self, [(("expression",), f"{self.expression!r} {problem}")])
+        return self
+
+
+def _cron_problem(expression: str) -> str:
+    if len(expression.split()) != 5:
+        return "does not have the five fields minute, hour, day of month, month, weekday"
+    try:
+        next(CronSim(expression, datetime(2020, 1, 1)))
+    except CronSimError as fault:
+        return f"is not a cron expression: {fault}"
+    except StopIteration:
+        return "never comes due"
+    return ""
+
+
+Schedule = Interval | Cron
+
+
+def schedule_to_json(schedule: Schedule) -> str:
+    """Canonical JSON: equal schedules give equal text, so that it can name a group."""
+    kind = "interval" if isinstance(schedule, Interval) else "cron"
+    return json.dumps({kind: schedule.model_dump(mode="json", exclude_defaults=True)}, sort_keys=True, separators=(",", ":"))
+
+
+def schedule_from_json(text: str) -> Schedule:
+    """The reverse of `schedule_to_json`."""
+    content = json.loads(text)
+    return Interval.model_validate(content["interval"]) if "interval" in content else Cron.model_validate(content["cron"])
+
+
+# --- definitions -----------------------------------------------------------------------------------------------------
+
+
+class Priority(StrEnum):
+    """In order: high goes before medium, medium before low. Each is a Celery queue of the same name."""
+
+    HIGH = "high"
+    MEDIUM = "medium"
+    LOW = "low"
+
+
+class Backoff(_Frozen):
+    """How long to wait before a retry: `base` each time, or `base`, 2 × base, 4 × base … up to `cap`."""
+
+    strategy: Literal["exponential", "fixed"] = "exponential"
+    base: PositiveDuration = timedelta(seconds=10)
+    cap: PositiveDuration = Field(default=timedelta(minutes=10), description="the longest delay; where not given, never below base")
+    jitter: bool = Field(default=True, description="take a random share of the delay, from half to the whole of it")
+
+    @model_validator(mode="after")
+    def _check_cap(self) -> Backoff:
+        if "cap" in self.model_fields_set and self.cap < self.base:
+            _refuse(self, [(("cap",), f"cap is {format_duration(self.cap)}, shorter than base, {format_duration(self.base)}")])
+        return self
+
+    def delay(self, attempt: int, *, random_share: float | None = None) -> timedelta:
+        """The wait after `attempt` (1 is the first run) failed.
+
+        `random_share` in [0, 1) replaces the random number, for tests. Jitter keeps at least half of the delay: with
+        full jitter a third of the first retries would go out at once.
+        """
+        longest = self.base
+        if self.strategy == "exponential":
+            cap = max(self.cap, self.base)
+            doubled = 2.0 ** min(max(attempt - 1, 0), 60)
+            # cap is divided because base × 2^n can be more than a timedelta holds
+            longest = cap if self.base >= cap / doubled else self.base * doubled
+        if not self.jitter:
+            return longest
+        share = random.random() if random_share is None else random_share
+        return longest * (0.5 + share / 2)
+
+
+class CatchUpPolicy(StrEnum):
+    """What becomes of the occurrences that fell into an outage of the planner."""
+
+    SKIP = "skip"
+    LATEST = "latest"
+    ALL = "all"
+
+
+class CatchUp(_ShortForm):
+    """`skip` runs none of the missed occurrences, `latest` the last one, `all` each; none older than `window`."""
+
+    policy: CatchUpPolicy = CatchUpPolicy.LATEST
+    window: Duration = timedelta(days=1)
+
+
+_TEMPLATE = re.compile(r"\{\{\s*(.*?)\s*\}\}")
+_ENVIRONMENT = re.compile(r"\$\{([^}]*)\}")
+_TEMPLATE_NAME = re.compile(r"user|job_id|params\.[A-Za-z_][A-Za-z0-9_]*")
+_ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+
+def _texts(value: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
+    """Every text in `value`, keys too, and where it is."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(key, (*place, str(key)))
+            yield from _texts(item, (*place, str(key)))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _texts(item, (*place, index))
+
+
+class HttpConfig(_Frozen):
+    """An HTTP call. `${NAME}` comes from the environment; `{{user}}`, `{{job_id}}` and `{{params.x}}` from the job."""
+
+    endpoint: str = Field(min_length=1, description="http or https URL, or one that starts with ${NAME}")
+    method: Literal["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"] = "POST"
+    headers: dict[str, str] = Field(default_factory=dict)
+    body: Any = Field(default=None, description="text is sent as it is; anything else as JSON")
+    max_duration: PositiveDuration | None = Field(
+        default=None, description="deadline of the whole call; default: the definition's max_duration, else its timeout"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upper_method(cls, value: object) -> object:
+        if isinstance(value, dict) and isinstance(value.get("method"), str):
+            return {**value, "method": value["method"].upper()}
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> HttpConfig:
+        faults: list[tuple[Place, str]] = []
+        if problem := _endpoint_problem(self.endpoint):
+            faults.append((("endpoint",), problem))
+        for name, value in self.headers.items():
+            if not _HEADER_NAME.fullmatch(name):
+                faults.append((("headers", name), f"{name!r} is not a header name"))
+            if "\n" in value or "\r" in value:
+                faults.append((("headers", name), f"the value of {name} contains a line break"))
+        for place, text in self._texts():
+            for name in _TEMPLATE.findall(text):
+                if not _TEMPLATE_NAME.fullmatch(name):
+                    faults.append((place, f"{{{{{name}}}}} is not known: {{{{user}}}}, {{{{job_id}}}} and {{{{params.NAME}}}} are"))
+            for name in _ENVIRONMENT.findall(text):
+                if not _ENVIRONMENT_NAME.fullmatch(name):
+                    faults.append((place, f"${{{name}}} is not the name of an environment variable"))
+        _refuse(self, faults)
+        return self
+
+    @property
+    def environment_names(self) -> frozenset[str]:
+        """The variables that endpoint, headers and body take from the environment."""
+        return frozenset(name for _, text in self._texts() for name in _ENVIRONMENT.findall(text))
+
+    @property
+    def param_names(self) -> frozenset[str]:
+        """The job parameters that endpoint, headers and body need."""
+        names = (name for _, text in self._texts() for name in _TEMPLATE.findall(text))
+        return frozenset(name.removeprefix("params.") for name in names if name.startswith("params."))
+
+    def _texts(self) -> Iterator[tuple[Place, str]]:
+        return _texts({"endpoint": self.endpoint, "headers": self.headers, "body": self.body})
+
+
+_HOST_RULE = "the host cannot come from the job, only the path and query can"
+
+
+def _endpoint_problem(endpoint: str) -> str:
+    if endpoint.startswith("${"):
+        # without a separator, what the job gives would go on with the host that the variable holds
+        before_job, from_job, _ = _ENVIRONMENT.sub("", endpoint).partition("{{")
+        return _HOST_RULE if from_job and not re.search("[/?#]", before_job) else ""
+    try:
+        parts = urlsplit(endpoint)
+        host = parts.hostname
+        _ = parts.port if "{" not in parts.netloc else None
+    except ValueError as fault:
+        return f"{endpoint!r} is not an http or https URL: {fault}"
+    if parts.scheme not in ("http", "https") or not host:
+        return f"{endpoint!r} is not an http or https URL"
+    return _HOST_RULE if "{{" in parts.netloc else ""
+
+
+_CALL = re.compile(r"(?P<module>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<function>[A-Za-z_]\w*)")
+
+
+class Definition(_Frozen):
+    """One static kind of task, as written in `tasks/*.yaml`."""
+
+    id: str = Field(pattern=f"^{DEFINITION_ID.pattern}$", description=DEFINITION_ID_RULE)
+    name: str = Field(min_length=1, max_length=200)
+    description: str = ""
+    interval: Interval | None = None
+    cron: Cron | None = None
+    priority: Priority = Priority.MEDIUM
+    timeout: PositiveDuration = Field(default=timedelta(minutes=5), description="hard limit of one attempt")
+    max_duration: PositiveDuration | None = Field(
+        default=None, description="deadline of the work of one attempt, at most timeout; default timeout"
+    )
+    retries: int = Field(default=3, ge=0, le=100, description="how often a failed attempt is tried again")
+    backoff: Backoff = Backoff()
+    rate_limit: RateLimit | None = Field(default=None, description='over all workers: "10/s" or {rate: "10/s", burst: 15}')
+    window: Duration = Field(default=timedelta(seconds=60), description="the users of an occurrence are spread over it")
+    catch_up: CatchUp = CatchUp()
+    overlap: Literal["allow", "skip"] = Field(
+        default="allow", description="skip: no new occurrence while the user's last job is not finished"
+    )
+    params: dict[str, Any] = Field(default_factory=dict, description="default parameters of its jobs")
+    config: HttpConfig | None = None
+    call: str | None = Field(default=None, description='"package.module:function", a Python function')
+
+    @model_validator(mode="after")
+    def _check(self) -> Definition:
+        faults: list[tuple[Place, str]] = []
+        if (self.interval is None) == (self.cron is None):
+            faults.append(((), "exactly one of interval and cron is needed"))
+        if (self.config is None) == (self.call is None):
+            faults.append(((), "exactly one of config (an HTTP call) and call (a Python function) is needed"))
+        if self.call is not None and not _CALL.fullmatch(self.call):
+            faults.append((("call",), f'call {self.call!r} is not of the form "package.module:function"'))
+        if self.max_duration is not None and self.max_duration > self.timeout:
+            faults.append((("max_duration",), "max_duration is longer than timeout"))
+        if self.config is not None and self.config.max_duration is not None and self.config.max_duration > self.timeout:
+            faults.append((("config", "max_duration"), "config.max_duration is longer than timeout"))
+        if len(json.dumps(self.params, default=str)) > MAX_PARAMS_BYTES:
+            faults.append((("params",), f"params is larger than {MAX_PARAMS_BYTES} bytes of JSON"))
+        _refuse(self, faults)
+        return self
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule that applies to subscribers without an own one."""
+        schedule = self.interval or self.cron
+        assert schedule is not None
+        return schedule
+
+    @property
+    def work_limit(self) -> timedelta:
+        """Deadline of one attempt's work: the HTTP call or the Python function."""
+        own = self.config.max_duration if self.config is not None else None
+        return own or self.max_duration or self.timeout
+
+    def missing_params(self, params: Mapping[str, Any]) -> list[str]:
+        """Names that the call needs and neither `params` nor the definition's defaults give."""
+        needed = self.config.param_names if self.config is not None else frozenset()
+        return sorted(needed - params.keys() - self.params.keys())
+
+
+# --- subscriptions ---------------------------------------------------------------------------------------------------
+
+MAX_PARAMS_BYTES = 16_384
+
+
+class ScheduleOverride(_Frozen):
+    """What a subscription changes of its definition's schedule.
+
+    Either a whole schedule (`interval` or `cron`), or only `timezone` and / or `at_time` of the definition's interval.
+    """
+
+    interval: Interval | None = None
+    cron: Cron | None = None
+    timezone: TimeZone | None = None
+    at_time: AtTime | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleOverride:
+        if self.interval is not None and self.cron is not None:
+            raise ValueError("interval and cron exclude each other")
+        if (self.interval or self.cron) and (self.timezone or self.at_time):
+            raise ValueError("timezone and at_time go inside interval or cron when one is given")
+        return self
+
+    def apply(self, schedule: Schedule) -> Schedule:
+        """The schedule in effect. Raises ValueError where at_time does not fit."""
+        if self.interval or self.cron:
+            whole = self.interval or self.cron
+            assert whole is not None
+            return whole
+        changes: dict[str, Any] = {}
+        if self.timezone is not None:
+            changes["timezone"] = self.timezone
+        if self.at_time is not None:
+            if isinstance(schedule, Cron):
+                raise ValueError("at_time does not go with a cron schedule; give a whole cron or interval")
+            changes["at_time"] = self.at_time
+        given = schedule.model_dump(exclude_unset=True)
+        return type(schedule).model_validate({**given, **changes})
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """A user of the SaaS whose jobs the platform runs."""
+
+    id: str
+    created_ms: int
+    paused: bool = False
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """That a user wants a definition's jobs."""
+
+    user: str
+    definition: str
+    enabled: bool = True
+    paused: bool = False
+    params: Mapping[str, Any] = field(default_factory=dict)
+    schedule: Schedule | None = None
+    """An own schedule; None means the definition's."""
+    since_ms: int = 0
+    """Moments after this instant belong to the subscription as it is now."""
+
+
+def slot(user: str, definition: str) -> float:
+    """The user's fixed place in the definition's window, in [0, 1).
+
+    The first 52 bits of BLAKE2b over `user NUL definition`, as a fraction: stable over processes and versions.
+    """
+    digest = hashlib.blake2b(f"{user}\0{definition}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 12) / 2**52
+
+
+def moment(occurrence_ms: int, slot_: float, window_ms: int) -> int:
+    """`execute_after` of the slot in the occurrence's window. The plan script computes the same in doubles."""
+    return occurrence_ms + int(slot_ * window_ms)
+
+
+def planned_job_id(definition: str, user: str, occurrence_ms: int) -> str:
+    """The id of the one job of this occurrence: readable, and the same however often it is planned."""
+    return f"{definition}:{user}:{occurrence_ms}"
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+class JobState(StrEnum):
+    PENDING = "pending"
+    QUEUED = "queued"
+    ASSIGNED = "assigned"
+    RUNNING = "running"
+    RETRYING = "retrying"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    TIMED_OUT = "timed_out"
+    CANCELED = "canceled"
+    REJECTED = "rejected"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether a job in this state is finished."""
+        return self in TERMINAL_STATES
+
+
+_S = JobState
+TERMINAL_STATES = frozenset({_S.COMPLETED, _S.FAILED, _S.TIMED_OUT, _S.CANCELED, _S.REJECTED})
+
+#: From each state (None: the job does not exist yet) the states that may follow. The scripts use this same table.
+TRANSITIONS: Mapping[JobState | None, frozenset[JobState]] = {
+    None: frozenset({_S.PENDING, _S.REJECTED}),
+    _S.PENDING: frozenset({_S.QUEUED, _S.CANCELED, _S.REJECTED}),
+    # back to pending or retrying: the message was lost, or given back unstarted
+    _S.QUEUED: frozenset({_S.ASSIGNED, _S.PENDING, _S.RETRYING, _S.CANCELED, _S.REJECTED}),
+    _S.ASSIGNED: frozenset({_S.RUNNING, _S.PENDING, _S.RETRYING, _S.CANCELED}),
+    _S.RUNNING: frozenset({_S.COMPLETED, _S.RETRYING, _S.FAILED, _S.TIMED_OUT, _S.CANCELED}),
+    _S.RETRYING: frozenset({_S.QUEUED, _S.CANCELED, _S.REJECTED}),
+    _S.COMPLETED: frozenset(),
+    # by hand only: Platform.retry
+    _S.FAILED: frozenset({_S.PENDING}),
+    _S.TIMED_OUT: frozenset({_S.PENDING}),
+    _S.CANCELED: frozenset({_S.PENDING}),
+    _S.REJECTED: frozenset({_S.PENDING}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One line of a job's history. `from_state == to_state` marks a note that changed nothing."""
+
+    at_ms: int
+    from_state: JobState | None
+    to_state: JobState
+    attempt: int
+    worker: str
+    reason: str
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    """For HTTP: status, duration_ms and the first characters of the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One run for one user. Its Celery task id is its id."""
+
+    id: str
+    definition: str
+    user: str
+    state: JobState
+    priority: Priority
+    execute_after_ms: int
+    created_ms: int
+    occurrence_ms: int | None
+    """The occurrence that it belongs to; None for a job that was enqueued by hand."""
+    attempt: int
+    """How many runs have started."""
+    failures: int
+    """How many runs before the last one failed and count against its retries."""
+    delivery: int
+    """How often it was released to the broker."""
+    params: Mapping[str, Any]
+    worker: str
+    started_ms: int | None
+    finished_ms: int | None
+    reason: str
+    """Of the last transition."""
+    source: str
+    """What made it: schedule, catch_up, trigger or api."""
+
+
+# --- faults in plain words -------------------------------------------------------------------------------------------
+
+
+def explain(error: ValidationError, model: type[BaseModel], *, hidden: Collection[Place] = ()) -> list[tuple[Place, str]]:
+    """For each fault that `error` found in a `model`: where it is, what was got, and what is accepted.
+
+    Values at the places in `hidden`, and below them, are not quoted.
+    """
+    faults = []
+    for detail in error.errors(include_url=False, include_context=False):
+        place = detail["loc"]
+        quoted = not any(place[: len(secret)] == secret for secret in hidden)
+        faults.append((place, _explained(detail["type"], detail["msg"], detail["input"], place, model, quoted=quoted)))
+    return faults
+
+
+def did_you_mean(name: object, known: Collection[str]) -> str:
+    """`; did you mean "x"?` for the name that is nearest to `name`, or nothing if none is near."""
+    near = get_close_matches(str(name).strip().lower(), known, n=1) if known else []
+    return f'; did you mean "{near[0]}"?' if near else ""
+
+
+def _explained(kind: str, message: str, value: object, place: Place, model: type[BaseModel], *, quoted: bool) -> str:
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        known = [name for option in _options_at(model, place[:-1]) for name in option.get("properties", ())]
+        return f"is not a known field{did_you_mean(place[-1], known)}; known are {', '.join(known)}"
+    options = _options_at(model, place)
+    accepted = " or ".join(_in_words(option) for option in options if option.get("type") != "null")
+    if not accepted:
+        return message
+    if kind == "missing":
+        return f"is missing; it takes {accepted}"
+    choices = [str(choice) for option in options for choice in option.get("enum", ())]
+    return f"{f'got {_shown(value)}; it' if quoted else 'it'} takes {accepted}{did_you_mean(value, choices)}"
+
+
+@lru_cache(maxsize=16)
+def _schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    return model.model_json_schema()
+
+
+def _options_at(model: type[BaseModel], place: Place) -> list[dict[str, Any]]:
+    """The alternatives that the JSON Schema of `model` gives for `place`; none where it says nothing."""
+    parts = _schema_of(model).get("$defs", {})
+    options = _options(_schema_of(model), parts)
+    for step in place:
+        below = [option.get("properties", {}).get(step, option.get("additionalProperties")) for option in options]
+        options = [option for schema in below if isinstance(schema, dict) for option in _options(schema, parts)]
+    return options
+
+
+def _options(schema: dict[str, Any], parts: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    if "$ref" in schema:
+        return _options(parts[schema["$ref"].removeprefix("#/$defs/")], parts)
+    if "anyOf" in schema:
+        return [option for alternative in schema["anyOf"] for option in _options(alternative, parts)]
+    return [schema]
+
+
+def _in_words(schema: Mapping[str, Any]) -> str:
+    """What a JSON Schema without alternatives accepts."""
+    if "enum" in schema:
+        return f"one of {', '.join(map(str, schema['enum']))}"
+    match schema.get("type"):
+        case "integer":
+            return f"a whole number{_range_in_words(schema)}"
+        case "number":
+            return f"a number{_range_in_words(schema)}"
+        case "boolean":
+            return "true or false"
+        case "string":
+            detail = schema.get("description") or (f"at most {schema['maxLength']} characters" if "maxLength" in schema else "")
+            return f"text ({detail})" if detail else "text"
+        case "array":
+            return "a list"
+        case "object" if "properties" in schema:
+            needed = schema.get("required", ())
+            return "a mapping with " + ", ".join(f"{name} (needed)" if name in needed else name for name in schema["properties"])
+        case "object":
+            return "a mapping"
+    return ""
+
+
+def _range_in_words(schema: Mapping[str, Any]) -> str:
+    least, most = schema.get("minimum"), schema.get("maximum")
+    if least is not None and most is not None:
+        return f" from {least:g} to {most:g}" if isinstance(most, float) else f" from {least} to {most}"
+    return f" of at least {least}" if least is not None else ""
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,455 @@
+"""The Python API: users, subscriptions, jobs, pauses.
+
+    platform = Platform.connect()
+    platform.create_user("u1")
+    platform.subscribe("u1", "hourly_data_sync", params={"source": "crm"})
+    job = platform.enqueue("daily_user_report", user="u1", countdown=30, priority="high")
+    platform.history(job.id)
+
+Every method checks its input before it changes anything, and raises one of `taskplatform.errors`. Names of people or programs
+for the change log come from `actor`.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from taskplatform.catalogue import Catalogue, load
+from taskplatform.errors import Conflict, InvalidInput, UnknownDefinition
+from taskplatform.model import (
+    MAX_PARAMS_BYTES,
+    Definition,
+    Job,
+    JobState,
+    Priority,
+    Schedule,
+    ScheduleOverride,
+    Subscription,
+    Transition,
+    User,
+    check_user_id,
+)
+from taskplatform.planner import published
+from taskplatform.settings import Settings, settings
+from taskplatform.store import Change, Enqueue, Page, Store, Subscribe, SubscribeResult, connect
+
+#: The longest that a job may be put off.
+MAX_DELAY = timedelta(days=366)
+MAX_KEY_LENGTH = 255
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRequest:
+    """One job for `enqueue_many`; the fields are those of `Platform.enqueue`."""
+
+    definition: str
+    user: str
+    params: Mapping[str, Any] | None = None
+    countdown: float | timedelta | None = None
+    eta: datetime | None = None
+    priority: Priority | str | None = None
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubscriptionRequest:
+    """One subscription for `subscribe_many`; the fields are those of `Platform.subscribe`."""
+
+    user: str
+    definition: str
+    params: Mapping[str, Any] | None = None
+    schedule: ScheduleOverride | Mapping[str, Any] | None = None
+    enabled: bool = True
+
+
+class Platform:
+    """All operations of the platform. Safe to share between threads."""
+
+    def __init__(self, store: Store, catalogue: Catalogue, settings: Settings, *, actor: str | None = None) -> None:
+        self.store = store
+        self.catalogue = catalogue
+        self.settings = settings
+        self._actor = actor or getpass.getuser()
+
+    @classmethod
+    def connect(cls, settings_: Settings | None = None, *, catalogue: Catalogue | None = None, actor: str | None = None) -> Platform:
+        """The platform that the settings describe.
+
+        Definitions that no beat has published yet are published, so that jobs can be submitted before beat runs.
+        Raises SettingsError, CatalogueError, StoreError.
+        """
+        chosen = settings_ or settings()
+        store = Store(connect(chosen.redis_url), namespace=chosen.namespace, change_log_size=chosen.change_log_size)
+        platform = cls(store, catalogue if catalogue is not None else load(Path(chosen.tasks_dir)), chosen, actor=actor)
+        store.ping()
+        platform.publish_missing()
+        return platform
+
+    def publish_missing(self) -> None:
+        """Publish the definitions that Redis does not know; changed ones are published by the beat that leads."""
+        for name in sorted(self.catalogue.keys() - self.store.published()):
+            self.store.publish(published(self.catalogue[name]), actor=self._actor, only_new=True)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.store.close()
+
+    # jobs
+
+    def enqueue(
+        self,
+        definition: str,
+        *,
+        user: str,
+        params: Mapping[str, Any] | None = None,
+        countdown: float | timedelta | None = None,
+        eta: datetime | None = None,
+        priority: Priority | str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Make a job, now or for later.
+
+        `countdown` is in seconds, `eta` an aware datetime; a time in the past means now. `params` go over those of the
+        subscription, which go over those of the definition. The same `idempotency_key` for the same definition and user
+        gives the same job, for as long as its record is kept.
+
+        Raises UnknownDefinition, UnknownUser, InvalidInput; then nothing is enqueued.
+        """
+        request = JobRequest(
+            definition=definition,
+            user=user,
+            params=params,
+            countdown=countdown,
+            eta=eta,
+            priority=priority,
+            idempotency_key=idempotency_key,
+        )
+        return self.enqueue_many([request])[0]
+
+    def enqueue_many(self, requests: Iterable[JobRequest]) -> list[Job]:
+        """Make many jobs, in this order: all of them, or none when one is not acceptable."""
+        jobs = self._enqueues(list(requests))
+        if len(jobs) > 1:
+            missing = self.store.missing_users(job.id.split(":", 2)[1] for job in jobs)
+            if missing:
+                raise InvalidInput(f"unknown users: {', '.join(sorted(missing)[:10])}{', …' if len(missing) > 10 else ''}")
+        self.store.enqueue(jobs)
+        return self.store.jobs_by_id([job.id for job in jobs])
+
+    def _enqueues(self, requests: Sequence[JobRequest]) -> list[Enqueue]:
+        pairs = [(request.user, request.definition) for request in requests if isinstance(request.user, str)]
+        subscribed = self.store.subscription_params(pairs)
+        return [self._enqueue(request, subscribed.get((request.user, request.definition), {})) for request in requests]
+
+    def _enqueue(self, request: JobRequest, subscribed: Mapping[str, Any]) -> Enqueue:
+        definition = self.definition(request.definition)
+        user = check_user_id(request.user)
+        params = {**subscribed, **_check_params(request.params, definition, subscribed)}
+        after_ms, delay_ms = _when(request.countdown, request.eta)
+        key = request.idempotency_key
+        if key is not None and (not isinstance(key, str) or not 0 < len(key) <= MAX_KEY_LENGTH):
+            raise InvalidInput(f"idempotency_key {key!r} is not accepted: a text of 1 to {MAX_KEY_LENGTH} characters is")
+        suffix = f"m{secrets.token_hex(8)}" if key is None else f"k{hashlib.sha256(key.encode()).hexdigest()[:24]}"
+        return Enqueue(
+            id=f"{definition.id}:{user}:{suffix}",
+            priority=None if request.priority is None else _priority(request.priority),
+            execute_after_ms=after_ms,
+            delay_ms=delay_ms,
+            params=params,
+        )
+
+    def job(self, job_id: str) -> Job:
+        """Raises UnknownJob."""
+        return self.store.job(job_id)
+
+    def history(self, job_id: str) -> list[Transition]:
+        """Every transition of a job, with when, attempt, worker and reason. Raises UnknownJob."""
+        return self.store.history(job_id)
+
+    def jobs(
+        self,
+        *,
+        user: str | None = None,
+        definition: str | None = None,
+        state: JobState | str | Iterable[JobState | str] | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        cursor: str | None = None,
+        limit: int = 100,
+    ) -> Page[Job]:
+        """Jobs that fit all filters, the newest first; `cursor` is the last page's.
+
+        Raises UnknownDefinition, InvalidInput.
+        """
+        if definition is not None:
+            self.definition(definition)
+        if not 1 <= limit <= 10_000:
+            raise InvalidInput(f"limit {limit} is not accepted: 1 to 10000 is")
+        return self.store.jobs(
+            user=None if user is None else check_user_id(user),
+            definition=definition,
+            states=_states(state),
+            since_ms=None if since is None else _instant(since, "since"),
+            until_ms=None if until is None else _instant(until, "until"),
+            cursor=cursor,
+            limit=limit,
+        )
+
+    def cancel(self, job_id: str) -> Job:
+        """Cancel a job that is not finished; one that is canceled already stays so.
+
+        A waiting job never starts. A running one is stopped where the pool can do that; else its result is discarded.
+        Raises UnknownJob, and Conflict when the job ended otherwise.
+        """
+        before = self.store.cancel(job_id, reason=f"canceled by {self._actor}")
+        if before.terminal and before is not JobState.CANCELED:
+            raise Conflict(f"job {job_id} is {before}: it cannot be canceled any more")
+        return self.job(job_id)
+
+    def retry(self, job_id: str) -> Job:
+        """Run a job again that failed, timed out, was rejected or canceled. Raises UnknownJob, Conflict."""
+        self.store.retry(job_id, reason=f"retried by {self._actor}")
+        return self.job(job_id)
+
+    def trigger(self, definition: str, *, window: timedelta | None = None) -> tuple[datetime, int]:
+        """An extra occurrence now, for all subscribers, spread over the definition's window or the one given.
+
+        Returns its time and how many subscribers there are. Raises UnknownDefinition.
+        """
+        known = self.definition(definition)
+        if window is not None and not timedelta() <= window <= MAX_DELAY:
+            raise InvalidInput(f"window {window} is not accepted: 0 to 366 days is")
+        at_ms, subscribers = self.store.trigger(known.id, window=known.window if window is None else window, actor=self._actor)
+        return datetime.fromtimestamp(at_ms / 1000, UTC), subscribers
+
+    # definitions
+
+    def definition(self, definition: str) -> Definition:
+        """Raises UnknownDefinition."""
+        try:
+            return self.catalogue[definition]
+        except (KeyError, TypeError):  # TypeError: not hashable
+            raise UnknownDefinition(f"no definition {definition!r}; `taskplatform tasks list` shows all") from None
+
+    def pause_definition(self, definition: str, *, why: str = "") -> bool:
+        """Nothing of it is planned or released until it is resumed. Returns whether that changed something."""
+        return self.store.pause_definition(self.definition(definition).id, why=why or f"by {self._actor}", actor=self._actor)
+
+    def resume_definition(self, definition: str) -> bool:
+        """The reverse of `pause_definition`."""
+        return self.store.resume_definition(self.definition(definition).id, actor=self._actor)
+
+    # users
+
+    def create_user(self, user: str, *, name: str = "") -> User:
+        """Create a user, or return the one that exists."""
+        self.store.create_user(check_user_id(user), name=name, actor=self._actor)
+        return self.store.user(user)
+
+    def create_users(self, users: Iterable[str]) -> int:
+        """Create many. Returns how many were new."""
+        return self.store.create_users([check_user_id(user) for user in users], actor=self._actor)
+
+    def user(self, user: str) -> User:
+        """Raises UnknownUser."""
+        return self.store.user(check_user_id(user))
+
+    def users(self, *, cursor: str | None = None, limit: int = 100) -> Page[User]:
+        """In order of their ids."""
+        return self.store.users(cursor=cursor, limit=limit)
+
+    def delete_user(self, user: str) -> tuple[int, int]:
+        """Delete a user with subscriptions, jobs and histories. Returns (jobs canceled, subscriptions removed)."""
+        return self.store.delete_user(check_user_id(user), actor=self._actor)
+
+    def pause_user(self, user: str) -> bool:
+        """Nothing is planned or released for the user until they are resumed. Returns whether that changed something."""
+        return self.store.pause_user(check_user_id(user), actor=self._actor)
+
+    def resume_user(self, user: str) -> bool:
+        """The reverse of `pause_user`."""
+        return self.store.resume_user(check_user_id(user), actor=self._actor)
+
+    # subscriptions
+
+    def subscribe(
+        self,
+        user: str,
+        definition: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        schedule: ScheduleOverride | Mapping[str, Any] | None = None,
+        enabled: bool = True,
+    ) -> Subscription:
+        """Subscribe a user, or set an existing subscription to just this.
+
+        `schedule` is an own interval or cron, or an own timezone or at_time for the definition's interval; None means the
+        definition's schedule. It takes effect after the planning horizon: earlier moments still belong to the old one.
+        Raises UnknownUser, UnknownDefinition, InvalidInput.
+        """
+        request = SubscriptionRequest(user=user, definition=definition, params=params, schedule=schedule, enabled=enabled)
+        self._subscribe_one(self.prepare(request))
+        return self.subscription(user, definition)
+
+    def subscribe_many(self, requests: Iterable[SubscriptionRequest]) -> list[SubscribeResult]:
+        """Many at once, each on its own: what became of each, in this order. Raises InvalidInput before any is made."""
+        prepared = [self.prepare(request) for request in requests]
+        return self.store.subscribe(prepared, horizon=self.settings.plan_horizon, actor=self._actor, log=len(prepared) == 1)
+
+    def prepare(self, request: SubscriptionRequest) -> Subscribe:
+        """The checked form of a request. Raises UnknownDefinition, InvalidInput."""
+        definition = self.definition(request.definition)
+        params = _check_params(request.params, definition, {})
+        schedule = None if request.schedule is None else _override(request.schedule, definition)
+        return Subscribe(
+            user=check_user_id(request.user),
+            definition=definition.id,
+            schedule=schedule,
+            own_schedule=schedule is not None,
+            params=params,
+            enabled=request.enabled,
+        )
+
+    def set_params(self, user: str, definition: str, params: Mapping[str, Any]) -> Subscription:
+        """Replace the parameters of a subscription."""
+        known = self.definition(definition)
+        return self._change(user, known, params=_check_params(params, known, {}))
+
+    def set_schedule(self, user: str, definition: str, schedule: ScheduleOverride | Mapping[str, Any] | None) -> Subscription:
+        """Give a subscription an own schedule, or with None the definition's again; see `subscribe`."""
+        known = self.definition(definition)
+        own = None if schedule is None else _override(schedule, known)
+        return self._change(user, known, schedule=own, own_schedule=own is not None)
+
+    def enable(self, user: str, definition: str) -> Subscription:
+        """Switch a subscription on again."""
+        return self._change(user, self.definition(definition), enabled=True)
+
+    def disable(self, user: str, definition: str) -> Subscription:
+        """Switch a subscription off and cancel what waits of it; its parameters and schedule are kept."""
+        return self._change(user, self.definition(definition), enabled=False)
+
+    def _change(self, user: str, definition: Definition, **changes: Any) -> Subscription:
+        self.subscription(user, definition.id)
+        self._subscribe_one(Subscribe(**{"user": user, "definition": definition.id, "own_schedule": None, **changes}))
+        return self.subscription(user, definition.id)
+
+    def _subscribe_one(self, subscribe: Subscribe) -> None:
+        (result,) = self.store.subscribe([subscribe], horizon=self.settings.plan_horizon, actor=self._actor)
+        if result is SubscribeResult.UNKNOWN_USER:
+            self.store.user(subscribe.user)
+        if result is SubscribeResult.UNKNOWN_DEFINITION:
+            raise UnknownDefinition(f"definition {subscribe.definition!r} is not published")
+
+    def unsubscribe(self, user: str, definition: str) -> int:
+        """End a subscription. Returns how many waiting jobs were canceled. Raises UnknownUser, UnknownSubscription."""
+        return self.store.unsubscribe(check_user_id(user), definition, actor=self._actor)
+
+    def subscription(self, user: str, definition: str) -> Subscription:
+        """Raises UnknownUser, UnknownSubscription."""
+        return self.store.subscription(check_user_id(user), definition)
+
+    def subscriptions(self, user: str) -> list[Subscription]:
+        """Of one user. Raises UnknownUser."""
+        return self.store.subscriptions_of(check_user_id(user))
+
+    def subscribers(self, definition: str, *, cursor: str | None = None, limit: int = 100) -> Page[str]:
+        """Users that are subscribed to a definition."""
+        return self.store.subscribers_of(self.definition(definition).id, cursor=cursor, limit=limit)
+
+    def pause_subscription(self, user: str, definition: str) -> bool:
+        """Nothing of it is planned or released until it is resumed. Returns whether that changed something."""
+        return self.store.pause_subscription(check_user_id(user), definition, actor=self._actor)
+
+    def resume_subscription(self, user: str, definition: str) -> bool:
+        """The reverse of `pause_subscription`."""
+        return self.store.resume_subscription(check_user_id(user), definition, actor=self._actor)
+
+    # what happened
+
+    def changes(self, *, limit: int = 100) -> list[Change]:
+        """The newest changes that people and beat made to users, subscriptions and definitions."""
+        return self.store.changes(limit=limit)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_params(params: Mapping[str, Any] | None, definition: Definition, given: Mapping[str, Any]) -> dict[str, Any]:
+    if params is None:
+        params = {}
+    if not isinstance(params, Mapping) or not all(isinstance(name, str) for name in params):
+        raise InvalidInput(f"params of {definition.id}: a mapping of names to JSON values is expected, not {type(params).__name__}")
+    try:
+        text = json.dumps(params, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as fault:
+        raise InvalidInput(f"params of {definition.id}: not JSON: {fault}") from None
+    if len(text) > MAX_PARAMS_BYTES:
+        raise InvalidInput(f"params of {definition.id}: {len(text)} bytes of JSON, at most {MAX_PARAMS_BYTES} are accepted")
+    missing = definition.missing_params({**given, **params})
+    if missing:
+        raise InvalidInput(f"params of {definition.id}: {', '.join(missing)} missing")
+    return dict(params)
+
+
+def _when(countdown: float | timedelta | None, eta: datetime | None) -> tuple[int | None, int]:
+    """(execute_after in ms, or None for a delay), delay in ms."""
+    if countdown is not None and eta is not None:
+        raise InvalidInput("countdown and eta exclude each other")
+    if eta is not None:
+        at_ms = _instant(eta, "eta")
+        if at_ms > (datetime.now(UTC) + MAX_DELAY).timestamp() * 1000:
+            raise InvalidInput(f"eta {eta.isoformat()} is more than {MAX_DELAY.days} days ahead")
+        return at_ms, 0
+    if countdown is None:
+        return None, 0
+    if isinstance(countdown, bool) or not isinstance(countdown, int | float | timedelta):
+        raise InvalidInput(f"countdown {countdown!r} is not a number of seconds or a timedelta")
+    seconds = countdown.total_seconds() if isinstance(countdown, timedelta) else countdown
+    if not 0 <= seconds <= MAX_DELAY.total_seconds():
+        raise InvalidInput(f"countdown {countdown!r} is not accepted: 0 to {MAX_DELAY.days} days is")
+    return None, round(seconds * 1000)
+
+
+def _instant(value: datetime, name: str) -> int:
+    if not isinstance(value, datetime) or value.tzinfo is None:
+        raise InvalidInput(f"{name} {value!r} is not accepted: a datetime with a time zone is")
+    return max(0, int(value.timestamp() * 1000))
+
+
+def _priority(value: Priority | str) -> Priority:
+    try:
+        return Priority(value)
+    except ValueError:
+        raise InvalidInput(f"priority {value!r} is not accepted: {', '.join(Priority)} are") from None
+
+
+def _states(value: JobState | str | Iterable[JobState | str] | None) -> frozenset[JobState]:
+    if value is None:
+        return frozenset()
+    wanted = [value] if isinstance(value, str) else list(value)
+    try:
+        return frozenset(JobState(state) for state in wanted)
+    except ValueError:
+        raise InvalidInput(f"state {', '.join(map(str, wanted))} is not accepted: {', '.join(JobState)} are") from None
+
+
+def _override(value: ScheduleOverride | Mapping[str, Any], definition: Definition) -> Schedule:
+    try:
+        override = value if isinstance(value, ScheduleOverride) else ScheduleOverride.model_validate(value)
+        return override.apply(definition.schedule)
+    except ValidationError as fault:
+        lines = (f"{'.'.join(map(str, error['loc']))}: {error['msg'].removeprefix('Value error, ')}" for error in fault.errors())
+        raise InvalidInput(f"schedule for {definition.id}: {'; '.join(lines)}") from None
+    except ValueError as fault:
+        raise InvalidInput(f"schedule for {definition.id}: {fault}") from None

@@ -1,0 +1,39 @@
+"""What the platform keeps in Redis, behind the domain's verbs. Nothing outside this package issues a Redis command.
+
+Each verb that changes something is one Lua script, so that a job's state, its history, the waiting set and the broker's queues
+never disagree, whatever dies between two calls. Times are milliseconds since the epoch by the server's clock.
+"""
+
+from taskplatform.store.connection import connect
+from taskplatform.store.store import (
+    Change,
+    DueItem,
+    Enqueue,
+    Group,
+    Occurrence,
+    Opening,
+    Page,
+    PublishedDefinition,
+    Start,
+    Store,
+    Subscribe,
+    SubscribeResult,
+    Worker,
+)
+
+__all__ = [
+    "Change",
+    "DueItem",
+    "Enqueue",
+    "Group",
+    "Occurrence",
+    "Opening",
+    "Page",
+    "PublishedDefinition",
+    "Start",
+    "Store",
+    "Subscribe",
+    "SubscribeResult",
+    "Worker",
+    "connect",
+]

@@ -1,0 +1,56 @@
+"""The connection to Redis. Its errors become the platform's here, once, for everything that the store does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import AuthenticationError, ConnectionError, NoScriptError, ResponseError, TimeoutError
+from redis.retry import Retry
+
+from taskplatform.errors import StoreError, StoreUnavailable
+
+
+def connect(url: str) -> redis.Redis:
+    """A client with a connection pool, that takes short outages (about 2 s) by itself."""
+    return _Client.from_url(
+        url,
+        decode_responses=True,
+        socket_timeout=10,
+        socket_connect_timeout=5,
+        health_check_interval=30,
+        retry=Retry(ExponentialWithJitterBackoff(base=0.1, cap=1), 3),
+        retry_on_error=[ConnectionError, TimeoutError],
+    )
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except NoScriptError:
+        raise  # redis-py loads the script and tries again
+    except AuthenticationError as fault:
+        raise StoreError(f"Redis did not let us in: {fault}") from fault
+    except (ConnectionError, TimeoutError) as fault:
+        raise StoreUnavailable(f"Redis cannot be reached: {fault}") from fault
+    except ResponseError as fault:
+        raise StoreError(f"Redis refused: {fault}") from fault
+
+
+class _Client(redis.Redis):
+    def execute_command(self, *args: Any, **options: Any) -> Any:
+        with _translated():
+            return super().execute_command(*args, **options)
+
+    def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> _Pipeline:
+        return _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+
+
+class _Pipeline(redis.client.Pipeline):
+    def execute(self, raise_on_error: bool = True) -> list[Any]:
+        with _translated():
+            return super().execute(raise_on_error)

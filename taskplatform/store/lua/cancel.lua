@@ -1,0 +1,16 @@
+-- Cancels a job that is not finished. One that runs is taken from its worker, which is told to stop it.
+-- ARGV[1] now   ARGV[2] job id   ARGV[3] reason
+-- Returns the state that the job was in, or 'unknown'.
+
+local now, id, reason = clock(ARGV[1]), ARGV[2], ARGV[3]
+local job = load_job(id)
+if not job then return 'unknown' end
+local before = job.state
+if not (ALLOWED[before] and ALLOWED[before].canceled) then return before end
+if before == 'running' then
+  call('RPUSH', K.stops .. job.worker, id)
+  call('EXPIRE', K.stops .. job.worker, 3600)
+end
+conclude(id, job, 'canceled', now, before == 'running' and job.worker or '', reason, '')
+release(now, 10)
+return before

@@ -1,0 +1,34 @@
+-- Deletes a user: subscriptions, waiting and finished jobs, histories. What runs is canceled and forgotten soon after.
+-- ARGV[1] now   ARGV[2] user   ARGV[3] actor   ARGV[4] size of the change log
+-- Returns {jobs canceled, subscriptions removed}, or {-1, 0} when there is no such user.
+
+local now, user = clock(ARGV[1]), ARGV[2]
+local key = K.user .. user
+local fields = pairs_to_table(call('HGETALL', key))
+if not fields['@created'] then return { -1, 0 } end
+local subscriptions, canceled = 0, 0
+for definition, raw in pairs(fields) do
+  if string.sub(definition, 1, 1) ~= '@' then
+    leave_groups(user, definition, cjson.decode(raw))
+    subscriptions = subscriptions + 1
+  end
+end
+for _, id in ipairs(call('ZRANGE', K.user_jobs .. user, 0, -1)) do
+  local job = load_job(id)
+  if job then
+    if ALLOWED[job.state].canceled then
+      canceled = canceled + 1
+      if job.state == 'running' then
+        call('RPUSH', K.stops .. job.worker, id)
+        call('EXPIRE', K.stops .. job.worker, 3600)
+      end
+      conclude(id, job, 'canceled', now, '', 'user deleted', '')
+    end
+    forget_job(id)
+  end
+end
+call('DEL', key, K.held .. user, K.user_jobs .. user)
+call('ZREM', K.users, user)
+log_change(now, ARGV[4], ARGV[3], 'user deleted', user, canceled .. ' jobs canceled, ' .. subscriptions .. ' subscriptions removed')
+release(now, 100)
+return { canceled, subscriptions }

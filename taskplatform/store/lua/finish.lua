@@ -1,0 +1,19 @@
+-- Ends a delivery's run: completed, failed, timed_out, rejected or retrying. Then releases what there is room for.
+-- ARGV[1] now   ARGV[2] job id   ARGV[3] delivery   ARGV[4] worker   ARGV[5] new state   ARGV[6] reason
+-- ARGV[7] detail as JSON or ''   ARGV[8] wait before the retry in ms
+-- Returns 'done', or the job's state when this delivery no longer counts (its result is then only noted), or 'unknown'.
+
+local now, id, delivery, worker, to = clock(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
+local job = load_job(id)
+if not job then return 'unknown' end
+if job.state ~= 'running' or job.delivery ~= delivery then
+  remember(id, now, job.state, job.state, job.attempt, worker, 'discarded the result of delivery ' .. delivery .. ': ' .. to .. ', ' .. ARGV[6], ARGV[7])
+  return job.state
+end
+if to == 'retrying' then
+  give_back(id, job, 'retrying', now, now + tonumber(ARGV[8]), worker, ARGV[6], ARGV[7])
+else
+  conclude(id, job, to, now, worker, ARGV[6], ARGV[7])
+end
+release(now, 10)
+return 'done'

@@ -1,0 +1,12 @@
+-- A worker lives: what it serves, and what it shall stop.
+-- ARGV[1] now   ARGV[2] worker   ARGV[3] slots   ARGV[4] served priorities, comma-separated   ARGV[5] released jobs per slot
+-- ARGV[6…] by twos: further fields and their values
+-- Returns the ids of jobs that the worker shall stop.
+
+local now, worker = clock(ARGV[1]), ARGV[2]
+call('ZADD', K.workers, text(now), worker)
+call('HSET', K.worker .. worker, 'slots', ARGV[3], 'queues', ARGV[4], 'buffer', ARGV[5], unpack(ARGV, 6))
+count_capacity()
+local stops = call('LRANGE', K.stops .. worker, 0, -1)
+call('DEL', K.stops .. worker)
+return stops

@@ -1,0 +1,11 @@
+-- The process that ran a delivery died, and its worker lives to say so.
+-- ARGV[1] now   ARGV[2] job id   ARGV[3] delivery   ARGV[4] worker   ARGV[5] what happened
+-- ARGV[6] losses after which a job fails for good   ARGV[7] wait before the next run in ms, doubled by each further loss
+-- Returns 1, or 0 when the delivery no longer counts.
+
+local now, id, delivery, worker = clock(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local job = load_job(id)
+if not job or job.delivery ~= delivery or (job.state ~= 'running' and job.state ~= 'queued') then return 0 end
+lose(id, job, now, worker, ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7]))
+release(now, 10)
+return 1

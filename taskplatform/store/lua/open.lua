@@ -1,0 +1,59 @@
+-- Moves a group's cursor over the occurrences that came due, opening or skipping each: all or nothing.
+-- ARGV[1] now   ARGV[2] <gid>   ARGV[3] the cursor that the planner saw   ARGV[4] the new cursor
+-- ARGV[5] when to look at the group again ('' never)   ARGV[6] window in ms   ARGV[7] horizon in ms
+-- ARGV[8…] by fours: time, last time (for a range that is skipped in one), source or 'skip', reason
+-- Returns how many were opened, or -1 when the cursor was not the one that the planner saw, -2 when the group has no members.
+
+local now, gid, seen, cursor, again = clock(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local window, horizon = ARGV[6], tonumber(ARGV[7])
+local group_key = K.group .. gid
+local group = call('HMGET', group_key, 'definition', 'cursor')
+local definition = group[1]
+if not definition then
+  call('ZREM', K.due, 'g|' .. gid)
+  return -2
+end
+if call('ZCARD', K.slots .. gid) == 0 then
+  call('DEL', group_key)
+  call('SREM', K.groups .. definition, gid)
+  call('ZREM', K.due, 'g|' .. gid)
+  return -2
+end
+if group[2] ~= seen then return -1 end
+
+local paused = call('HGET', K.definition .. definition, 'paused')
+local opened, late = 0, 0
+for i = 8, #ARGV, 4 do
+  local at, last, source, reason = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
+  local oid = gid .. '|' .. at
+  local okey = K.occurrence .. oid
+  if call('EXISTS', okey) == 0 then
+    local base = at
+    if source == 'catch_up' then
+      -- each over a window of its own, one after the other, from now on
+      base = text(now + late * tonumber(window))
+      late = late + 1
+    end
+    if source ~= 'skip' and paused then
+      source, reason = 'skip', 'definition paused, ' .. paused
+    end
+    local state = source == 'skip' and 'skipped' or 'open'
+    call('HSET', okey, 'definition', definition, 'group', gid, 'at', at, 'last', last, 'base', base, 'window', window,
+      'cursor', '-1', 'suffix', at, 'source', source, 'state', state, 'reason', reason, 'opened', text(now))
+    call('ZADD', K.occurrences .. definition, at, oid)
+    if state == 'open' then
+      opened = opened + 1
+      call('SADD', K.open .. gid, oid)
+      call('ZADD', K.due, text(tonumber(base) - horizon), 'o|' .. oid)
+    else
+      call('ZADD', K.closed, text(now), oid)
+    end
+  end
+end
+call('HSET', group_key, 'cursor', cursor)
+if again == '' then
+  call('ZREM', K.due, 'g|' .. gid)
+else
+  call('ZADD', K.due, again, 'g|' .. gid)
+end
+return opened

@@ -1,0 +1,171 @@
+-- Makes the jobs of the next subscribers of an open occurrence, and moves its cursor: both or neither.
+-- ARGV[1] now   ARGV[2] horizon in ms   ARGV[3] <oid>   ARGV[4] how many subscribers to read
+-- Returns {state, jobs made, when to look again ('' when done)}; state is open, done, skipped or gone.
+
+local now, horizon, oid, most = clock(ARGV[1]), tonumber(ARGV[2]), ARGV[3], tonumber(ARGV[4])
+local okey = K.occurrence .. oid
+local list = call('HGETALL', okey)
+if #list == 0 then
+  call('ZREM', K.due, 'o|' .. oid)
+  return { 'gone', 0, '' }
+end
+local occurrence = pairs_to_table(list)
+if occurrence.state ~= 'open' then
+  call('ZREM', K.due, 'o|' .. oid)
+  return { occurrence.state, 0, '' }
+end
+
+local definition, group = occurrence.definition, occurrence.group
+local at, base, window = tonumber(occurrence.at), tonumber(occurrence.base), tonumber(occurrence.window)
+local cursor = tonumber(occurrence.cursor)
+
+local function close(state, reason)
+  call('HSET', okey, 'state', state, 'reason', reason, 'done', text(now))
+  call('ZREM', K.due, 'o|' .. oid)
+  call('SREM', K.open .. group, oid)
+  call('ZADD', K.closed, text(now), oid)
+end
+
+local known = call('HMGET', K.definition .. definition, 'priority', 'overlap', 'paused')
+if not known[1] or known[3] then
+  local reason = known[3] and ('definition paused, ' .. known[3]) or 'definition removed'
+  close('skipped', reason)
+  return { 'skipped', 0, '' }
+end
+local priority, no_overlap = known[1], known[2] == 'skip'
+
+local slots_key = K.slots .. group
+local function after_cursor(last, count)
+  return call('ZRANGEBYSCORE', slots_key, '(' .. string.format('%.17g', cursor), last, 'WITHSCORES', 'LIMIT', 0, count)
+end
+
+local last = window > 0 and (now + horizon + 1 - base) / window or (base <= now + horizon and 1 or -1)
+local found = after_cursor(string.format('%.17g', last), most)
+if #found == 2 * most then
+  -- all who share the last slot go together, because the cursor is a slot
+  local score = found[#found]
+  local seen = {}
+  for i = 1, #found, 2 do seen[found[i]] = true end
+  for _, user in ipairs(call('ZRANGEBYSCORE', slots_key, score, score)) do
+    if not seen[user] then
+      found[#found + 1] = user
+      found[#found + 1] = score
+    end
+  end
+end
+
+-- Whether the moment belongs to this group by the user's subscription, now or before a change of schedule.
+local function applies(subscription, nominal)
+  if (subscription.group or definition) == group and nominal > (subscription.since or 0) then return true end
+  for _, before in ipairs(subscription.prev or {}) do
+    if before[1] == group and nominal > before[2] and nominal <= before[3] then return true end
+  end
+  return false
+end
+
+-- The user left this group and its last moment here has passed.
+local function forget(user, subscription, nominal)
+  if (subscription.group or definition) == group then return end
+  local kept = {}
+  for _, before in ipairs(subscription.prev or {}) do
+    if before[1] == group and nominal <= before[3] then return end
+    if before[1] ~= group then kept[#kept + 1] = before end
+  end
+  call('ZREM', slots_key, user)
+  subscription.prev = #kept > 0 and kept or nil
+  call('HSET', K.user .. user, definition, encode_subscription(subscription))
+end
+
+local suffix, source = occurrence.suffix, occurrence.source
+local triggered = source == 'trigger'
+local reason = source == 'schedule' and 'planned' or ('planned by ' .. source)
+local made, skipped, lane, index = 0, 0, {}, {}
+local seq = call('INCRBY', K.seq, #found / 2) - #found / 2
+local now_text = text(now)
+
+for i = 1, #found, 2 do
+  local user, score = found[i], tonumber(found[i + 1])
+  local offset = math.floor(score * window)
+  if base + offset > now + horizon then break end
+  cursor = score
+  local values = call('HMGET', K.user .. user, '@paused', definition)
+  local raw = values[2]
+  if not raw then
+    call('ZREM', slots_key, user)
+  else
+    local params, wanted = '', true
+    if values[1] == '1' then
+      wanted = false
+      skipped = skipped + 1
+    end
+    -- most subscriptions are plain: {"since":…}
+    local since = string.match(raw, '^{"since":(%d+)}$')
+    if since and group == definition then
+      wanted = wanted and (triggered or at + offset > tonumber(since))
+    else
+      local subscription = cjson.decode(raw)
+      if triggered then
+        wanted = wanted and (subscription.group or definition) == group
+      elseif not applies(subscription, at + offset) then
+        forget(user, subscription, at + offset)
+        wanted = false
+      end
+      if wanted and (subscription.off or subscription.paused) then
+        wanted = false
+        skipped = skipped + 1
+      end
+      params = subscription.params or ''
+    end
+    if wanted and base + offset < now - horizon then
+      -- late, because the planner was away: what is left is spread from now on, not fired at once
+      base = now - offset
+      call('HSET', okey, 'base', text(base))
+    end
+    local id = definition .. ':' .. user .. ':' .. suffix
+    if wanted and call('EXISTS', K.job .. id) == 0 then
+      seq = seq + 1
+      local after = text(base + offset)
+      create(id, definition, user, now, priority, after, seq, source, params, reason)
+      index[#index + 1] = now_text
+      index[#index + 1] = id
+      made = made + 1
+      local busy = no_overlap and call('HGET', K.unfinished .. definition, user)
+      if no_overlap then count_unfinished(id, 1) end
+      if busy then
+        local job = { state = 'pending', priority = priority, seq = seq, attempt = 0 }
+        conclude(id, job, 'rejected', now, '', 'overlap: the last job is not finished', '')
+      else
+        lane[#lane + 1] = after
+        lane[#lane + 1] = lane_member(seq, id)
+      end
+    end
+  end
+end
+
+-- unpack has a limit of about 8,000 values
+local function add_all(key, values)
+  for i = 1, #values, 4000 do
+    call('ZADD', key, unpack(values, i, math.min(i + 3999, #values)))
+  end
+end
+add_all(K.definition_jobs .. definition, index)
+if #lane > 0 then
+  add_all(K.lane .. priority .. ':' .. definition, lane)
+  refresh_lane(priority, definition)
+end
+if made > 0 then call('HINCRBY', K.counts, 'pending', made) end
+
+call('HSET', okey, 'cursor', string.format('%.17g', cursor))
+if made > 0 then call('HINCRBY', okey, 'planned', made) end
+if skipped > 0 then call('HINCRBY', okey, 'paused', skipped) end
+
+-- When to look again: for the next subscriber, but not after the end of the window, which new ones may still join.
+local following = after_cursor('+inf', 1)
+local again = base + window
+if following[2] then again = base + math.floor(tonumber(following[2]) * window) end
+if not following[2] and base + window <= now + horizon then
+  close('done', 'planned')
+  return { 'done', made, '' }
+end
+call('ZADD', K.due, text(again - horizon), 'o|' .. oid)
+return { 'open', made, text(again - horizon) }

@@ -1,0 +1,35 @@
+-- Tells the scripts of a definition, and gives its default group its schedule.
+-- ARGV[1] now   ARGV[2] definition   ARGV[3] schedule of the default group   ARGV[4] 1: only if it is not published yet
+-- ARGV[5] actor   ARGV[6] size of the change log   ARGV[7…] by twos: fields and their values ('' removes the field)
+-- Returns 1 when something changed, else 0.
+
+local now, definition, schedule = clock(ARGV[1]), ARGV[2], ARGV[3]
+local key = K.definition .. definition
+local is_new = call('SADD', K.definitions, definition) == 1
+if not is_new and ARGV[4] == '1' then return 0 end
+local changed = {}
+for i = 7, #ARGV, 2 do
+  local field, value = ARGV[i], ARGV[i + 1]
+  local before = call('HGET', key, field) or ''
+  if before ~= value then
+    changed[#changed + 1] = field
+    if value == '' then call('HDEL', key, field) else call('HSET', key, field, value) end
+  end
+end
+local group_key = K.group .. definition
+if call('HGET', key, 'schedule') ~= schedule then
+  changed[#changed + 1] = 'schedule'
+  call('HSET', key, 'schedule', schedule)
+end
+if call('EXISTS', group_key) == 1 and call('HGET', group_key, 'schedule') ~= schedule then
+  -- the planner has done what the old schedule made due; the new one counts from now
+  local cursor = math.max(now, tonumber(call('HGET', group_key, 'cursor')))
+  call('HSET', group_key, 'schedule', schedule, 'cursor', text(cursor))
+  call('ZADD', K.due, text(now), 'g|' .. definition)
+end
+if is_new then
+  for _, gid in ipairs(call('SMEMBERS', K.groups .. definition)) do call('ZADD', K.due, text(now), 'g|' .. gid) end
+end
+if #changed == 0 then return 0 end
+log_change(now, ARGV[6], ARGV[5], is_new and 'definition added' or 'definition changed', definition, table.concat(changed, ', '))
+return 1

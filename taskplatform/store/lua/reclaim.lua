@@ -1,0 +1,29 @@
+-- Releases again, under a new delivery, what has been queued for too long and is not in its queue: the message was taken by a
+-- process that died before it started the job. If that process lives after all, the new delivery fences it off.
+-- ARGV[1] now   ARGV[2] how long a job may be queued before it is looked at, in ms   ARGV[3] most jobs in one go
+-- Returns their ids.
+
+local now, patience, most = clock(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local found = {}
+for _, priority in ipairs(PRIORITIES) do
+  local suspects = call('ZRANGEBYSCORE', K.queued .. priority, '-inf', text(now - patience), 'LIMIT', 0, most)
+  if #suspects > 0 then
+    local waiting = {}
+    for _, message in ipairs(call('LRANGE', priority, 0, -1)) do
+      local tag = string.match(message, '"delivery_tag": "([^"]+)"')
+      if tag then waiting[tag] = true end
+    end
+    for _, id in ipairs(suspects) do
+      local job = load_job(id)
+      if not job or job.state ~= 'queued' then
+        call('ZREM', K.queued .. priority, id)
+      elseif not waiting[id .. '#' .. job.delivery] then
+        drop_unacked(id, job)
+        give_back(id, job, job.attempt > 0 and 'retrying' or 'pending', now, tonumber(job.after), '', 'its message was lost: released again', '')
+        found[#found + 1] = id
+      end
+    end
+  end
+end
+if #found > 0 then release(now, 100) end
+return found

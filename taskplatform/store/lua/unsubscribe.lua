@@ -1,0 +1,14 @@
+-- Ends a subscription and cancels what waits of it.
+-- ARGV[1] now   ARGV[2] user   ARGV[3] definition   ARGV[4] actor   ARGV[5] size of the change log
+-- Returns how many waiting jobs were canceled, -1 unknown user, -2 not subscribed.
+
+local now, user, definition = clock(ARGV[1]), ARGV[2], ARGV[3]
+local key = K.user .. user
+if call('EXISTS', key) == 0 then return -1 end
+local raw = call('HGET', key, definition)
+if not raw then return -2 end
+leave_groups(user, definition, cjson.decode(raw))
+call('HDEL', key, definition)
+local canceled = cancel_waiting(user, definition, now, 'unsubscribed by ' .. ARGV[4])
+log_change(now, ARGV[5], ARGV[4], 'unsubscribed', user .. ' ' .. definition, '')
+return canceled

@@ -1,0 +1,47 @@
+"""Runs the Lua scripts, each an atomic step, and translates what Redis answers.
+
+A script is `lua/<verb>.lua`. Before it stand the key names (`keys.lua_table`) and `lua/lib.lua`. Its first argument is always
+the instant: the store's clock where one was given, else '' for the server's own, so that all processes share one clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+import redis
+from redis.commands.core import Script
+
+from taskplatform.store.keys import lua_table
+
+Clock = Callable[[], int]
+
+
+def source(name: str) -> str:
+    """The text of `lua/<name>.lua`."""
+    return resources.files(__package__).joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+
+
+def names() -> list[str]:
+    """The verbs, without the library."""
+    folder = resources.files(__package__).joinpath("lua")
+    return sorted(entry.name.removesuffix(".lua") for entry in folder.iterdir() if entry.name.endswith(".lua") and entry.name != "lib.lua")
+
+
+class Scripts:
+    """The scripts for one namespace, loaded when first used."""
+
+    def __init__(self, client: redis.Redis, namespace: str, clock: Clock | None = None) -> None:
+        self._client = client
+        self._prelude = lua_table(namespace) + source("lib")
+        self._clock = clock
+        self._loaded: dict[str, Script] = {}
+
+    def run(self, name: str, *args: str | int | float) -> Any:
+        """Run `lua/<name>.lua` with the instant and `args`. Raises StoreError, StoreUnavailable."""
+        script = self._loaded.get(name)
+        if script is None:
+            script = self._loaded[name] = self._client.register_script(self._prelude + source(name))
+        instant = "" if self._clock is None else self._clock()
+        return script(args=[instant, *args])

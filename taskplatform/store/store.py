@@ -1,0 +1,867 @@
+"""The store's verbs, typed. See the package's docstring for what they promise."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import IntEnum
+from typing import Any, Generic, TypeVar, cast
+
+import redis
+
+from taskplatform.errors import Conflict, InvalidInput, UnknownDefinition, UnknownJob, UnknownSubscription, UnknownUser
+from taskplatform.model import (
+    Job,
+    JobState,
+    Priority,
+    Schedule,
+    Subscription,
+    Transition,
+    User,
+    schedule_from_json,
+    schedule_to_json,
+    slot,
+)
+from taskplatform.store.keys import key
+from taskplatform.store.scripts import Clock, Scripts
+
+T = TypeVar("T")
+
+_BATCH = 500
+
+
+def milliseconds(duration: timedelta) -> int:
+    """A duration as the scripts take it."""
+    return round(duration / timedelta(milliseconds=1))
+
+
+# --- what goes in and out --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedDefinition:
+    """What the scripts must know of a definition."""
+
+    id: str
+    schedule: Schedule
+    priority: Priority
+    overlap: str
+    message: str
+    """The Celery message with @@ID@@, @@USER@@, @@DELIVERY@@, @@RETRIES@@ and @@QUEUE@@ to be filled in."""
+    rate_per_second: float | None = None
+    burst: int | None = None
+
+
+class SubscribeResult(IntEnum):
+    UNCHANGED = 0
+    CREATED = 1
+    CHANGED = 2
+    UNKNOWN_USER = -1
+    UNKNOWN_DEFINITION = -2
+
+
+@dataclass(frozen=True, slots=True)
+class Subscribe:
+    """One subscription to be made or changed. None keeps what is; for a new one it means the default."""
+
+    user: str
+    definition: str
+    schedule: Schedule | None = None
+    own_schedule: bool | None = False
+    """True: `schedule`; False: the definition's; None: keep."""
+    params: Mapping[str, Any] | None = None
+    enabled: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Enqueue:
+    """One job to be made by hand."""
+
+    id: str
+    priority: Priority | None = None
+    execute_after_ms: int | None = None
+    delay_ms: int = 0
+    params: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "api"
+
+
+@dataclass(frozen=True, slots=True)
+class DueItem:
+    """What the planner must look at: a group (`gid`) or an open occurrence (`oid`)."""
+
+    kind: str
+    id: str
+    due_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The subscribers of a definition with one effective schedule."""
+
+    id: str
+    definition: str
+    schedule: Schedule
+    cursor_ms: int
+    """All occurrences up to here are opened or skipped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What becomes of an occurrence that came due; `last_ms` ends a range that is skipped as one."""
+
+    at_ms: int
+    source: str
+    reason: str
+    last_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Occurrence:
+    """An occurrence that was opened or skipped."""
+
+    id: str
+    definition: str
+    group: str
+    at_ms: int
+    last_ms: int
+    base_ms: int
+    """Where its window begins: its time, or later when it was caught up."""
+    window_ms: int
+    state: str
+    source: str
+    reason: str
+    planned: int
+    paused: int
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The answer to `start`: `go` with what the run needs, or the reason why not."""
+
+    go: bool
+    refusal: str = ""
+    attempt: int = 0
+    losses: int = 0
+    execute_after_ms: int = 0
+    params: Mapping[str, Any] = field(default_factory=dict)
+    failures: int = 0
+    """Attempts of this budget that ended in a failure before this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker process as its heartbeat describes it."""
+
+    id: str
+    heartbeat_ms: int
+    slots: int
+    queues: tuple[str, ...]
+    running: tuple[str, ...]
+    info: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """An entry of the change log."""
+
+    at_ms: int
+    actor: str
+    kind: str
+    subject: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """A part of a listing, and the cursor for the next (None: there is none)."""
+
+    items: tuple[T, ...]
+    cursor: str | None
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """All verbs over one namespace. Safe to share between threads; make a new one after a fork."""
+
+    def __init__(self, client: redis.Redis, *, namespace: str = "tp", change_log_size: int = 100_000, clock: Clock | None = None) -> None:
+        self._redis = client
+        self._namespace = namespace
+        self._log_size = change_log_size
+        self._clock = clock
+        self._scripts = Scripts(client, namespace, clock)
+
+    def _key(self, name: str, part: str = "") -> str:
+        return key(self._namespace, name, part)
+
+    def now_ms(self) -> int:
+        """The server's clock, or the one that was given."""
+        if self._clock is not None:
+            return self._clock()
+        seconds, microseconds = self._redis.time()
+        return seconds * 1000 + microseconds // 1000
+
+    def ping(self) -> None:
+        """Raise StoreError when Redis does not answer."""
+        self._redis.ping()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._redis.close()
+
+    # definitions
+
+    def publish(self, definition: PublishedDefinition, *, actor: str, only_new: bool = False) -> bool:
+        """Tell the scripts of a definition. Returns whether that changed something."""
+        rate = "" if definition.rate_per_second is None else repr(definition.rate_per_second)
+        fields = {
+            "priority": definition.priority.value,
+            "overlap": definition.overlap,
+            "message": definition.message,
+            "rate": rate,
+            "burst": "" if definition.burst is None else definition.burst,
+        }
+        flat = [part for pair in fields.items() for part in pair]
+        schedule = schedule_to_json(definition.schedule)
+        return bool(self._scripts.run("publish", definition.id, schedule, int(only_new), actor, self._log_size, *flat))
+
+    def retract(self, definition: str, *, actor: str) -> bool:
+        """Remove a definition; what waits of it is rejected when its turn comes."""
+        return bool(self._scripts.run("retract", definition, actor, self._log_size))
+
+    def published(self) -> set[str]:
+        """Ids of the definitions that the scripts know."""
+        return cast("set[str]", self._redis.smembers(self._key("definitions")))
+
+    def pause_definition(self, definition: str, *, why: str, actor: str) -> bool:
+        """Nothing of it is planned or released until it is resumed. Raises UnknownDefinition."""
+        return self._pause_definition(definition, why or "no reason given", actor)
+
+    def resume_definition(self, definition: str, *, actor: str) -> bool:
+        """The reverse. Raises UnknownDefinition."""
+        return self._pause_definition(definition, "", actor)
+
+    def _pause_definition(self, definition: str, why: str, actor: str) -> bool:
+        answer = self._scripts.run("pause_definition", definition, why, actor, self._log_size)
+        if answer == -1:
+            raise UnknownDefinition(f"no definition {definition!r} is published")
+        return bool(answer)
+
+    def definition_pauses(self) -> dict[str, str]:
+        """Paused definitions and why."""
+        ids = sorted(self.published())
+        pipe = self._redis.pipeline(transaction=False)
+        for definition in ids:
+            pipe.hget(self._key("definition", definition), "paused")
+        return {definition: why for definition, why in zip(ids, pipe.execute(), strict=True) if why}
+
+    # users
+
+    def create_user(self, user: str, *, name: str = "", actor: str) -> bool:
+        """Returns False when the user exists."""
+        return bool(self._scripts.run("create_user", user, name, actor, self._log_size))
+
+    def create_users(self, users: Iterable[str], *, actor: str) -> int:
+        """Create many, without an entry in the change log for each. Returns how many were new."""
+        made = 0
+        for batch in _batches(users, _BATCH):
+            made += int(self._scripts.run("create_users", *batch))
+        if made:
+            self._log(actor, "users created", "", f"{made} users")
+        return made
+
+    def delete_user(self, user: str, *, actor: str) -> tuple[int, int]:
+        """Delete with all that belongs to the user. Returns (jobs canceled, subscriptions removed). Raises UnknownUser."""
+        canceled, subscriptions = self._scripts.run("delete_user", user, actor, self._log_size)
+        if canceled == -1:
+            raise _no_user(user)
+        return canceled, subscriptions
+
+    def pause_user(self, user: str, *, actor: str) -> bool:
+        """Nothing is planned or released for the user until they are resumed. Raises UnknownUser."""
+        return self._pause_user(user, 1, actor)
+
+    def resume_user(self, user: str, *, actor: str) -> bool:
+        """The reverse. Raises UnknownUser."""
+        return self._pause_user(user, 0, actor)
+
+    def _pause_user(self, user: str, pause: int, actor: str) -> bool:
+        answer = self._scripts.run("pause_user", user, pause, actor, self._log_size)
+        if answer == -1:
+            raise _no_user(user)
+        return bool(answer)
+
+    def user(self, user: str) -> User:
+        """Raises UnknownUser."""
+        fields = self._user_fields(user)
+        return User(user, int(fields["@created"]), fields.get("@paused") == "1", fields.get("@name", ""))
+
+    def users(self, *, cursor: str | None = None, limit: int = 100) -> Page[User]:
+        """In order of their ids."""
+        start = f"({cursor}" if cursor else "-"
+        ids = cast("list[str]", self._redis.zrange(self._key("users"), start, "+", bylex=True, offset=0, num=limit))
+        pipe = self._redis.pipeline(transaction=False)
+        for user in ids:
+            pipe.hmget(self._key("user", user), "@created", "@paused", "@name")
+        rows = pipe.execute()
+        items = tuple(
+            User(user, int(created), paused == "1", name or "") for user, (created, paused, name) in zip(ids, rows, strict=True) if created
+        )
+        return Page(items, ids[-1] if len(ids) == limit else None)
+
+    def count_users(self) -> int:
+        """How many users there are."""
+        return self._redis.zcard(self._key("users"))
+
+    def missing_users(self, users: Iterable[str]) -> set[str]:
+        """Those that do not exist."""
+        missing: set[str] = set()
+        for batch in _batches(dict.fromkeys(users), 5000):
+            pipe = self._redis.pipeline(transaction=False)
+            for user in batch:
+                pipe.exists(self._key("user", user))
+            missing.update(user for user, exists in zip(batch, pipe.execute(), strict=True) if not exists)
+        return missing
+
+    def _user_fields(self, user: str) -> dict[str, str]:
+        fields = cast("dict[str, str]", self._redis.hgetall(self._key("user", user)))
+        if not fields:
+            raise _no_user(user)
+        return fields
+
+    # subscriptions
+
+    def subscribe(self, subscriptions: Sequence[Subscribe], *, horizon: timedelta, actor: str, log: bool = True) -> list[SubscribeResult]:
+        """Make or change subscriptions, each on its own; answers in the same order."""
+        answers: list[SubscribeResult] = []
+        for batch in _batches(subscriptions, 200):
+            args: list[str | int] = []
+            for one in batch:
+                gid, schedule = self._group_of(one)
+                params = "keep" if one.params is None else (_to_json(one.params) if one.params else "")
+                enabled = "keep" if one.enabled is None else ("on" if one.enabled else "off")
+                args += [one.user, one.definition, repr(slot(one.user, one.definition)), gid, schedule, params, enabled]
+            log_size = self._log_size if log else ""
+            found = self._scripts.run("subscribe", milliseconds(horizon), actor, log_size, *args)
+            answers += [SubscribeResult(answer) for answer in found]
+        if not log and any(answer > 0 for answer in answers):
+            self._log(actor, "subscriptions imported", "", f"{sum(answer > 0 for answer in answers)} created or changed")
+        return answers
+
+    @staticmethod
+    def _group_of(one: Subscribe) -> tuple[str, str]:
+        if one.own_schedule is None:
+            return "keep", ""
+        if not one.own_schedule:
+            return one.definition, ""
+        assert one.schedule is not None
+        text = schedule_to_json(one.schedule)
+        return f"{one.definition}~{hashlib.sha256(text.encode()).hexdigest()[:12]}", text
+
+    def unsubscribe(self, user: str, definition: str, *, actor: str) -> int:
+        """Returns how many waiting jobs were canceled. Raises UnknownUser, UnknownSubscription."""
+        return self._checked(self._scripts.run("unsubscribe", user, definition, actor, self._log_size), user, definition)
+
+    def pause_subscription(self, user: str, definition: str, *, actor: str) -> bool:
+        """Raises UnknownUser, UnknownSubscription."""
+        answer = self._scripts.run("pause_subscription", user, definition, 1, actor, self._log_size)
+        return bool(self._checked(answer, user, definition))
+
+    def resume_subscription(self, user: str, definition: str, *, actor: str) -> bool:
+        """Raises UnknownUser, UnknownSubscription."""
+        answer = self._scripts.run("pause_subscription", user, definition, 0, actor, self._log_size)
+        return bool(self._checked(answer, user, definition))
+
+    @staticmethod
+    def _checked(answer: int, user: str, definition: str) -> int:
+        if answer == -1:
+            raise _no_user(user)
+        if answer == -2:
+            raise UnknownSubscription(f"user {user!r} is not subscribed to {definition!r}")
+        return answer
+
+    def subscription(self, user: str, definition: str) -> Subscription:
+        """Raises UnknownUser, UnknownSubscription."""
+        fields = self._user_fields(user)
+        if definition.startswith("@") or definition not in fields:
+            self._checked(-2, user, definition)
+        return self._subscriptions(user, {definition: fields[definition]})[0]
+
+    def subscriptions_of(self, user: str) -> list[Subscription]:
+        """In order of the definitions. Raises UnknownUser."""
+        return self._subscriptions(user, self._user_fields(user))
+
+    def _subscriptions(self, user: str, fields: Mapping[str, str]) -> list[Subscription]:
+        raw = {definition: json.loads(value) for definition, value in sorted(fields.items()) if not definition.startswith("@")}
+        groups = {definition: value["group"] for definition, value in raw.items() if "group" in value}
+        schedules = self._schedules(groups.values())
+        return [
+            Subscription(
+                user=user,
+                definition=definition,
+                enabled="off" not in value,
+                paused="paused" in value,
+                params=json.loads(value.get("params", "{}")),
+                schedule=schedules.get(groups.get(definition, "")),
+                since_ms=int(value["since"]),
+            )
+            for definition, value in raw.items()
+        ]
+
+    def subscription_params(self, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
+        """The own parameters of (user, definition), where there are any."""
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        for batch in _batches(dict.fromkeys(pairs), 5000):
+            pipe = self._redis.pipeline(transaction=False)
+            for user, definition in batch:
+                pipe.hget(self._key("user", user), definition)
+            for pair, raw in zip(batch, pipe.execute(), strict=True):
+                if raw and '"params"' in raw:
+                    found[pair] = json.loads(json.loads(raw)["params"])
+        return found
+
+    def _schedules(self, groups: Iterable[str]) -> dict[str, Schedule]:
+        ids = list(dict.fromkeys(groups))
+        pipe = self._redis.pipeline(transaction=False)
+        for gid in ids:
+            pipe.hget(self._key("group", gid), "schedule")
+        return {gid: schedule_from_json(text) for gid, text in zip(ids, pipe.execute(), strict=True) if text}
+
+    def subscribers_of(self, definition: str, *, cursor: str | None = None, limit: int = 100) -> Page[str]:
+        """Users subscribed to a definition, by group and inside it by slot."""
+        groups = sorted(cast("set[str]", self._redis.smembers(self._key("groups", definition))))
+        at_group, _, after = (cursor or "").partition("|")
+        found: list[str] = []
+        for gid in groups:
+            if gid < at_group:
+                continue
+            start = int(after) if gid == at_group and after else 0
+            users = cast("list[str]", self._redis.zrange(self._key("slots", gid), start, start + limit - len(found) - 1))
+            found += users
+            if len(found) >= limit:
+                return Page(tuple(found), f"{gid}|{start + len(users)}")
+        return Page(tuple(found), None)
+
+    def count_subscribers(self, definition: str) -> int:
+        """Over all groups of the definition."""
+        groups = cast("set[str]", self._redis.smembers(self._key("groups", definition)))
+        pipe = self._redis.pipeline(transaction=False)
+        for gid in groups:
+            pipe.zcard(self._key("slots", gid))
+        return sum(pipe.execute())
+
+    # planning
+
+    def lead(self, *, horizon: timedelta, leader: str) -> None:
+        """Say who plans, and how far ahead."""
+        self._redis.hset(self._key("planner"), mapping={"horizon": milliseconds(horizon), "leader": leader, "since": self.now_ms()})
+
+    def planner_tick(self, *, planned: int) -> None:
+        """Say that the planner advanced."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hset(self._key("planner"), "tick", str(self.now_ms()))
+        if planned:
+            pipe.hincrby(self._key("planner"), "planned", planned)
+        pipe.execute()
+
+    def planner(self) -> dict[str, str]:
+        """What the planner last said of itself: horizon (ms), leader, since, tick (ms), planned."""
+        return cast("dict[str, str]", self._redis.hgetall(self._key("planner")))
+
+    def due(self, now_ms: int, *, limit: int = 100) -> list[DueItem]:
+        """Groups and occurrences that the planner must look at by now, the longest due first."""
+        rows = self._redis.zrange(self._key("due"), "-inf", now_ms, byscore=True, withscores=True, offset=0, num=limit)
+        return [_due_item(member, score) for member, score in cast("list[tuple[str, float]]", rows)]
+
+    def next_due_ms(self) -> int | None:
+        """When the planner is needed next."""
+        rows = cast("list[tuple[str, float]]", self._redis.zrange(self._key("due"), 0, 0, withscores=True))
+        return int(rows[0][1]) if rows else None
+
+    def group(self, gid: str) -> Group | None:
+        """None when it has gone."""
+        fields = cast("dict[str, str]", self._redis.hgetall(self._key("group", gid)))
+        if "definition" not in fields:
+            return None
+        return Group(gid, fields["definition"], schedule_from_json(fields["schedule"]), int(fields["cursor"]))
+
+    def shelve_group(self, gid: str) -> None:
+        """Look at a group no more until its definition is published again."""
+        self._redis.zrem(self._key("due"), f"g|{gid}")
+
+    def open_occurrences(
+        self, group: Group, openings: Sequence[Opening], *, cursor_ms: int, next_due_ms: int | None, window_ms: int, horizon: timedelta
+    ) -> int | None:
+        """Open or skip what came due and move the group's cursor. None when another planner was faster."""
+        flat: list[str | int] = []
+        for opening in openings:
+            flat += [opening.at_ms, opening.at_ms if opening.last_ms is None else opening.last_ms, opening.source, opening.reason]
+        again = "" if next_due_ms is None else next_due_ms
+        answer = self._scripts.run("open", group.id, group.cursor_ms, cursor_ms, again, window_ms, milliseconds(horizon), *flat)
+        return None if answer == -1 else max(answer, 0)
+
+    def plan(self, oid: str, *, horizon: timedelta, batch: int) -> tuple[int, int | None]:
+        """Make the jobs of the next subscribers of an open occurrence. Returns how many, and when to look again."""
+        _, made, again = self._scripts.run("plan", milliseconds(horizon), oid, batch)
+        return made, int(again) if again else None
+
+    def trigger(self, definition: str, *, window: timedelta, actor: str) -> tuple[int, int]:
+        """Open an extra occurrence now. Returns its time and how many subscribers there are. Raises UnknownDefinition."""
+        at_ms, subscribers = self._scripts.run("trigger", definition, milliseconds(window), actor, self._log_size)
+        if at_ms == -1:
+            raise UnknownDefinition(f"no definition {definition!r} is published")
+        return at_ms, subscribers
+
+    def occurrences(self, definition: str, *, since_ms: int = 0, limit: int = 100) -> list[Occurrence]:
+        """The newest first."""
+        ids = cast(
+            "list[str]",
+            self._redis.zrange(self._key("occurrences", definition), "+inf", since_ms, byscore=True, desc=True, offset=0, num=limit),
+        )
+        pipe = self._redis.pipeline(transaction=False)
+        for oid in ids:
+            pipe.hgetall(self._key("occurrence", oid))
+        return [_occurrence(oid, fields) for oid, fields in zip(ids, pipe.execute(), strict=True) if fields]
+
+    # jobs
+
+    def enqueue(self, jobs: Sequence[Enqueue]) -> list[bool]:
+        """Make jobs by hand: whether each was new. A batch of 500 is made as one, or not at all.
+
+        Raises UnknownUser or UnknownDefinition.
+        """
+        made: list[bool] = []
+        for batch in _batches(jobs, _BATCH):
+            args: list[str] = []
+            for job in batch:
+                after = str(job.execute_after_ms) if job.execute_after_ms is not None else f"+{job.delay_ms}"
+                args += [job.id, job.priority or "", after, _to_json(job.params) if job.params else "", job.source]
+            answer = self._scripts.run("enqueue", *args)
+            if answer[0] < 0:
+                definition, user, _ = batch[int(answer[1])].id.split(":", 2)
+                raise _no_user(user) if answer[0] == -1 else UnknownDefinition(f"no definition {definition!r} is published")
+            made += [bool(one) for one in answer[2:]]
+        return made
+
+    def release(self, *, limit: int = 200) -> tuple[int, int | None]:
+        """Release what is due. Returns how many jobs, and in how many ms the next could go (None: unknown)."""
+        released, wait, _ = self._scripts.run("release", limit)
+        return released, int(wait) if wait else None
+
+    def start(self, job_id: str, *, delivery: int, worker: str, waited_ms: int = 0) -> Start:
+        """Let a delivery run, if it is the job's current one."""
+        answer = self._scripts.run("start", job_id, delivery, worker, waited_ms)
+        if answer[0] != "run":
+            return Start(go=False, refusal=answer[0])
+        _, attempt, losses, after, params, budget = answer
+        return Start(
+            go=True,
+            attempt=attempt,
+            losses=losses,
+            execute_after_ms=int(after),
+            params=json.loads(params) if params else {},
+            failures=attempt - 1 - budget,
+        )
+
+    def finish(
+        self,
+        job_id: str,
+        *,
+        delivery: int,
+        worker: str,
+        state: JobState,
+        reason: str,
+        detail: Mapping[str, Any] | None = None,
+        retry_in: timedelta | None = None,
+    ) -> bool:
+        """End a run. False when the delivery no longer counted; its result is then only noted in the history."""
+        delay = milliseconds(retry_in) if retry_in is not None else 0
+        answer = self._scripts.run("finish", job_id, delivery, worker, state, reason, _to_json(detail) if detail else "", delay)
+        return bool(answer == "done")
+
+    def lose(self, job_id: str, *, delivery: int, worker: str, what: str, max_losses: int, backoff: timedelta) -> bool:
+        """The process that ran a delivery died. False when the delivery no longer counted."""
+        return bool(self._scripts.run("lose", job_id, delivery, worker, what, max_losses, milliseconds(backoff)))
+
+    def cancel(self, job_id: str, *, reason: str) -> JobState:
+        """Cancel a job that is not finished. Returns the state that it was in. Raises UnknownJob."""
+        return self._state(self._scripts.run("cancel", job_id, reason), job_id)
+
+    def retry(self, job_id: str, *, reason: str) -> JobState:
+        """Run a job again that ended without success. Raises UnknownJob, Conflict."""
+        before = self._state(self._scripts.run("retry", job_id, reason), job_id)
+        if before not in (JobState.FAILED, JobState.TIMED_OUT, JobState.CANCELED, JobState.REJECTED):
+            raise Conflict(f"job {job_id} is {before}: only a failed, timed_out, canceled or rejected job can be retried")
+        return before
+
+    @staticmethod
+    def _state(answer: str, job_id: str) -> JobState:
+        if answer == "unknown":
+            raise UnknownJob(f"no job {job_id!r}: it never was, or its record is past the retention")
+        return JobState(answer)
+
+    def note(self, job_id: str, *, worker: str, text: str) -> None:
+        """Add a line to a job's history."""
+        self._scripts.run("note", job_id, worker, text)
+
+    def job(self, job_id: str) -> Job:
+        """Raises UnknownJob."""
+        found = self._jobs([job_id])
+        if not found:
+            self._state("unknown", job_id)
+        return found[0]
+
+    def jobs_by_id(self, ids: Sequence[str]) -> list[Job]:
+        """Those that exist, in this order."""
+        return [job for batch in _batches(ids, 1000) for job in self._jobs(batch)]
+
+    def _jobs(self, ids: Sequence[str]) -> list[Job]:
+        pipe = self._redis.pipeline(transaction=False)
+        for job_id in ids:
+            pipe.hgetall(self._key("job", job_id))
+            pipe.lindex(self._key("history", job_id), -1)
+        answers = pipe.execute()
+        return [_job(job_id, *pair) for job_id, pair in zip(ids, _batches(answers, 2), strict=True) if pair[0]]
+
+    def history(self, job_id: str) -> list[Transition]:
+        """From the first transition to the last. Raises UnknownJob."""
+        rows = cast("list[str]", self._redis.lrange(self._key("history", job_id), 0, -1))
+        if not rows:
+            self._state("unknown", job_id)
+        return [_transition(row) for row in rows]
+
+    def jobs(
+        self,
+        *,
+        user: str | None = None,
+        definition: str | None = None,
+        states: frozenset[JobState] = frozenset(),
+        since_ms: int | None = None,
+        until_ms: int | None = None,
+        cursor: str | None = None,
+        limit: int = 100,
+    ) -> Page[Job]:
+        """Jobs by when they were made, the newest first; paging is stable while jobs come and go.
+
+        `user` or `definition` makes it quick; without either, all definitions are merged.
+        """
+        if user is not None:
+            indexes = [self._key("user_jobs", user)]
+        else:
+            names = [definition] if definition is not None else sorted(self.published())
+            indexes = [self._key("definition_jobs", name) for name in names]
+        upper = until_ms if until_ms is not None else 1 << 53
+        last_seen: tuple[int, str] | None = None
+        if cursor:
+            at, _, job_id = cursor.partition("|")
+            if not at.isdigit() or not job_id:
+                raise InvalidInput(f"cursor {cursor!r} is not one that a listing gave")
+            last_seen = (int(at), job_id)
+            upper = min(upper, last_seen[0])
+        found: list[Job] = []
+        while True:
+            rows = self._newest(indexes, since_ms or 0, upper, last_seen, limit)
+            if not rows:
+                return Page(tuple(found), None)
+            for job in self._jobs([job_id for _, job_id in rows]):
+                if (not states or job.state in states) and (definition is None or job.definition == definition):
+                    found.append(job)
+                    if len(found) == limit:
+                        return Page(tuple(found), f"{job.created_ms}|{job.id}")
+            last_seen = rows[-1]
+            upper = last_seen[0]
+
+    def _newest(self, indexes: Sequence[str], lower: int, upper: int, after: tuple[int, str] | None, limit: int) -> list[tuple[int, str]]:
+        """(created, id), newest first, that come after `after` in that order."""
+        count = limit
+        while True:
+            pipe = self._redis.pipeline(transaction=False)
+            for index in indexes:
+                pipe.zrange(index, upper, lower, byscore=True, desc=True, withscores=True, offset=0, num=count)
+            pages = cast("list[list[tuple[str, float]]]", pipe.execute())
+            rows = sorted(((int(score), member) for page in pages for member, score in page), reverse=True)
+            rows = [row for row in rows if after is None or row < after]
+            if rows or all(len(page) < count for page in pages):
+                return rows[:limit]
+            count *= 4
+
+    def counts(self) -> dict[JobState, int]:
+        """How many jobs ever entered each state."""
+        raw = cast("dict[str, str]", self._redis.hgetall(self._key("counts")))
+        return {state: int(raw.get(state, 0)) for state in JobState}
+
+    def waiting(self) -> dict[Priority, int]:
+        """How many jobs wait, by priority; held ones are not counted."""
+        lanes = [(priority, definition) for priority in Priority for definition in sorted(self.published())]
+        pipe = self._redis.pipeline(transaction=False)
+        for priority, definition in lanes:
+            pipe.zcard(self._key("lane", f"{priority}:{definition}"))
+        totals = dict.fromkeys(Priority, 0)
+        for (priority, _), count in zip(lanes, pipe.execute(), strict=True):
+            totals[priority] += count
+        return totals
+
+    def queued(self) -> dict[Priority, int]:
+        """How many jobs are released and not started, by priority."""
+        return {priority: self._redis.zcard(self._key("queued", priority)) for priority in Priority}
+
+    def running(self) -> int:
+        """How many jobs run."""
+        return self._redis.zcard(self._key("active"))
+
+    # limits
+
+    def set_global_limit(self, per_second: float | None, burst: int = 1) -> None:
+        """For all jobs over all workers; None lifts it."""
+        limits = self._key("limits")
+        if per_second is None:
+            self._redis.hdel(limits, "global")
+        else:
+            self._redis.hset(limits, "global", json.dumps({"rate": per_second, "burst": burst}))
+
+    # workers
+
+    def heartbeat(
+        self, worker: str, *, slots: int, queues: Sequence[str], buffer: float, info: Mapping[str, str] | None = None
+    ) -> list[str]:
+        """A worker lives. Returns the ids of jobs that it shall stop."""
+        extra = [part for pair in (info or {}).items() for part in pair]
+        return cast("list[str]", self._scripts.run("heartbeat", worker, slots, ",".join(queues), buffer, *extra))
+
+    def leave(self, worker: str) -> int:
+        """A worker stops: what it still runs is given back. Returns how many."""
+        return int(self._scripts.run("leave", worker))
+
+    def recover(self, *, silence: timedelta, max_losses: int, backoff: timedelta, limit: int = 500) -> list[tuple[str, str]]:
+        """Take the jobs of workers that were silent too long. Returns ("job" or "worker", id) for each."""
+        rows = self._scripts.run("recover", milliseconds(silence), max_losses, milliseconds(backoff), limit)
+        return [(kind, name) for kind, name in rows]
+
+    def reclaim(self, *, patience: timedelta, limit: int = 200) -> list[str]:
+        """Release again what was queued and whose message is nowhere. Returns the ids."""
+        return cast("list[str]", self._scripts.run("reclaim", milliseconds(patience), limit))
+
+    def workers(self) -> list[Worker]:
+        """In order of their ids."""
+        rows = cast("list[tuple[str, float]]", self._redis.zrange(self._key("workers"), 0, -1, withscores=True))
+        pipe = self._redis.pipeline(transaction=False)
+        for worker, _ in rows:
+            pipe.hgetall(self._key("worker", worker))
+            pipe.smembers(self._key("worker_jobs", worker))
+        answers = _batches(pipe.execute(), 2)
+        return sorted(
+            (_worker(worker, int(beat), fields, jobs) for (worker, beat), (fields, jobs) in zip(rows, answers, strict=True)),
+            key=lambda one: one.id,
+        )
+
+    # housekeeping
+
+    def sweep(self, *, retention: timedelta, limit: int = 500) -> int:
+        """Forget what ended longer ago than that. Returns how many jobs and occurrences."""
+        return int(self._scripts.run("sweep", milliseconds(retention), limit))
+
+    def changes(self, *, limit: int = 100) -> list[Change]:
+        """The change log, the newest first."""
+        rows = cast("list[tuple[str, dict[str, str]]]", self._redis.xrevrange(self._key("changes"), count=limit))
+        return [Change(int(row["at"]), row["actor"], row["kind"], row["subject"], row["detail"]) for _, row in rows]
+
+    def _log(self, actor: str, kind: str, subject: str, detail: str) -> None:
+        entry = {"at": str(self.now_ms()), "actor": actor, "kind": kind, "subject": subject, "detail": detail}
+        self._redis.xadd(self._key("changes"), cast("Any", entry), maxlen=self._log_size)
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _no_user(user: str) -> UnknownUser:
+    return UnknownUser(f"no user {user!r}")
+
+
+def _to_json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    batch: list[T] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _due_item(member: str, score: float) -> DueItem:
+    kind, _, name = member.partition("|")
+    return DueItem("group" if kind == "g" else "occurrence", name, int(score))
+
+
+def _transition(row: str) -> Transition:
+    at_ms, origin, target, attempt, worker, reason, *detail = json.loads(row)
+    return Transition(
+        at_ms=at_ms,
+        from_state=JobState(origin) if origin else None,
+        to_state=JobState(target),
+        attempt=attempt,
+        worker=worker,
+        reason=reason,
+        detail=detail[0] if detail else {},
+    )
+
+
+def _job(job_id: str, fields: Mapping[str, str], last: str | None) -> Job:
+    definition, user, suffix = job_id.split(":", 2)
+    planned = fields["source"] != "api"
+    return Job(
+        id=job_id,
+        definition=definition,
+        user=user,
+        state=JobState(fields["state"]),
+        priority=Priority(fields["priority"]),
+        execute_after_ms=int(fields["after"]),
+        created_ms=int(fields["made"]),
+        occurrence_ms=int(suffix.removeprefix("t")) if planned else None,
+        attempt=int(fields.get("attempt", 0)),
+        failures=max(0, int(fields.get("attempt", 0)) - 1 - int(fields.get("budget", 0))),
+        delivery=int(fields.get("delivery", 0)),
+        params=json.loads(fields.get("params", "{}")),
+        worker=fields.get("worker", ""),
+        started_ms=int(fields["started"]) if "started" in fields else None,
+        finished_ms=int(fields["finished"]) if "finished" in fields else None,
+        reason=_transition(last).reason if last else "",
+        source=fields["source"],
+    )
+
+
+def _occurrence(oid: str, fields: Mapping[str, str]) -> Occurrence:
+    return Occurrence(
+        id=oid,
+        definition=fields["definition"],
+        group=fields["group"],
+        at_ms=int(fields["at"]),
+        last_ms=int(fields["last"]),
+        base_ms=int(fields["base"]),
+        window_ms=int(fields["window"]),
+        state=fields["state"],
+        source=fields["source"],
+        reason=fields["reason"],
+        planned=int(fields.get("planned", 0)),
+        paused=int(fields.get("paused", 0)),
+    )
+
+
+def _worker(name: str, beat: int, fields: Mapping[str, str], jobs: Iterable[str]) -> Worker:
+    known = ("slots", "queues", "buffer")
+    return Worker(
+        id=name,
+        heartbeat_ms=beat,
+        slots=int(fields.get("slots", 0)),
+        queues=tuple(fields.get("queues", "").split(",")) if fields.get("queues") else (),
+        running=tuple(sorted(jobs)),
+        info={name: value for name, value in fields.items() if name not in known},
+    )
