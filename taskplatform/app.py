@@ -32,7 +32,7 @@ from celery.worker.request import Request
 
 from taskplatform import http
 from taskplatform.catalogue import Catalogue, load, resolve_calls
-from taskplatform.errors import CatalogueError, InvalidInput, StoreUnavailable, TaskPlatformError
+from taskplatform.errors import CatalogueError, InvalidInput, SettingsError, StoreError, StoreUnavailable, TaskPlatformError
 from taskplatform.message import time_limits
 from taskplatform.model import Definition, JobState, Priority
 from taskplatform.platform import Platform
@@ -481,7 +481,17 @@ def _make_app() -> Celery:
     return application
 
 
-app = _make_app()
+def _make_app_or_explain() -> Celery:
+    """For the celery command a fault in settings or definitions is a message, not a traceback."""
+    try:
+        return _make_app()
+    except (SettingsError, CatalogueError, StoreError) as fault:
+        if Path(sys.argv[0]).name not in ("celery", "__main__.py"):
+            raise
+        raise SystemExit(f"taskplatform cannot start:\n{fault}") from None
+
+
+app = _make_app_or_explain()
 
 
 @app.task(name="taskplatform.sweep", queue="low")  # type: ignore[untyped-decorator]

@@ -27,16 +27,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic import ValidationError
+from pydantic.json_schema import GenerateJsonSchema
 
 from taskplatform.errors import CatalogueError, Fault, UnknownDefinition
 from taskplatform.model import DEFINITION_ID, Definition, Place, did_you_mean, explain, format_duration
@@ -151,9 +153,8 @@ def check(paths: Sequence[Path], *, environment: Mapping[str, str] | None = None
             if id_ in first_seen:
                 file.add_at(line, f"{id_}.id", f"is defined twice: the first is at {first_seen[id_]}")
             first_seen.setdefault(id_, f"{file.name}:{line}")
-        for entry in file.all_entries if environment is not None else ():
-            for name in sorted(_environment_names(entry.definition) - (environment or {}).keys()):
-                file.add_at(entry.line, f"{entry.definition.id}.config", f"${{{name}}} is not in the environment")
+        if environment is not None:
+            file.check_environment(environment)
         for entry in file.good_entries:
             entries.setdefault(entry.definition.id, entry)
         faults += sorted(file.faults, key=lambda fault: fault.line)
@@ -219,12 +220,11 @@ class _File:
         self.faults: list[Fault] = []
         self.ids: list[tuple[str, int]] = []
         self.good_entries: list[Entry] = []
-        self.all_entries: list[Entry] = []
-        """Also those that are only well-formed with stand-ins for what is wrong in them."""
+        self._variables: list[tuple[int, str, frozenset[str]]] = []
         self._root: Any = None
         try:
             self._root, complaints = _read_yaml(_read_text(path))
-        except _Unreadable as fault:
+        except _UnreadableError as fault:
             self.add_at(fault.line, "", fault.message)
             return
         self._read()
@@ -232,6 +232,12 @@ class _File:
 
     def add_at(self, line: int, field_: str, message: str) -> None:
         self.faults.append(Fault(self.name, line, field_, message))
+
+    def check_environment(self, environment: Mapping[str, str]) -> None:
+        """Add a fault for each variable that a definition, even a faulty one, needs and `environment` does not have."""
+        for line, label, names in self._variables:
+            for name in sorted(names - environment.keys()):
+                self.add_at(line, f"{label}.config", f"${{{name}}} is not in the environment")
 
     def _read(self) -> None:
         root = self._root
@@ -263,19 +269,16 @@ class _File:
         for key, value in defaults.items():
             if key in NOT_IN_DEFAULTS:
                 self._add(("defaults", key), "cannot be a default: each definition gives its own")
-            else:
+            elif value is not None or key not in ("config", "call"):
                 allowed.put(key, value, defaults.lines[key])
         probe = _merged(_PROBE, allowed)
         if "call" in allowed and "config" not in allowed:
             del probe["config"]
-        mended, _, problems = _checked(probe)
+        _, problems = _checked(probe)
         for place, message in problems:
             self._add(("defaults", *place), message)
-        if not problems:
-            return allowed
-        for key in NOT_IN_DEFAULTS:
-            mended.pop(key, None)
-        return mended
+            allowed = _mended(allowed, place or ("call",))
+        return allowed
 
     def _read_definition(self, index: int, raw: Any, defaults: _Map) -> None:
         if not isinstance(raw, _Map):
@@ -285,25 +288,26 @@ class _File:
         if id_ is not None:
             self.ids.append((id_, raw.line))
         whole = _with_defaults(raw, defaults)
-        _, definition, problems = _checked(whole)
+        definition, problems = _checked(whole)
         for place, message in problems:
             self.add_at(_line(whole, place), _field_name(self._root, ("tasks", index, *place)), message)
         if definition is not None:
-            entry = Entry(definition, self.name, raw.line)
-            self.all_entries += [entry] if id_ is not None else []
-            self.good_entries += [] if problems else [entry]
+            label = _field_name(self._root, ("tasks", index))
+            self._variables.append((raw.line, label, _environment_names(definition)))
+            if not problems:
+                self.good_entries.append(Entry(definition, self.name, raw.line))
 
     def _add(self, place: Place, message: str) -> None:
         self.add_at(_line(self._root, place), _field_name(self._root, place), message)
 
     def _add_complaints(self, complaints: Iterable[_Complaint]) -> None:
         """Add what the reader found, but for a doubtful value that is wrong in itself: one fault is enough."""
-        already = {(fault.line, fault.field) for fault in self.faults}
+        already = [fault.field for fault in self.faults]
         for complaint in complaints:
             field_ = _field_name(self._root, complaint.place)
-            if not (complaint.doubtful and (complaint.line, field_) in already):
+            if not (complaint.doubtful and any(f"{known}.".startswith(f"{field_}.") for known in already)):
                 self.add_at(complaint.line, field_, complaint.message)
-        doubted = {complaint.id_in(self._root) for complaint in complaints}
+        doubted = {_field_name(self._root, complaint.place[:2]) for complaint in complaints}
         self.good_entries = [entry for entry in self.good_entries if entry.definition.id not in doubted]
 
 
@@ -311,11 +315,18 @@ def _files(paths: Sequence[Path], faults: list[Fault]) -> Iterator[Path]:
     """The files that `paths` mean, each once."""
     seen = set()
     for path in paths:
-        found = _files_in(path, faults) if path.is_dir() else [path]
+        found = _files_in(path, faults) if _is_folder(path) else [path]
         for file in found:
             if file.absolute() not in seen:
                 seen.add(file.absolute())
                 yield file
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _files_in(folder: Path, faults: list[Fault]) -> list[Path]:
@@ -350,12 +361,10 @@ def _line(root: Any, place: Place) -> int:
     """The line of the innermost part of `place` that is there."""
     line: int = root.line
     for step in place:
-        if isinstance(root, _Map) and step in root and isinstance(step, str):
-            root, line = root[step], root.lines[step]
-        elif isinstance(root, _List) and isinstance(step, int) and step < len(root):
-            root, line = root[step], root.lines[step]
-        else:
+        known = step in root if isinstance(root, _Map) else isinstance(root, _List) and isinstance(step, int) and step < len(root)
+        if not known:
             break
+        root, line = root[step], root.lines[step]
     return line
 
 
@@ -383,7 +392,7 @@ def _with_defaults(raw: _Map, defaults: _Map) -> _Map:
     applicable = _Map(defaults.line)
     for key, value in defaults.items():
         if not (key == "config" and raw.get("call") is not None) and not (key == "call" and raw.get("config") is not None):
-            applicable.put(key, value, defaults.lines.get(key, defaults.line))
+            applicable.put(key, value, defaults.lines[key])
     return _merged(applicable, raw)
 
 
@@ -395,17 +404,17 @@ def _merged(default: _Map, own: _Map) -> _Map:
             continue
         value = own[key]
         if key in default:
-            given, wanted = _long_form(key, default[key]), _long_form(key, value)
+            given, wanted = _long_form(key, default[key], default.lines[key]), _long_form(key, value, own.lines[key])
             value = _merged(given, wanted) if isinstance(given, _Map) and isinstance(wanted, _Map) else value
         merged.put(key, value, own.lines[key])
     return merged
 
 
-def _long_form(key: str, value: Any) -> Any:
+def _long_form(key: str, value: Any, line: int) -> Any:
     if key not in SHORT_FORMS or not isinstance(value, str):
         return value
-    whole = _Map(0)
-    whole.put(SHORT_FORMS[key], value, 0)
+    whole = _Map(line)
+    whole.put(SHORT_FORMS[key], value, line)
     return whole
 
 
@@ -425,22 +434,22 @@ _NEEDED = {("interval", "type"), ("cron", "expression"), ("rate_limit", "rate")}
 """Fields without which the mapping that they are in is faulty too."""
 
 
-def _checked(raw: _Map) -> tuple[_Map, Definition | None, list[tuple[Place, str]]]:
+def _checked(raw: _Map) -> tuple[Definition | None, list[tuple[Place, str]]]:
     """Check `raw`, mend what is wrong, and check again: the later checks run only when the earlier ones passed.
 
-    Returns what was mended, the definition that it makes, and all that was wrong.
+    Returns all that was wrong, and the definition that remains: with stand-ins, unless nothing was wrong.
     """
     problems: dict[tuple[Place, str], None] = {}
     for _ in range(6):
         try:
             # as JSON, because only there strict means "no number for text" but still "text for an enum"
-            return raw, Definition.model_validate_json(json.dumps(raw), strict=True), list(problems)
+            return Definition.model_validate_json(json.dumps(raw), strict=True), list(problems)
         except ValidationError as error:
             found = explain(error, Definition, hidden=_HIDDEN)
         problems.update(dict.fromkeys(found))
         for place, _message in found:
             raw = _mended(raw, place)
-    return raw, None, list(problems)
+    return None, list(problems)
 
 
 def _mended(raw: _Map, place: Place) -> _Map:
@@ -523,13 +532,10 @@ class _Complaint:
     place: Place
     message: str
     doubtful: bool = False
-    """It stands for one of two values, and that may be wrong for another reason as well."""
-
-    def id_in(self, root: Any) -> str:
-        return _field_name(root, self.place[:2])
+    """It may be read as one of two values, and the one that is taken may be wrong for a better reason."""
 
 
-class _Unreadable(Exception):
+class _UnreadableError(Exception):
     """The file is not YAML, or is out of bounds."""
 
     def __init__(self, line: int, message: str) -> None:
@@ -547,44 +553,56 @@ class _Open:
     size: int = 1
     key: str | None = None
     key_line: int = 0
+    merges: list[Any] = field(default_factory=list)
+    """What `<<` gives it."""
 
 
 def _read_text(path: Path) -> str:
     try:
         if not path.is_file():
-            raise _Unreadable(0, "is not a file" if path.exists() else "does not exist")
+            raise _UnreadableError(0, "is not a file" if path.exists() else "does not exist")
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise _Unreadable(0, f"is larger than {MAX_FILE_BYTES:,} bytes")
+            raise _UnreadableError(0, f"is larger than {MAX_FILE_BYTES:,} bytes")
         content = path.read_bytes()
     except OSError as fault:
-        raise _Unreadable(0, f"cannot be read: {fault.strerror}") from None
+        raise _UnreadableError(0, f"cannot be read: {fault.strerror}") from None
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _Unreadable(0, "is UTF-16; save it as UTF-8")
+        raise _UnreadableError(0, "is UTF-16; save it as UTF-8")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
         line = content.count(b"\n", 0, fault.start) + 1
-        raise _Unreadable(line, f"is not UTF-8: byte 0x{content[fault.start]:02x}; save it as UTF-8") from None
+        raise _UnreadableError(line, f"is not UTF-8: byte 0x{content[fault.start]:02x}; save it as UTF-8") from None
 
 
 def _read_yaml(text: str) -> tuple[Any, list[_Complaint]]:
-    """The one document in `text`, None if there is none, and what is not accepted in it. Raises _Unreadable."""
+    """The one document in `text`, None if there is none, and what is not accepted in it. Raises _UnreadableError."""
     loader = _Loader(text)
     document = _Document()
     try:
         while not isinstance(event := loader.get_event(), yaml.StreamEndEvent):
             document.take(event)
     except yaml.MarkedYAMLError as fault:
-        raise _Unreadable(*_syntax_fault(fault, text)) from None
+        raise _syntax_fault(fault, text) from None
     except yaml.reader.ReaderError as fault:
         line = text.encode().count(b"\n", 0, fault.position) + 1
-        raise _Unreadable(line, f"is not YAML: character U+{_code(fault):04X}: {fault.reason}") from None
+        raise _UnreadableError(line, f"is not YAML: {fault.reason}") from None
     finally:
         loader.dispose()
     return document.root, document.complaints
 
 
 _Loader: Callable[[str], Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def _syntax_fault(fault: yaml.MarkedYAMLError, text: str) -> _UnreadableError:
+    mark, start = fault.problem_mark, fault.context_mark
+    line = mark.line + 1 if mark else 0
+    rows = text.splitlines()
+    if mark and mark.line < len(rows) and rows[mark.line][mark.column : mark.column + 1] == "\t":
+        return _UnreadableError(line, "a tab where YAML takes only spaces")
+    context = f", {fault.context} that begins in line {start.line + 1}" if fault.context and start else ""
+    return _UnreadableError(line, f"is not YAML: {fault.problem}{context}")
 
 
 class _Document:
@@ -607,65 +625,65 @@ class _Document:
         elif isinstance(event, yaml.CollectionEndEvent):
             self._end()
         elif isinstance(event, yaml.AliasEvent):
-            self._alias(event.anchor, line)
+            self._alias(event.anchor or "", line)
         elif isinstance(event, yaml.DocumentStartEvent):
             self._documents += 1
             if self._documents > 1:
-                raise _Unreadable(line, "a second document begins here (---); a file holds one")
+                raise _UnreadableError(line, "a second document begins here (---); a file holds one")
 
-    def _scalar(self, event: Any, line: int) -> None:
+    def _scalar(self, event: yaml.ScalarEvent, line: int) -> None:
         value, problem = (event.value, "")
-        if event.implicit[0] and event.tag in (None, "!"):
-            if self._is_key() and event.value == "<<":
-                self._value(_MERGE, 1, line)
-                return
+        if event.implicit[0]:
             value, problem = _plain(event.value)
         elif event.tag not in (None, "!", "tag:yaml.org,2002:str"):
-            problem = f"the tag {_tag(event.tag)} is not accepted"
-        if self._is_key() and (problem or not isinstance(value, str)):
-            self._complain(line, "a key is text, and this one may be read as something else: write it in quotes", event.value)
+            problem = f"the tag {event.tag[:80]} is not accepted"
+        if self._awaits_key() and (problem or (value is not _MERGE and not isinstance(value, str))):
+            problem = f"a key is text, and {event.value[:80] or 'nothing'} without quotes may be something else: write it in quotes"
+            self._complain(line, problem, key=event.value)
             value = event.value
         elif problem:
             self._complain(line, problem, doubtful=True)
+        if value is _MERGE and not self._awaits_key():
+            value = event.value
         self._anchor(event.anchor, value, 1)
+        self._count(1, line)
         self._value(value, 1, line)
 
-    def _start(self, event: Any, line: int) -> None:
+    def _start(self, event: yaml.CollectionStartEvent, line: int) -> None:
         if len(self._open) >= MAX_DEPTH:
-            raise _Unreadable(line, f"more than {MAX_DEPTH} levels deep")
+            raise _UnreadableError(line, f"is more than {MAX_DEPTH} levels deep")
         if event.tag not in (None, "!", "tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
-            self._complain(line, f"the tag {_tag(event.tag)} is not accepted")
+            self._complain(line, f"the tag {event.tag[:80]} is not accepted")
         if event.anchor is not None:
             self._anchors[event.anchor] = None
-        container = _Map(line) if isinstance(event, yaml.MappingStartEvent) else _List(line)
-        self._open.append(_Open(container, event.anchor))
+        self._count(1, line)
+        self._open.append(_Open(_Map(line) if isinstance(event, yaml.MappingStartEvent) else _List(line), event.anchor))
 
     def _end(self) -> None:
         closed = self._open.pop()
+        container = cast("_Map", closed.container)
+        for source in closed.merges:
+            for key, value in source.items():
+                if key not in container:
+                    container.put(key, value, source.lines[key])
         self._anchor(closed.anchor, closed.container, closed.size)
-        self._value(closed.container, closed.size, closed.container.line, counted=closed.size - 1)
+        self._value(closed.container, closed.size, closed.container.line)
 
     def _alias(self, name: str, line: int) -> None:
         if name not in self._anchors:
-            raise _Unreadable(line, f"*{name} refers to an anchor that does not come before it")
+            raise _UnreadableError(line, f"*{name} refers to an anchor that does not come before it")
         known = self._anchors[name]
         if known is None:
-            raise _Unreadable(line, f"*{name} refers to what it is part of")
+            raise _UnreadableError(line, f"*{name} refers to what it is a part of")
         value, size = known
-        if self._is_key() and not isinstance(value, str):
-            value = "*" + name
-            self._complain(line, "a key is text", value)
+        if self._awaits_key() and not isinstance(value, str):
+            self._complain(line, f"a key is text, which *{name} is not", key=f"*{name}")
+            value = f"*{name}"
+        self._count(size, line)
         self._value(value, size, line)
 
-    def _anchor(self, name: str | None, value: Any, size: int) -> None:
-        if name is not None:
-            self._anchors[name] = (value, size)
-
-    def _value(self, value: Any, size: int, line: int, *, counted: int = 0) -> None:
-        """Put a whole value where it belongs. `counted` of its `size` have been counted before."""
-        self._values += size - counted
-        if self._values > MAX_VALUES:
-            raise _Unreadable(line, f"more than {MAX_VALUES:,} values, counting what aliases stand for")
+    def _value(self, value: Any, size: int, line: int) -> None:
+        """Put a whole value where it belongs."""
         if not self._open:
             self.root = value
             return
@@ -675,29 +693,178 @@ class _Document:
             top.container.append(value)
             top.container.lines.append(line)
         elif top.key is None:
-            self._key(top, value, line)
+            self._key(top, top.container, value, line)
+        elif top.key is _MERGE:
+            self._merge(top, value)
         else:
-            self._item(top, top.container, value)
+            top.container.put(top.key, value, top.key_line)
+            top.key = None
 
-    def _key(self, top: _Open, value: Any, line: int) -> None:
+    def _key(self, top: _Open, container: _Map, value: Any, line: int) -> None:
         if isinstance(value, _Map | _List):
-            self._complain(line, "a key is text, not a list or mapping")
+            self._complain(line, "a key is text, not a list or a mapping", key="?")
             value = "?"
+        if value in container:
+            self._complain(line, f"is given twice; the first is in line {container.lines[value]}", key=value)
         top.key, top.key_line = value, line
-        first = top.container.lines.get(value) if isinstance(top.container, _Map) else None
-        if first is not None:
-            self._complain(line, f"is given twice; the first is at line {first}")
 
-    def _item(self, top: _Open, container: _Map, value: Any) -> None:
-        key = top.key
-        if key is _MERGE:
-            self._merge(container, value, top.key_line)
-        elif key is not None:
-            container.put(key, value, top.key_line)
+    def _merge(self, top: _Open, value: Any) -> None:
+        sources = value if isinstance(value, _List) else [value]
+        if all(isinstance(source, _Map) for source in sources):
+            # of several, the first wins
+            top.merges += sources
+        else:
+            self._complain(top.key_line, "<< takes a mapping, or a list of mappings")
         top.key = None
 
-    def _merge(self, container: _Map, value: Any, line: int) -> None:
-        raise NotImplementedError
+    def _anchor(self, name: str | None, value: Any, size: int) -> None:
+        if name is not None:
+            self._anchors[name] = (value, size)
 
-    def _is_key(self) -> bool:
+    def _count(self, values: int, line: int) -> None:
+        self._values += values
+        if self._values > MAX_VALUES:
+            raise _UnreadableError(line, f"holds more than {MAX_VALUES:,} values, counting what its aliases stand for")
+
+    def _awaits_key(self) -> bool:
         return bool(self._open) and isinstance(self._open[-1].container, _Map) and self._open[-1].key is None
+
+    def _complain(self, line: int, message: str, *, key: str | None = None, doubtful: bool = False) -> None:
+        place: list[str | int] = []
+        for level in self._open:
+            if isinstance(level.container, _List):
+                place.append(len(level.container))
+            elif level.key is not None:
+                place.append(level.key)
+        if key is not None:
+            place.append(key)
+        self.complaints.append(_Complaint(line, tuple(place), message, doubtful))
+
+
+# --- text without quotes ---------------------------------------------------------------------------------------------
+
+
+class _MergeKey(str):
+    """The key whose value gives its keys to the mapping that it is in. In quotes it is a text like any other."""
+
+
+_MERGE = _MergeKey("<<")
+
+_LONGEST_NUMBER = 64
+_CORE_INTEGER = re.compile(r"[-+]?[0-9]+")
+_CORE_BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
+_CORE_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_CORE_WORDS: Mapping[str, Any] = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+_OLD_RESOLVER: Any = yaml.resolver.Resolver()
+_OLD_CONSTRUCTOR: Any = yaml.constructor.SafeConstructor()
+_OLD_KINDS = {f"tag:yaml.org,2002:{kind}": getattr(_OLD_CONSTRUCTOR, f"construct_yaml_{kind}") for kind in ("null", "bool", "int", "float")}
+
+
+@lru_cache(maxsize=8192)
+def _plain(text: str) -> tuple[Any, str]:
+    """What `text` without quotes is in YAML 1.2, and what is wrong with it: nothing ("") if 1.1 reads it the same way."""
+    if text == "<<":
+        return _MERGE, ""
+    new, old = _core_value(text), _old_value(text)
+    if isinstance(new, float) and not math.isfinite(new):
+        return text, f"{text} is not a number that JSON has"
+    if type(new) is type(old) and new == old:
+        return new, ""
+    return new, f"{text} is {_reading(old)} in YAML 1.1 and {_reading(new)} in YAML 1.2: write {_literal(old)} or {_literal(new)}"
+
+
+def _core_value(text: str) -> Any:
+    """By the core schema of YAML 1.2.2, section 10.3.2."""
+    if text in _CORE_WORDS:
+        return _CORE_WORDS[text]
+    if len(text) > _LONGEST_NUMBER:
+        return text
+    if _CORE_INTEGER.fullmatch(text):
+        return int(text)
+    if _CORE_BASED.fullmatch(text):
+        return int(text, 0)
+    if _CORE_FLOAT.fullmatch(text):
+        return float(text)
+    if re.fullmatch(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", text):
+        return math.inf
+    return text
+
+
+def _old_value(text: str) -> Any:
+    """By YAML 1.1, as PyYAML reads it; but a day or a time stamp is text, which is all that JSON can make of it."""
+    tag = _OLD_RESOLVER.resolve(yaml.ScalarNode, text, (True, False))
+    if len(text) > _LONGEST_NUMBER or tag not in _OLD_KINDS:
+        return text
+    try:
+        return _OLD_KINDS[tag](yaml.ScalarNode(tag, text))
+    except ValueError:
+        return text
+
+
+def _reading(value: Any) -> str:
+    return f"the text {_literal(value)}" if isinstance(value, str) else _literal(value)
+
+
+def _literal(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+# --- the JSON Schema -------------------------------------------------------------------------------------------------
+
+
+class _FileSchema(GenerateJsonSchema):
+    """Writes the defaults as people write them in a file."""
+
+    def encode_default(self, dft: Any) -> Any:
+        return format_duration(dft) if isinstance(dft, timedelta) else super().encode_default(dft)
+
+
+def _not_both(one: str, other: str) -> dict[str, Any]:
+    given = {name: {"not": {"type": "null"}} for name in (one, other)}
+    return {"not": {"required": [one, other], "properties": given}}
+
+
+def _with_outer_space(schema: Any) -> Any:
+    """`schema` with patterns that allow the white space around a text that loading takes off."""
+    if isinstance(schema, list):
+        return [_with_outer_space(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    copy = {key: _with_outer_space(value) for key, value in schema.items()}
+    if isinstance(copy.get("pattern"), str):
+        copy["pattern"] = rf"^\s*(?:{copy['pattern'].removeprefix('^').removesuffix('$')})\s*$"
+    return copy
+
+
+# --- functions -------------------------------------------------------------------------------------------------------
+
+
+def _call_problem(call: str) -> str:
+    module_name, _, name = call.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as fault:
+        return f"{module_name} cannot be imported: {type(fault).__name__}: {fault}"
+    function = getattr(module, name, None)
+    if function is None:
+        return f"{module_name} has no {name}{did_you_mean(name, vars(module))}"
+    if not callable(function):
+        return f"{call} is not a function"
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        return f"{call} is a coroutine or a generator; a plain function is accepted"
+    return "" if _takes_a_job(function) else f"{call} is accepted as a function of one argument, the running job, and takes others"
+
+
+def _takes_a_job(function: Callable[..., object]) -> bool:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:
+        # built-in functions may have no signature to look at
+        return True
+    return True

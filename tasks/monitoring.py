@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -35,3 +36,10 @@ def error_budget(job: RunningJob) -> dict[str, object]:
         "burn_rate": round(float(burn), 3),
         "action": action,
     }
+
+
+def hold_slot(job: RunningJob) -> dict[str, object]:
+    """Hold the slot for `seconds` (0 to 300), doing nothing."""
+    seconds = Inputs(job.params).integer("seconds", minimum=0, maximum=300)
+    time.sleep(seconds)
+    return {"held_seconds": seconds}
