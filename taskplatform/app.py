@@ -131,6 +131,8 @@ class PlatformTask(Task):  # type: ignore[misc]
     #: HTTP failures that the policy sends into a retry never get this far; this is for what nobody foresaw.
     autoretry_for: Sequence[type[BaseException]] = (Exception,)
     dont_autoretry_for: Sequence[type[BaseException]] = (JobFailed,)
+    #: An expected end: the history tells it, so the log needs no traceback.
+    throws = (JobFailed,)
 
     # sending
 
@@ -187,6 +189,8 @@ class PlatformTask(Task):  # type: ignore[misc]
 
         Without `countdown` and `eta` the definition's backoff decides. Raises `exc`, or JobFailed, when the retries are used up.
         """
+        if exc is not None and self.request.get("platform_run") is None:
+            raise exc  # as Celery does outside of a run
         run = self._run()
         reason = options.get("reason") or (_describe(exc) if exc is not None else "retry")
         most = self.definition.retries if max_retries is None else max_retries
@@ -455,7 +459,6 @@ def _register(application: Celery, definition: Definition) -> None:
         "__doc__": definition.description,
         "name": definition.id,
         "definition": definition,
-        "queue": definition.priority.value,
         "time_limit": hard,
         "soft_time_limit": soft,
         "max_retries": definition.retries,
@@ -476,6 +479,7 @@ def _make_app() -> Celery:
     application = Celery("taskplatform")
     application.config_from_object("celeryconfig")
     application.steps["worker"].add(PlatformStep)
+    application.conf.task_routes = {definition.id: {"queue": definition.priority.value} for definition in _catalogue().values()}
     for definition in _catalogue().values():
         _register(application, definition)
     return application
@@ -494,7 +498,7 @@ def _make_app_or_explain() -> Celery:
 app = _make_app_or_explain()
 
 
-@app.task(name="taskplatform.sweep", queue="low")  # type: ignore[untyped-decorator]
+@app.task(name="taskplatform.sweep")  # type: ignore[untyped-decorator]
 def sweep() -> int:
     """Forget jobs and occurrences that are past their retention. Returns how many."""
     owner = platform()

@@ -16,8 +16,8 @@ day such as 2026-01-31 is text, as in YAML 1.2.
 a faulty definition hides nothing in the others, nor does a file. Only YAML that cannot be parsed at all counts as the one
 fault of its file. Nothing but CatalogueError leaves this module on account of what is in a file.
 
-**Secrets.** `${NAME}` is left as it stands: a value from the environment is in no definition and no message. What a file
-itself holds under headers, body and params is not quoted in messages either.
+**Secrets.** `${NAME}` is left as it stands: a value from the environment is in no definition and no message. Headers, bodies
+and params that stand in a file are not quoted either, but for a word or number without quotes that has two readings.
 
 Loading imports and calls nothing; `resolve_calls` does.
 """
@@ -41,7 +41,7 @@ from pydantic import ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
 from taskplatform.errors import CatalogueError, Fault, UnknownDefinition
-from taskplatform.model import DEFINITION_ID, Definition, Place, did_you_mean, explain, format_duration
+from taskplatform.model import DEFINITION_ID, Definition, Place, did_you_mean, explain, format_duration, kind_of
 
 NOT_IN_DEFAULTS = ("id", "name", "interval", "cron")
 """Fields that each definition has to give itself."""
@@ -242,7 +242,7 @@ class _File:
     def _read(self) -> None:
         root = self._root
         if not isinstance(root, _Map):
-            what = "is empty" if root is None else f"is {_kind(root)}"
+            what = "is empty" if root is None else f"is {kind_of(root)}"
             self.add_at(0 if root is None else 1, "", f"{what}; a file is a mapping with tasks, a list of definitions, and defaults")
             return
         for key in root.keys() - {"tasks", "defaults"}:
@@ -252,7 +252,7 @@ class _File:
         if "tasks" not in root:
             self.add_at(root.line, "tasks", "is missing; it takes a list of definitions")
         elif not isinstance(tasks, _List):
-            self._add(("tasks",), f"is {_kind(tasks)}; it takes a list of definitions")
+            self._add(("tasks",), f"got {kind_of(tasks)}; it takes a list of definitions")
         else:
             defaults = self._checked_defaults(root.get("defaults"))
             for index, raw in enumerate(tasks):
@@ -263,7 +263,7 @@ class _File:
         if defaults is None:
             return _Map(0)
         if not isinstance(defaults, _Map):
-            self._add(("defaults",), f"is {_kind(defaults)}; it takes a mapping of fields")
+            self._add(("defaults",), f"got {kind_of(defaults)}; it takes a mapping of fields")
             return _Map(0)
         allowed = _Map(defaults.line)
         for key, value in defaults.items():
@@ -277,12 +277,12 @@ class _File:
         _, problems = _checked(probe)
         for place, message in problems:
             self._add(("defaults", *place), message)
-            allowed = _mended(allowed, place or ("call",))
+            allowed = _mended(allowed, [place]) if place else _with_one_of(allowed, "config", "call")
         return allowed
 
     def _read_definition(self, index: int, raw: Any, defaults: _Map) -> None:
         if not isinstance(raw, _Map):
-            self._add(("tasks", index), f"is {_kind(raw)}; a definition is a mapping with id, name, interval or cron, config or call")
+            self._add(("tasks", index), f"got {kind_of(raw)}; a definition is a mapping with id, name, interval or cron, config or call")
             return
         id_ = _good_id(raw)
         if id_ is not None:
@@ -347,14 +347,6 @@ def _environment_names(definition: Definition) -> frozenset[str]:
 def _good_id(raw: Mapping[str, Any]) -> str | None:
     id_ = raw.get("id")
     return id_.strip() if isinstance(id_, str) and DEFINITION_ID.fullmatch(id_.strip()) else None
-
-
-def _kind(value: object) -> str:
-    """What `value` is, in words that do not quote it."""
-    if value is None:
-        return "empty"
-    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", _List: "a list", _Map: "a mapping"}
-    return kinds[type(value)]
 
 
 def _line(root: Any, place: Place) -> int:
@@ -447,17 +439,34 @@ def _checked(raw: _Map) -> tuple[Definition | None, list[tuple[Place, str]]]:
         except ValidationError as error:
             found = explain(error, Definition, hidden=_HIDDEN)
         problems.update(dict.fromkeys(found))
-        for place, _message in found:
-            raw = _mended(raw, place)
+        raw = _mended(raw, [place for place, _ in found])
     return None, list(problems)
 
 
-def _mended(raw: _Map, place: Place) -> _Map:
-    """A copy of `raw` in which what is at `place` is left out, or replaced by its stand-in."""
+def _mended(raw: _Map, places: Iterable[Place]) -> _Map:
+    """A copy of `raw` in which what is at `places` is left out, or replaced by its stand-in."""
+    mended = raw
+    for place in dict.fromkeys(_faulty_part(raw, place) for place in places):
+        if place:
+            mended = cast("_Map", _replaced(mended, place, _STAND_INS.get(place)))
+        else:
+            mended = _with_one_of(_with_one_of(mended, "interval", "cron"), "config", "call")
+    return mended
+
+
+def _faulty_part(raw: _Map, place: Place) -> Place:
+    """The part of `raw` that has to go when there is a fault at `place`."""
     place = place[:1] if place in _NEEDED else place
     while place and place not in _STAND_INS and not _is_there(raw, place):
         place = place[:-1]
-    return cast("_Map", _replaced(raw, place, _STAND_INS.get(place))) if place else raw
+    return place
+
+
+def _with_one_of(raw: _Map, one: str, other: str) -> _Map:
+    first, second = raw.get(one), raw.get(other)
+    if (first is None) != (second is None):
+        return raw
+    return cast("_Map", _replaced(raw, (other,), _STAND_INS[(other,)] if first is None else None))
 
 
 def _is_there(value: Any, place: Place) -> bool:
@@ -473,10 +482,12 @@ def _replaced(value: Any, place: Place, stand_in: Any) -> Any:
         return stand_in
     if not isinstance(value, _Map) or not isinstance(place[0], str):
         return None
+    if place[1:] and place[0] not in value:
+        return value
     copy = _Map(value.line)
     for key, item in value.items():
         copy.put(key, item, value.lines[key])
-    below = _replaced(value.get(place[0], _Map(0)), place[1:], stand_in)
+    below = _replaced(value.get(place[0]), place[1:], stand_in)
     if below is None:
         copy.pop(place[0], None)
     else:
@@ -577,22 +588,19 @@ def _read_text(path: Path) -> str:
 
 def _read_yaml(text: str) -> tuple[Any, list[_Complaint]]:
     """The one document in `text`, None if there is none, and what is not accepted in it. Raises _UnreadableError."""
-    loader = _Loader(text)
     document = _Document()
     try:
-        while not isinstance(event := loader.get_event(), yaml.StreamEndEvent):
+        for event in yaml.parse(text, Loader=_Loader):
             document.take(event)
     except yaml.MarkedYAMLError as fault:
         raise _syntax_fault(fault, text) from None
     except yaml.reader.ReaderError as fault:
         line = text.encode().count(b"\n", 0, fault.position) + 1
         raise _UnreadableError(line, f"is not YAML: {fault.reason}") from None
-    finally:
-        loader.dispose()
     return document.root, document.complaints
 
 
-_Loader: Callable[[str], Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _syntax_fault(fault: yaml.MarkedYAMLError, text: str) -> _UnreadableError:

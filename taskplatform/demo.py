@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from taskplatform.local import Stack
-from taskplatform.model import Job, JobState, Priority, Transition, moment, slot
+from taskplatform.model import Job, JobState, Priority, moment, slot
 from taskplatform.platform import JobRequest, Platform
 from taskplatform.settings import Settings, load_settings
 
@@ -58,7 +58,8 @@ class Report:
 def run(*, workers: int = 2, slots: int = 3, console: Console | None = None) -> int:
     """Run the demo. Returns the exit code. The platform's own log goes to `<data_dir>/demo/demo.log`."""
     settings = load_settings()
-    out = console or Console(highlight=False)
+    # a pipe has no width of its own
+    out = console or Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     data_dir = Path(settings.data_dir) / "demo"
     data_dir.mkdir(parents=True, exist_ok=True)
     log_path = data_dir / "demo.log"
@@ -109,7 +110,7 @@ class _Demo:
 
     def _set_up(self) -> None:
         self._heading("Users and subscriptions")
-        table = Table("user", "subscription", "schedule", "next window", box=None, pad_edge=False)
+        table = Table("user", "subscription", "schedule", "window", box=None, pad_edge=False)
         for user, definitions in SUBSCRIPTIONS.items():
             self._platform.create_user(user)
             for name in definitions:
@@ -182,7 +183,7 @@ class _Demo:
         self._out.print(table)
         exact = all(job.execute_after_ms == expected[job.id] for job in jobs)
         self._report.check(exact, "each job was planned for its user's slot, to the millisecond")
-        self._report.check(min(lags) >= 0, f"nothing started early; started after its moment by {statistics.median(lags):g} ms in the median")
+        self._report.check(min(lags) >= 0, f"nothing started early; in the median {statistics.median(lags):g} ms after its moment")
         self._report.check(max(lags) <= LATE / timedelta(milliseconds=1), f"nothing started late: {max(lags)} ms at the most")
         quarters = {int((expected[job.id] - began[job.id]) / window_ms * 4) for job in jobs}
         self._report.check(len(quarters) >= 3, f"the jobs are spread over the window: {len(quarters)} of its 4 quarters have some")
@@ -222,12 +223,15 @@ class _Demo:
         history = self._platform.history(job.id)
         table = Table("at (UTC)", "from", "to", "attempt", "worker", "reason", box=None, pad_edge=False)
         for one in history:
-            reason = f"{one.reason} {dict(one.detail) or ''}".strip()
-            table.add_row(_time(one.at_ms), one.from_state or "", one.to_state, str(one.attempt), one.worker, reason)
+            took = f", {one.detail['duration_ms']} ms" if "duration_ms" in one.detail else ""
+            table.add_row(_time(one.at_ms), one.from_state or "", one.to_state, str(one.attempt), one.worker, one.reason + took)
         self._out.print(table)
+        excerpt = history[-1].detail.get("excerpt", "")
+        self._out.print(f"the answer began: {' '.join(excerpt.split())[:100]}", markup=False, soft_wrap=True)
         states = [one.to_state for one in history]
         wanted = [JobState.PENDING, JobState.QUEUED, JobState.ASSIGNED, JobState.RUNNING, JobState.COMPLETED]
-        self._report.check(states == wanted, f"the history is complete: {' → '.join(states)}")
+        whole = states == wanted and [one.from_state for one in history] == [None, *states[:-1]]
+        self._report.check(whole, f"the history is complete: {' → '.join(states)}")
 
     def _counts(self) -> None:
         self._heading("Counts")
@@ -310,7 +314,7 @@ class _PlainView:
         self._seen: dict[str, JobState] = {}
 
     def __call__(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
+        for job in sorted(jobs, key=lambda one: one.finished_ms or 0):
             if self._seen.get(job.id) is job.state:
                 continue
             self._seen[job.id] = job.state
@@ -329,12 +333,6 @@ def _schedule(schedule: object) -> str:
         return str(getattr(schedule, "expression", schedule))
     every = getattr(schedule, "value", 1)
     return f"{given} × {every}" if every > 1 else str(given)
-
-
-def transitions_are_chained(history: Sequence[Transition]) -> bool:
-    """Whether each transition begins where the one before it ended."""
-    states = [None, *(one.to_state for one in history)]
-    return all(one.from_state == before for one, before in zip(history, states, strict=False))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ TOKEN_VARIABLE = "_TASKPLATFORM_STACK"
 KILL_SECONDS = 5.0
 """How long SIGKILL is repeated before what does not die (a process stuck in the kernel) is given up."""
 
-STRANGER_GRACE_SECONDS = 2.0
+STRANGER_GRACE_SECONDS = 1.0
 
 
 class Process(NamedTuple):

@@ -572,9 +572,11 @@ def _read(response: requests.Response, run: _Run, *, limit: int) -> None:
 
 def _prepared(session: requests.Session, call: Call, url: str, headers: Mapping[str, str]) -> requests.PreparedRequest:
     try:
-        return session.prepare_request(requests.Request(call.method, url, headers=dict(headers), data=call.body))
+        if _URL.fullmatch(url):
+            return session.prepare_request(requests.Request(call.method, url, headers=dict(headers), data=call.body))
     except (requests.RequestException, ValueError):
-        raise _RefusedError("not a valid request" if url == call.url else "redirect to a URL that is not accepted") from None
+        pass
+    raise _RefusedError("not a valid request" if url == call.url else "redirect to a URL that is not accepted")
 
 
 def _redirect_target(method: str, url: str, response: requests.Response) -> str | None:
@@ -605,8 +607,7 @@ def _crosses(url: str, target: str) -> bool:
 
 def _authority(url: str) -> tuple[str, int]:
     parts = _URL.fullmatch(url)
-    if not parts:
-        raise _RefusedError("not a valid request")
+    assert parts
     return parts["host"].lower(), int(parts["port"] or (443 if parts["scheme"].lower() == "https" else 80))
 
 
@@ -641,6 +642,7 @@ _REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (ConnectionError, "connection reset"),
     (http.client.IncompleteRead, "answer is cut off"),
     (http.client.HTTPException, "answer is not HTTP"),
+    (urllib3.exceptions.InvalidHeader, "answer is not HTTP"),
 )
 
 
@@ -690,7 +692,7 @@ def _tls_context() -> ssl.SSLContext:
 def _new_session(tls: ssl.SSLContext) -> requests.Session:
     session = _Session()
     session.trust_env = False
-    session.headers = CaseInsensitiveDict({"Accept": "*/*", "Accept-Encoding": "identity"})
+    session.headers = CaseInsensitiveDict({"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": USER_AGENT})
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
     for scheme in ("http://", "https://"):
         session.mount(scheme, _Adapter(tls))
@@ -868,6 +870,6 @@ def _not_during_a_call(_record: logging.LogRecord) -> bool:
     return _active.run is None
 
 
-for _name in ("urllib3.connectionpool", "urllib3.util.retry"):
-    # Both write URLs, which may hold secrets, into the log: at level debug always, at level warning for odd headers.
-    logging.getLogger(_name).addFilter(_not_during_a_call)
+for _name in ("connection", "connectionpool", "poolmanager", "response", "util.retry"):
+    # They write URLs, which may hold secrets, into the log: at level debug each one, at level warning where headers are odd.
+    logging.getLogger(f"urllib3.{_name}").addFilter(_not_during_a_call)

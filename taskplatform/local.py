@@ -400,16 +400,10 @@ class Stack:
         self._sink(SUPERVISOR, line)
 
     def _specs(self) -> list[ProcessSpec]:
-        specs = [_mock_spec(self.mock_url)]
-        if self.embedded:
-            specs.insert(0, _valkey_spec(self.data_dir / "valkey", urlsplit(self.redis_url).port or 0))
-        needs = tuple(spec.name for spec in specs)
-        celery = _Celery(needs, self._environment(), self._settings.log_level)
-        specs += [celery.worker(name, self.slots) for name in self.workers]
-        specs.append(celery.beat())
-        if self.flower_url:
-            specs.append(celery.flower(self.flower_url, self._settings.flower_max_tasks))
-        return specs
+        server = [_valkey_spec(self.data_dir / "valkey", urlsplit(self.redis_url).port or 0)] if self.embedded else []
+        celery = _Celery(tuple(spec.name for spec in server), self._environment(), self._settings.log_level)
+        specs = [*server, _mock_spec(self.mock_url), *(celery.worker(name, self.slots) for name in self.workers), celery.beat()]
+        return [*specs, celery.flower(self.flower_url, self._settings.flower_max_tasks)] if self.flower_url else specs
 
     def _environment(self) -> dict[str, str]:
         """What the children get over what they inherit: the settings that this stack was given, and the mock API."""
@@ -906,7 +900,7 @@ class _Signals:
     def install(self) -> None:
         if self._enabled and threading.current_thread() is threading.main_thread():
             for number in self.NUMBERS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                     self._previous[number] = signal.signal(number, self._handle)
 
     def restore(self) -> None:
@@ -961,47 +955,56 @@ def _valkey_spec(directory: Path, port: int, *, restart: bool = True) -> Process
 def _mock_spec(url: str) -> ProcessSpec:
     if not (importlib.util.find_spec("waitress") and importlib.util.find_spec("httpbin")):
         raise StartError("the mock API needs the packages httpbin and waitress: install taskplatform[local]")
-    options = ["--listen=" + url.removeprefix("http://"), "--threads=32", "--connection-limit=1000"]
-    return ProcessSpec(
-        name="mock",
-        argv=[sys.executable, "-m", "waitress", *options, "httpbin:app"],
-        ready=lambda: _answers_http(f"{url}/status/200"),
-        stage=1,
-    )
+    argv = [sys.executable, "-c", _MOCK_PROGRAM, url.removeprefix("http://")]
+    return ProcessSpec(name="mock", argv=argv, ready=lambda: _answers_http(f"{url}/status/200"), stage=1)
+
+
+_MOCK_PROGRAM = """
+import logging, sys
+logging.disable(logging.WARNING)  # of a queue that is deep for a moment; of documentation pages that are not there
+from httpbin import app
+from waitress import serve
+serve(app, listen=sys.argv[1], threads=32, connection_limit=1000)
+"""
 
 
 @dataclass(frozen=True)
 class _Celery:
-    """The processes of the Celery app, which share needs and environment."""
+    """The processes of the Celery app."""
 
-    needs: tuple[str, ...]
+    server: tuple[str, ...]
+    """Name of the embedded server's process, if there is one."""
     env: Mapping[str, str]
     log_level: str
 
     def worker(self, name: str, slots: int) -> ProcessSpec:
         options = ["-n", f"{name}@%h", "--concurrency", str(slots), "--loglevel", self._level()]
-        # warm: running jobs may end; then cold: they go back to be run again
-        stop = ((signal.SIGTERM, 10.0), (signal.SIGQUIT, 5.0))
-        return self._spec(name, ["worker", *options], ready=re.compile(r"\bready\.$"), stage=2, stop=stop)
+        return ProcessSpec(
+            name=name,
+            argv=self._argv("worker", *options),
+            env=self.env,
+            ready=re.compile(r"\bready\.$"),
+            needs=(*self.server, "mock"),
+            stage=2,
+            # warm: running jobs may end; then cold: they are given back
+            stop=((signal.SIGTERM, 10.0), (signal.SIGQUIT, 5.0)),
+        )
 
     def beat(self) -> ProcessSpec:
-        return self._spec("beat", ["beat", "--loglevel", self._level()], ready=re.compile(r"\bbeat: Starting\b"), stage=3)
+        # on a server of our own nobody else can lead for long; elsewhere it may stay a standby
+        ready = re.compile(r"\bbeat leads\b" if self.server else r"\bbeat: Starting\b")
+        argv = self._argv("beat", "--loglevel", self._level())
+        return ProcessSpec(name="beat", argv=argv, env=self.env, ready=ready, needs=self.server, stage=3)
 
     def flower(self, url: str, max_tasks: int) -> ProcessSpec:
-        options = [f"--address={HOST}", f"--port={urlsplit(url).port}", f"--max_tasks={max_tasks}"]
-        return self._spec("flower", ["flower", *options], ready=lambda: _answers_http(f"{url}/healthcheck"), stage=4)
+        argv = self._argv("flower", f"--address={HOST}", f"--port={urlsplit(url).port}", f"--max_tasks={max_tasks}", "--logging=error")
+        return ProcessSpec(
+            name="flower", argv=argv, env=self.env, ready=lambda: _answers_http(f"{url}/healthcheck"), needs=self.server, stage=4
+        )
 
-    def _spec(
-        self,
-        name: str,
-        command: list[str],
-        *,
-        ready: Callable[[], bool] | re.Pattern[str],
-        stage: int,
-        stop: StopSteps = ((signal.SIGTERM, 5.0),),
-    ) -> ProcessSpec:
-        argv = [sys.executable, "-m", "celery", "-A", "taskplatform.app", *command]
-        return ProcessSpec(name=name, argv=argv, env=self.env, ready=ready, needs=self.needs, stage=stage, stop=stop)
+    def _argv(self, command: str, *options: str) -> list[str]:
+        # quiet: the banners list every definition
+        return [sys.executable, "-m", "celery", "--quiet", "-A", "taskplatform.app", command, *options]
 
     def _level(self) -> str:
         """The lines that tell of readiness are of level INFO."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from difflib import get_close_matches
 from enum import StrEnum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -112,7 +112,7 @@ def format_duration(duration: timedelta) -> str:
 _DURATION_SCHEMA = {
     "anyOf": [
         {"type": "string", "minLength": 1, "pattern": r"^(\d+d)?(\d+h)?(\d+m)?(\d+(\.\d+)?s)?(\d+ms)?$", "description": _DURATION_RULE},
-        {"type": "number", "minimum": 0, "maximum": _LONGEST.total_seconds(), "description": "a number of seconds"},
+        {"type": "number", "minimum": 0, "maximum": int(_LONGEST.total_seconds()), "description": "a number of seconds"},
     ]
 }
 Duration = Annotated[
@@ -139,7 +139,8 @@ def _zone_names() -> frozenset[str]:
 
 def _check_zone(name: str) -> str:
     if name not in _zone_names():
-        raise ValueError(f'{name!r} is not an IANA time zone such as "UTC", "Europe/Berlin" or "America/New_York"')
+        rule = 'an IANA time zone such as "UTC", "Europe/Berlin" or "America/New_York"'
+        raise ValueError(f"{name!r} is not {rule}{did_you_mean(name, _zone_names())}")
     return name
 
 
@@ -419,7 +420,7 @@ class HttpConfig(_Frozen):
         """The variables that endpoint, headers and body take from the environment."""
         return frozenset(name for _, text in self._texts() for name in _ENVIRONMENT.findall(text))
 
-    @property
+    @cached_property
     def param_names(self) -> frozenset[str]:
         """The job parameters that endpoint, headers and body need."""
         names = (name for _, text in self._texts() for name in _TEMPLATE.findall(text))
@@ -624,7 +625,7 @@ TERMINAL_STATES = frozenset({_S.COMPLETED, _S.FAILED, _S.TIMED_OUT, _S.CANCELED,
 
 #: From each state (None: the job does not exist yet) the states that may follow. The scripts use this same table.
 TRANSITIONS: Mapping[JobState | None, frozenset[JobState]] = {
-    None: frozenset({_S.PENDING, _S.REJECTED}),
+    None: frozenset({_S.PENDING}),
     _S.PENDING: frozenset({_S.QUEUED, _S.CANCELED, _S.REJECTED}),
     # back to pending or retrying: the message was lost, or given back unstarted
     _S.QUEUED: frozenset({_S.ASSIGNED, _S.PENDING, _S.RETRYING, _S.CANCELED, _S.REJECTED}),
@@ -700,9 +701,23 @@ def explain(error: ValidationError, model: type[BaseModel], *, hidden: Collectio
 
 
 def did_you_mean(name: object, known: Collection[str]) -> str:
-    """`; did you mean "x"?` for the name that is nearest to `name`, or nothing if none is near."""
-    near = get_close_matches(str(name).strip().lower(), known, n=1) if known else []
-    return f'; did you mean "{near[0]}"?' if near else ""
+    """` (did you mean "x"?)` for the name that is nearest to `name`, or nothing if none is near."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    near = get_close_matches(str(name).strip().lower(), by_lower, n=1)
+    return f' (did you mean "{by_lower[near[0]]}"?)' if near else ""
+
+
+def kind_of(value: object) -> str:
+    """What `value` is, in words that do not quote it."""
+    kinds: list[tuple[type | tuple[type, ...], str]] = [
+        (type(None), "nothing"),
+        (str, "text"),
+        (bool, "true or false"),
+        ((int, float), "a number"),
+        (Mapping, "a mapping"),
+        ((list, tuple), "a list"),
+    ]
+    return next((words for kind, words in kinds if isinstance(value, kind)), type(value).__name__)
 
 
 def _explained(kind: str, message: str, value: object, place: Place, model: type[BaseModel], *, quoted: bool) -> str:
@@ -718,7 +733,7 @@ def _explained(kind: str, message: str, value: object, place: Place, model: type
     if kind == "missing":
         return f"is missing; it takes {accepted}"
     choices = [str(choice) for option in options for choice in option.get("enum", ())]
-    return f"{f'got {_shown(value)}; it' if quoted else 'it'} takes {accepted}{did_you_mean(value, choices)}"
+    return f"got {_shown(value) if quoted else kind_of(value)}; it takes {accepted}{did_you_mean(value, choices)}"
 
 
 @lru_cache(maxsize=16)
@@ -771,14 +786,12 @@ def _in_words(schema: Mapping[str, Any]) -> str:
 def _range_in_words(schema: Mapping[str, Any]) -> str:
     least, most = schema.get("minimum"), schema.get("maximum")
     if least is not None and most is not None:
-        return f" from {least:g} to {most:g}" if isinstance(most, float) else f" from {least} to {most}"
+        return f" from {least} to {most}"
     return f" of at least {least}" if least is not None else ""
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, list | tuple):
-        return "a list"
-    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+    if not isinstance(value, str | bool | int | float):
+        return kind_of(value)
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -15,6 +15,7 @@ from __future__ import annotations
 import getpass
 import hashlib
 import json
+import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,9 @@ from taskplatform.model import (
     Subscription,
     Transition,
     User,
+    check_definition_id,
     check_user_id,
+    explain,
 )
 from taskplatform.planner import published
 from taskplatform.settings import Settings, settings
@@ -46,6 +49,8 @@ from taskplatform.store import Change, Enqueue, Page, Store, Subscribe, Subscrib
 #: The longest that a job may be put off.
 MAX_DELAY = timedelta(days=366)
 MAX_KEY_LENGTH = 255
+#: The most items of one page of a listing.
+MAX_LIMIT = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +84,7 @@ class Platform:
         self.store = store
         self.catalogue = catalogue
         self.settings = settings
-        self._actor = actor or getpass.getuser()
+        self._actor = actor or _who()
 
     @classmethod
     def connect(cls, settings_: Settings | None = None, *, catalogue: Catalogue | None = None, actor: str | None = None) -> Platform:
@@ -90,9 +95,13 @@ class Platform:
         """
         chosen = settings_ or settings()
         store = Store(connect(chosen.redis_url), namespace=chosen.namespace, change_log_size=chosen.change_log_size)
-        platform = cls(store, catalogue if catalogue is not None else load(Path(chosen.tasks_dir)), chosen, actor=actor)
-        store.ping()
-        platform.publish_missing()
+        try:
+            platform = cls(store, catalogue if catalogue is not None else load(Path(chosen.tasks_dir)), chosen, actor=actor)
+            store.ping()
+            platform.publish_missing()
+        except BaseException:
+            store.close()
+            raise
         return platform
 
     def publish_missing(self) -> None:
@@ -159,7 +168,7 @@ class Platform:
         key = request.idempotency_key
         if key is not None and (not isinstance(key, str) or not 0 < len(key) <= MAX_KEY_LENGTH):
             raise InvalidInput(f"idempotency_key {key!r} is not accepted: a text of 1 to {MAX_KEY_LENGTH} characters is")
-        suffix = f"m{secrets.token_hex(8)}" if key is None else f"k{hashlib.sha256(key.encode()).hexdigest()[:24]}"
+        suffix = f"m{secrets.token_hex(8)}" if key is None else f"k{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}"
         return Enqueue(
             id=f"{definition.id}:{user}:{suffix}",
             priority=None if request.priority is None else _priority(request.priority),
@@ -193,8 +202,6 @@ class Platform:
         """
         if definition is not None:
             self.definition(definition)
-        if not 1 <= limit <= 10_000:
-            raise InvalidInput(f"limit {limit} is not accepted: 1 to 10000 is")
         return self.store.jobs(
             user=None if user is None else check_user_id(user),
             definition=definition,
@@ -202,7 +209,7 @@ class Platform:
             since_ms=None if since is None else _instant(since, "since"),
             until_ms=None if until is None else _instant(until, "until"),
             cursor=cursor,
-            limit=limit,
+            limit=_limit(limit),
         )
 
     def cancel(self, job_id: str) -> Job:
@@ -266,7 +273,7 @@ class Platform:
 
     def users(self, *, cursor: str | None = None, limit: int = 100) -> Page[User]:
         """In order of their ids."""
-        return self.store.users(cursor=cursor, limit=limit)
+        return self.store.users(cursor=cursor, limit=_limit(limit))
 
     def delete_user(self, user: str) -> tuple[int, int]:
         """Delete a user with subscriptions, jobs and histories. Returns (jobs canceled, subscriptions removed)."""
@@ -303,7 +310,10 @@ class Platform:
 
     def subscribe_many(self, requests: Iterable[SubscriptionRequest]) -> list[SubscribeResult]:
         """Many at once, each on its own: what became of each, in this order. Raises InvalidInput before any is made."""
-        prepared = [self.prepare(request) for request in requests]
+        return self.subscribe_prepared([self.prepare(request) for request in requests])
+
+    def subscribe_prepared(self, prepared: Sequence[Subscribe]) -> list[SubscribeResult]:
+        """The second half of `subscribe_many`, for what `prepare` gave."""
         return self.store.subscribe(prepared, horizon=self.settings.plan_horizon, actor=self._actor, log=len(prepared) == 1)
 
     def prepare(self, request: SubscriptionRequest) -> Subscribe:
@@ -353,11 +363,11 @@ class Platform:
 
     def unsubscribe(self, user: str, definition: str) -> int:
         """End a subscription. Returns how many waiting jobs were canceled. Raises UnknownUser, UnknownSubscription."""
-        return self.store.unsubscribe(check_user_id(user), definition, actor=self._actor)
+        return self.store.unsubscribe(check_user_id(user), check_definition_id(definition), actor=self._actor)
 
     def subscription(self, user: str, definition: str) -> Subscription:
         """Raises UnknownUser, UnknownSubscription."""
-        return self.store.subscription(check_user_id(user), definition)
+        return self.store.subscription(check_user_id(user), check_definition_id(definition))
 
     def subscriptions(self, user: str) -> list[Subscription]:
         """Of one user. Raises UnknownUser."""
@@ -365,24 +375,27 @@ class Platform:
 
     def subscribers(self, definition: str, *, cursor: str | None = None, limit: int = 100) -> Page[str]:
         """Users that are subscribed to a definition."""
-        return self.store.subscribers_of(self.definition(definition).id, cursor=cursor, limit=limit)
+        return self.store.subscribers_of(self.definition(definition).id, cursor=cursor, limit=_limit(limit))
 
     def pause_subscription(self, user: str, definition: str) -> bool:
         """Nothing of it is planned or released until it is resumed. Returns whether that changed something."""
-        return self.store.pause_subscription(check_user_id(user), definition, actor=self._actor)
+        return self.store.pause_subscription(check_user_id(user), check_definition_id(definition), actor=self._actor)
 
     def resume_subscription(self, user: str, definition: str) -> bool:
         """The reverse of `pause_subscription`."""
-        return self.store.resume_subscription(check_user_id(user), definition, actor=self._actor)
+        return self.store.resume_subscription(check_user_id(user), check_definition_id(definition), actor=self._actor)
 
     # what happened
 
     def changes(self, *, limit: int = 100) -> list[Change]:
         """The newest changes that people and beat made to users, subscriptions and definitions."""
-        return self.store.changes(limit=limit)
+        return self.store.changes(limit=_limit(limit))
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
+
+
+_to_json = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
 
 
 def _check_params(params: Mapping[str, Any] | None, definition: Definition, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -391,11 +404,12 @@ def _check_params(params: Mapping[str, Any] | None, definition: Definition, give
     if not isinstance(params, Mapping) or not all(isinstance(name, str) for name in params):
         raise InvalidInput(f"params of {definition.id}: a mapping of names to JSON values is expected, not {type(params).__name__}")
     try:
-        text = json.dumps(params, allow_nan=False)
+        # not all that Python takes for text is Unicode: half a surrogate pair cannot be encoded
+        encoded = _to_json(params).encode() if params else b""
     except (TypeError, ValueError, RecursionError) as fault:
         raise InvalidInput(f"params of {definition.id}: not JSON: {fault}") from None
-    if len(text) > MAX_PARAMS_BYTES:
-        raise InvalidInput(f"params of {definition.id}: {len(text)} bytes of JSON, at most {MAX_PARAMS_BYTES} are accepted")
+    if len(encoded) > MAX_PARAMS_BYTES:
+        raise InvalidInput(f"params of {definition.id}: {len(encoded)} bytes of JSON, at most {MAX_PARAMS_BYTES} are accepted")
     missing = definition.missing_params({**given, **params})
     if missing:
         raise InvalidInput(f"params of {definition.id}: {', '.join(missing)} missing")
@@ -427,6 +441,19 @@ def _instant(value: datetime, name: str) -> int:
     return max(0, int(value.timestamp() * 1000))
 
 
+def _limit(value: int) -> int:
+    if not isinstance(value, int) or not 1 <= value <= MAX_LIMIT:
+        raise InvalidInput(f"limit {value!r} is not accepted: 1 to {MAX_LIMIT} is")
+    return value
+
+
+def _who() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # as in a container that runs under a bare number
+        return f"uid {os.getuid()}"
+
+
 def _priority(value: Priority | str) -> Priority:
     try:
         return Priority(value)
@@ -449,7 +476,7 @@ def _override(value: ScheduleOverride | Mapping[str, Any], definition: Definitio
         override = value if isinstance(value, ScheduleOverride) else ScheduleOverride.model_validate(value)
         return override.apply(definition.schedule)
     except ValidationError as fault:
-        lines = (f"{'.'.join(map(str, error['loc']))}: {error['msg'].removeprefix('Value error, ')}" for error in fault.errors())
-        raise InvalidInput(f"schedule for {definition.id}: {'; '.join(lines)}") from None
+        faults = (f"{'.'.join(map(str, place))}: {message}" if place else message for place, message in explain(fault, ScheduleOverride))
+        raise InvalidInput(f"schedule for {definition.id}: {'; '.join(faults)}") from None
     except ValueError as fault:
         raise InvalidInput(f"schedule for {definition.id}: {fault}") from None

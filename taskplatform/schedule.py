@@ -38,8 +38,8 @@ cronsim's own rules for clock changes are not used. They agree with the above bu
 it moves to the first minute after the skip. But where a zone changes by half an hour or at midnight, cronsim 2.8 loses runs,
 and finds different ones depending on where it starts; and inside a repeated hour it may return an instant before its start.
 
-**Zones** are those of `zoneinfo`. It is taken that no clock change is longer than a day and that two in a zone lie more than a
-day apart; from 1970 on, the longest is a day and the shortest time between two is a week less an hour.
+**Zones** are those of `zoneinfo`. It is taken that no clock change is longer than a day and that two in a zone lie more than two
+days apart; from 1970 on, the longest is a day and the shortest time between two is a week less an hour.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class _Stretch(NamedTuple):
 
 
 _BLOCK = 400 * _DAY
-_LOOK_BACK = 2 * _DAY
+_STEP = 2 * _DAY
 
 
 def _stretch_at(zone: str, instant: int) -> _Stretch:
@@ -164,15 +164,15 @@ def _stretch_at(zone: str, instant: int) -> _Stretch:
 def _stretches(zone: str, block: int) -> tuple[_Stretch, ...]:
     """The stretches that a block of time consists of; the last one ends with the block, whether the offset changes there or not.
 
-    The look back finds a clock change that came shortly before the block and moves something into it.
+    The step before the block finds a clock change that came shortly before and moves something into it.
     """
     info = ZoneInfo(zone)
-    start, last = block * _BLOCK - _LOOK_BACK, (block + 1) * _BLOCK
+    start, last = block * _BLOCK - _STEP, (block + 1) * _BLOCK
     before = offset = _offset(info, start)
     stretches = []
-    for day in range(start, last, _DAY):
-        while _offset(info, day + _DAY) != offset:
-            changed = _first_change(info, max(day, start), day + _DAY)
+    for step in range(start, last, _STEP):
+        while _offset(info, step + _STEP) != offset:
+            changed = _first_change(info, max(step, start), step + _STEP)
             stretches.append(_Stretch(start, changed, before, offset))
             start, before, offset = changed, offset, _offset(info, changed)
     stretches.append(_Stretch(start, last, before, offset))

@@ -1,13 +1,20 @@
 """The platform's settings, and the only module that reads the environment.
 
 Sources, the first that has a value wins: environment variables `TASKPLATFORM_*`, the file `.env`, a YAML file (named by
-`TASKPLATFORM_CONFIG`, default `taskplatform.yaml` where it exists), the defaults below. A name that is not a setting, or a
-value that a setting does not take, raises SettingsError with one line for each.
+`TASKPLATFORM_CONFIG` in one of the former, default `taskplatform.yaml` where it exists), the defaults below.
+
+Every source gives text, read by the same rules: `010` is ten and `on` a word, in YAML too. An empty value, in YAML also
+`null` and `~`, counts as not given. A source replaces a setting as a whole.
+
+A name that is not a setting, or a value that a setting does not take, raises SettingsError with one line for each: where it
+stands, what it is (but for the URL, which may hold a password) and what is accepted.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import lru_cache
@@ -17,24 +24,36 @@ from urllib.parse import urlsplit
 
 import yaml
 from dotenv import dotenv_values
-from pydantic import Field, ValidationError, field_validator, model_validator
+from dotenv.parser import parse_stream
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from taskplatform.errors import SettingsError
-from taskplatform.model import Duration, PositiveDuration, RateLimit
+from taskplatform.model import PositiveDuration, RateLimit, did_you_mean, explain, format_duration
 
 PREFIX = "TASKPLATFORM_"
 ENV_FILE = ".env"
+
+_EMPTY = ("", "null", "~")
+_NUMBER = re.compile(r"\d+(\.\d+)?", re.ASCII)
+_HIDDEN = (("redis_url",),)
+_URL_RULE = "takes a redis:// or rediss:// URL such as redis://host:6379/0, or a unix:// one; / ? # @ in a password are %2F %3F %23 %40"
 
 
 class Settings(BaseSettings):
     """Every setting. Durations are written as "90s" or "10m", or as a number of seconds."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=ENV_FILE, env_ignore_empty=True, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
     config: Path = Field(default=Path("taskplatform.yaml"), description="optional YAML file with settings")
-    redis_url: str = Field(default="redis://127.0.0.1:6379/0", description="one Redis or Valkey for store, broker and beat lock")
-    namespace: str = Field(default="tp", pattern=r"^[a-z][a-z0-9_-]{0,15}$", description="first part of every key of the store")
+    redis_url: str = Field(
+        default="redis://127.0.0.1:6379/0", repr=False, description="one Redis or Valkey for store, broker and beat lock"
+    )
+    namespace: str = Field(
+        default="tp",
+        pattern=r"^[a-z][a-z0-9_-]{0,15}$",
+        description="first part of every key of the store: 1 to 16 characters a-z, 0-9, _ and -, the first a letter",
+    )
     tasks_dir: Path = Field(default=Path("tasks"), description="folder of the definition files")
 
     plan_horizon: PositiveDuration = Field(
@@ -67,20 +86,52 @@ class Settings(BaseSettings):
 
     data_dir: Path = Field(default=Path(".taskplatform"), description="where `taskplatform up` keeps its server's data")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _from_text(cls, value: object, info: ValidationInfo) -> object:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, str) and annotation is timedelta and _NUMBER.fullmatch(value.strip()):
+            return float(value)
+        # pydantic would read true as the number 1
+        return str(value).lower() if isinstance(value, bool) else value
+
+    @field_validator("rate_limit", mode="before")
+    @classmethod
+    def _from_flow(cls, value: object) -> object:
+        if not isinstance(value, str) or not value.lstrip().startswith("{"):
+            return value
+        try:
+            return yaml.load(value, Loader=yaml.BaseLoader)
+        except (yaml.YAMLError, RecursionError):
+            raise ValueError(f'{value!r} cannot be read; it takes 10/s or {{"rate": "10/s", "burst": 15}}') from None
+
     @field_validator("redis_url")
     @classmethod
     def _check_redis_url(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in ("redis", "rediss", "unix") or not (parts.hostname or parts.path):
-            raise ValueError("a redis://, rediss:// or unix:// URL is accepted")
+        try:
+            parts = urlsplit(url)
+            host, _ = parts.hostname, parts.port
+        except ValueError:
+            # its text would quote a part of the URL
+            raise ValueError(_URL_RULE) from None
+        if parts.scheme in ("redis", "rediss"):
+            good = bool(host and re.fullmatch(r"/?\d*", parts.path, re.ASCII))
+        else:
+            good = parts.scheme == "unix" and bool(parts.path)
+        if not good:
+            raise ValueError(_URL_RULE)
         return url
 
     @model_validator(mode="after")
     def _check_times(self) -> Settings:
-        if self.heartbeat_timeout < 2 * self.heartbeat_interval:
-            raise ValueError("heartbeat_timeout must be at least twice heartbeat_interval")
-        if self.beat_lock_timeout < 3 * self.beat_interval:
-            raise ValueError("beat_lock_timeout must be at least three times beat_interval")
+        faults = []
+        for longer, times, shorter in (("heartbeat_timeout", 2, "heartbeat_interval"), ("beat_lock_timeout", 3, "beat_interval")):
+            long, short = getattr(self, longer), getattr(self, shorter)
+            if long < times * short:
+                given = f"{longer} is {format_duration(long)} and {shorter} {format_duration(short)}"
+                faults.append(f"{given}; {longer} takes at least {times} times {shorter}")
+        if faults:
+            raise ValueError("\n".join(faults))
         return self
 
     @classmethod
@@ -88,82 +139,11 @@ class Settings(BaseSettings):
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - given by name, and replaced by our own
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, _DotEnvSource(settings_cls), _YamlSource(settings_cls)
-
-
-class _MappingSource(PydanticBaseSettingsSource):
-    """A source whose values are read in one go."""
-
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        raise NotImplementedError("values come from __call__")
-
-
-class _DotEnvSource(_MappingSource):
-    """`.env`, which may hold other variables too: those of the definitions."""
-
-    def __call__(self) -> dict[str, Any]:
-        values = dotenv_values(ENV_FILE) if Path(ENV_FILE).is_file() else {}
-        own = {name[len(PREFIX) :].lower(): value for name, value in values.items() if name.upper().startswith(PREFIX) and value}
-        return {name: yaml.safe_load(value) if value.lstrip().startswith("{") else value for name, value in own.items()}
-
-
-class _YamlSource(_MappingSource):
-    def __call__(self) -> dict[str, Any]:
-        named = self.current_state.get("config")
-        path = Path(named) if named else Settings.model_fields["config"].default
-        if not path.is_file():
-            if named:
-                raise SettingsError(f"{PREFIX}CONFIG names {str(path)!r}, which is not a file")
-            return {}
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as fault:
-            raise SettingsError(f"{path}: cannot be read as YAML: {fault}") from None
-        if content is None:
-            return {}
-        if not isinstance(content, dict):
-            raise SettingsError(f"{path}: a mapping of setting to value is expected, not {type(content).__name__}")
-        return content
-
-
-def _unknown_names(names: Mapping[str, object], where: str) -> list[str]:
-    """Lines for the names with our prefix that are no setting."""
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
-    lines = []
-    for name in sorted(names):
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
-            lines.append(f"{name} ({where}) is not a setting; settings are {', '.join(sorted(known))}")
-    return lines
-
-
-def load_settings(**overrides: Any) -> Settings:
-    """Read all sources. `overrides` win over every source.
-
-    Raises SettingsError with a line for each name that is unknown and each value that is not accepted.
-    """
-    dotenv = dotenv_values(ENV_FILE) if Path(ENV_FILE).is_file() else {}
-    lines = _unknown_names(os.environ, "environment") + _unknown_names(dotenv, ENV_FILE)
-    if lines:
-        raise SettingsError("\n".join(lines))
-    try:
-        return Settings(**overrides)
-    except ValidationError as fault:
-        for error in fault.errors(include_url=False, include_context=False):
-            name = str(error["loc"][0]) if error["loc"] else "settings"
-            if error["type"] == "extra_forbidden":
-                lines.append(f"{name} is not a setting; settings are {', '.join(sorted(Settings.model_fields))}")
-            else:
-                got = "" if name in ("redis_url", "settings") else f", got {error['input']!r}"
-                lines.append(f"{PREFIX}{name.upper()}: {error['msg'].removeprefix('Value error, ')}{got}")
-        raise SettingsError("\n".join(lines)) from None
-    except SettingsError:
-        raise
-    except Exception as fault:  # pydantic-settings: text of a complex setting that is not JSON
-        raise SettingsError(str(fault)) from None
+        return init_settings, _EnvironmentSource(settings_cls), _DotEnvSource(settings_cls), _YamlSource(settings_cls)
 
 
 @lru_cache(maxsize=1)
@@ -172,7 +152,139 @@ def settings() -> Settings:
     return load_settings()
 
 
+def load_settings(**overrides: Any) -> Settings:
+    """Read all sources. `overrides` win over every source.
+
+    Raises SettingsError with a line for each name that is unknown and each value that is not accepted.
+    """
+    try:
+        return Settings(**overrides)
+    except ValidationError as fault:
+        lines = []
+        for place, message in explain(fault, Settings, hidden=_HIDDEN):
+            if place and place[0] not in Settings.model_fields:
+                known = sorted(Settings.model_fields)
+                message = f"is not a setting{did_you_mean(place[0], known)}; settings are {', '.join(known)}"
+            detail = "".join(f"{step}: " for step in place[1:])
+            lines.append(f"{_origin(str(place[0]), overrides)}: {detail}{message}" if place else message)
+        raise SettingsError("\n".join(lines)) from None
+
+
 def environment() -> dict[str, str]:
     """What `${NAME}` in a definition can refer to: `.env`, and over it the process's environment."""
-    dotenv = dotenv_values(ENV_FILE) if Path(ENV_FILE).is_file() else {}
-    return {**{name: value for name, value in dotenv.items() if value is not None}, **os.environ}
+    return {**_dotenv(), **os.environ}
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+class _Source(PydanticBaseSettingsSource):
+    """A source whose values are read in one go."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        raise NotImplementedError("values come from __call__")
+
+
+class _EnvironmentSource(_Source):
+    def __call__(self) -> dict[str, Any]:
+        return dict(_own(os.environ))
+
+
+class _DotEnvSource(_Source):
+    """`.env`, which may hold other variables too: those of the definitions."""
+
+    def __call__(self) -> dict[str, Any]:
+        return dict(_own(_dotenv()))
+
+
+class _YamlSource(_Source):
+    def __call__(self) -> dict[str, Any]:
+        return {name: value for name, (value, _line) in _yaml(self.current_state.get("config")).items()}
+
+
+def _own(variables: Mapping[str, str]) -> dict[str, str]:
+    """The settings among environment variables."""
+    own = {name[len(PREFIX) :].lower(): value for name, value in variables.items() if name.upper().startswith(PREFIX)}
+    return {name: value for name, value in own.items() if value.strip()}
+
+
+def _dotenv() -> dict[str, str]:
+    path = Path(ENV_FILE)
+    if not path.is_file():
+        return {}
+    text = _text(path)
+    faulty = [binding.original.line for binding in parse_stream(io.StringIO(text)) if binding.error]
+    if faulty:
+        raise SettingsError("\n".join(f"{ENV_FILE}:{line}: cannot be read; a line is NAME=value" for line in faulty))
+    return {name: value for name, value in dotenv_values(stream=io.StringIO(text)).items() if value is not None}
+
+
+def _yaml(named: object) -> dict[str, tuple[Any, int]]:
+    """The values in the YAML file, and their lines. `named` is the file's name if a source gives one."""
+    path = _yaml_path(named)
+    if not path.is_file():
+        if named:
+            raise SettingsError(f"{PREFIX}CONFIG names {str(path)!r}, which is not a file")
+        return {}
+    text = _text(path)
+    try:
+        return _yaml_values(yaml.BaseLoader(text), path)
+    except yaml.MarkedYAMLError as fault:
+        # without the fault's own text, which quotes the line
+        line = f":{fault.problem_mark.line + 1}" if fault.problem_mark else ""
+        raise SettingsError(f"{path}{line}: is not YAML: {fault.problem}") from None
+    except yaml.reader.ReaderError as fault:
+        raise SettingsError(f"{path}: is not YAML: {fault.reason}") from None
+    except RecursionError:
+        raise SettingsError(f"{path}: is nested too deeply") from None
+
+
+def _yaml_values(loader: yaml.BaseLoader, path: Path) -> dict[str, tuple[Any, int]]:
+    root = loader.get_single_node()
+    if root is None or root.value in _EMPTY:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise SettingsError(f"{path}: a mapping of settings to values is expected, not {_NODES[type(root)]}")
+    values: dict[str, tuple[Any, int]] = {}
+    faults = []
+    for key, node in root.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            faults.append(f"{path}:{line}: the name of a setting is expected, not {_NODES[type(key)]}")
+        elif key.value in values:
+            faults.append(f"{path}:{line}: {key.value} is given twice; the first is in line {values[key.value][1]}")
+        elif key.value == "config":
+            faults.append(f"{path}:{line}: config names this file, and cannot be set in it")
+        else:
+            values[key.value] = (loader.construct_object(node, deep=True), line)
+    if faults:
+        raise SettingsError("\n".join(faults))
+    return {name: (value, line) for name, (value, line) in values.items() if value not in _EMPTY}
+
+
+_NODES = {yaml.ScalarNode: "text", yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping"}
+
+
+def _yaml_path(named: object) -> Path:
+    return Path(str(named or Settings.model_fields["config"].default))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as fault:
+        raise SettingsError(f"{path}: cannot be read: {fault.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path}: is not UTF-8") from None
+
+
+def _origin(name: str, overrides: Mapping[str, object]) -> str:
+    """Where the value of a setting comes from, as the start of a line about it."""
+    if name in overrides:
+        return f"{name} (argument)"
+    sources = {"environment": _own(os.environ), ENV_FILE: _own(_dotenv())}
+    for source, values in sources.items():
+        if name in values:
+            return f"{PREFIX}{name.upper()} ({source})"
+    named = overrides.get("config") or next((values["config"] for values in sources.values() if "config" in values), None)
+    return f"{_yaml_path(named)}:{_yaml(named)[name][1]}: {name}"

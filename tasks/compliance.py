@@ -23,8 +23,8 @@ def retention_cutoffs(job: RunningJob) -> dict[str, object]:
     given = Inputs(job.params)
     policies = given.record("policies")
     holds = set(given.texts("legal_holds"))
-    if unknown := sorted(holds - set(policies.names())):
-        raise ValueError(f"params.legal_holds names {', '.join(unknown)}, for which params.policies has no period")
+    if holds - set(policies.names()):
+        raise given.error("legal_holds", f"classes of which policies has the period, {', '.join(policies.names())}")
     today = due_day(job)
     cutoffs = {name: _before(today, policies.record(name)) for name in policies.names()}
     return {

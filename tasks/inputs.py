@@ -50,7 +50,7 @@ class Inputs:
     def text(self, name: str, *, empty: bool = False) -> str:
         """A text; not an empty one, unless `empty` allows it."""
         value, path = self._at(name)
-        return value if empty and isinstance(value, str) else _text(value, path)
+        return "" if empty and value == "" else _text(value, path)
 
     def texts(self, name: str) -> list[str]:
         """A list of texts, none of them empty."""
@@ -143,6 +143,11 @@ def _error(value: object, path: str, accepted: str) -> ValueError:
 def _text(value: object, path: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise _error(value, path, "a text that is not empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # JSON can spell half of a surrogate pair, which no file, hash or mail can hold
+        raise _error(value, path, "a text of whole characters") from None
     return value
 
 

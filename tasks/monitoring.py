@@ -1,4 +1,4 @@
-"""Service levels and what is left of their error budgets."""
+"""What is left of the error budgets of service levels, and a drill for those who run the platform."""
 
 from __future__ import annotations
 

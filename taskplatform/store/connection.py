@@ -11,20 +11,26 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import AuthenticationError, ConnectionError, NoScriptError, ResponseError, TimeoutError
 from redis.retry import Retry
 
-from taskplatform.errors import StoreError, StoreUnavailable
+from taskplatform.errors import InvalidInput, StoreError, StoreUnavailable
 
 
 def connect(url: str) -> redis.Redis:
-    """A client with a connection pool, that takes short outages (about 2 s) by itself."""
-    return _Client.from_url(
-        url,
-        decode_responses=True,
-        socket_timeout=10,
-        socket_connect_timeout=5,
-        health_check_interval=30,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.1, cap=1), 3),
-        retry_on_error=[ConnectionError, TimeoutError],
-    )
+    """A client with a connection pool, that takes short outages (about 2 s) by itself. Raises StoreError for a URL that is none."""
+    try:
+        client = _Client.from_url(
+            url,
+            decode_responses=True,
+            socket_timeout=10,
+            socket_connect_timeout=5,
+            health_check_interval=30,
+            retry=Retry(ExponentialWithJitterBackoff(base=0.1, cap=1), 3),
+            retry_on_error=[ConnectionError, TimeoutError],
+        )
+        # so that an unknown option of the URL comes out here, not with the first command
+        client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
+    except (TypeError, ValueError) as fault:
+        raise StoreError(f"the URL of Redis is not accepted: {fault}") from None
+    return client
 
 
 @contextmanager
@@ -37,6 +43,8 @@ def _translated() -> Iterator[None]:
         raise StoreError(f"Redis did not let us in: {fault}") from fault
     except (ConnectionError, TimeoutError) as fault:
         raise StoreUnavailable(f"Redis cannot be reached: {fault}") from fault
+    except UnicodeEncodeError as fault:
+        raise InvalidInput(f"{fault.object!r} is not Unicode text") from None
     except ResponseError as fault:
         raise StoreError(f"Redis refused: {fault}") from fault
 

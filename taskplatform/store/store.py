@@ -435,6 +435,8 @@ class Store:
         """Users subscribed to a definition, by group and inside it by slot."""
         groups = sorted(cast("set[str]", self._redis.smembers(self._key("groups", definition))))
         at_group, _, after = (cursor or "").partition("|")
+        if cursor and not (at_group and after.isdecimal()):
+            raise InvalidInput(f"cursor {cursor!r} is not one that a listing gave")
         found: list[str] = []
         for gid in groups:
             if gid < at_group:
@@ -629,10 +631,13 @@ class Store:
 
     def history(self, job_id: str) -> list[Transition]:
         """From the first transition to the last. Raises UnknownJob."""
-        rows = cast("list[str]", self._redis.lrange(self._key("history", job_id), 0, -1))
-        if not rows:
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.hmget(self._key("job", job_id), "made", "source")
+        pipe.lrange(self._key("history", job_id), 0, -1)
+        (made, source), rows = pipe.execute()
+        if made is None:
             self._state("unknown", job_id)
-        return [_transition(row) for row in rows]
+        return [_creation(int(made), source), *map(_transition, rows)]
 
     def jobs(
         self,
@@ -781,8 +786,8 @@ def _no_user(user: str) -> UnknownUser:
     return UnknownUser(f"no user {user!r}")
 
 
-def _to_json(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+#: One for all: json.dumps makes an encoder for each call that is not like the last.
+_to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -799,6 +804,14 @@ def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 def _due_item(member: str, score: float) -> DueItem:
     kind, _, name = member.partition("|")
     return DueItem("group" if kind == "g" else "occurrence", name, int(score))
+
+
+_CREATED_BY = {"schedule": "planned", "catch_up": "planned to catch up", "trigger": "planned by a trigger", "api": "submitted"}
+
+
+def _creation(made_ms: int, source: str) -> Transition:
+    """The first line of a history, which the record stands for."""
+    return Transition(made_ms, None, JobState.PENDING, 0, "", _CREATED_BY[source])
 
 
 def _transition(row: str) -> Transition:
@@ -833,7 +846,7 @@ def _job(job_id: str, fields: Mapping[str, str], last: str | None) -> Job:
         worker=fields.get("worker", ""),
         started_ms=int(fields["started"]) if "started" in fields else None,
         finished_ms=int(fields["finished"]) if "finished" in fields else None,
-        reason=_transition(last).reason if last else "",
+        reason=_transition(last).reason if last else _CREATED_BY[fields["source"]],
         source=fields["source"],
     )
 

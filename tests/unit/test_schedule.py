@@ -379,11 +379,23 @@ def test_an_empty_span_has_no_due_time(schedule: Schedule, after: str, until: st
     assert latest_occurrence(schedule, ms(after), ms(until)) is None
 
 
-@pytest.mark.parametrize("schedule", [interval("minutely"), interval("hourly"), interval("daily"), cron("0 0 * * *")])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        interval("minutely"),
+        interval("hourly"),
+        interval("hourly", value=2),
+        interval("daily"),
+        interval("weekly", weekday="friday"),
+        interval("monthly", day_of_month=2),
+        cron("0 0 * * *"),
+        cron("*/30 * * * *"),
+    ],
+)
 def test_spans_are_exact_to_the_millisecond(schedule: Schedule) -> None:
     midnight = ms("2026-01-02T00:00")
     assert list(occurrences(schedule, midnight - 1, midnight)) == [midnight]
-    assert list(occurrences(schedule, midnight - 1000, midnight - 1)) == []
+    assert list(occurrences(schedule, midnight - 59_000, midnight - 1)) == []
     assert list(occurrences(schedule, midnight, midnight + 999)) == []
     assert next_occurrence(schedule, midnight - 1) == midnight
     assert next_occurrence(schedule, midnight) != midnight
@@ -648,7 +660,6 @@ def test_every_clock_change_of_every_zone() -> None:
         for schedule in (
             interval("hourly", zone, at),
             interval("hourly", zone, at, value=2),
-            interval("hourly", zone, f"{(midst.hour + 1) % 24}:{midst.minute}", value=2),
             interval("daily", zone, at),
             interval("monthly", zone, at, day_of_month=midst.day),
         ):

@@ -19,7 +19,7 @@ for i = 2, #ARGV, 5 do
     if priority == '' then priority = call('HGET', K.definition .. definition, 'priority') end
     if string.sub(after, 1, 1) == '+' then after = text(now + tonumber(string.sub(after, 2))) end
     local seq = call('INCR', K.seq)
-    create(id, definition, user, now, priority, after, seq, source, params, 'submitted')
+    create(id, user, now, priority, after, seq, source, params)
     call('HINCRBY', K.counts, 'pending', 1)
     call('ZADD', K.definition_jobs .. definition, text(now), id)
     count_unfinished(id, 1)

@@ -283,17 +283,16 @@ end
 
 -- Making jobs ----------------------------------------------------------------------------------------------------
 
--- The record and indexes of a job that waits; the caller puts it into its lane.
-local function create(id, definition, user, now, priority, after, seq, source, params, reason)
+-- The record of a job that waits, and its place among the user's jobs; the caller puts it into its lane. The record says when
+-- and by what it was made, so that its history needs no line for that.
+local function create(id, user, now, priority, after, seq, source, params)
   local key = K.job .. id
-  if params ~= '' then
-    call('HSET', key, 'state', 'pending', 'priority', priority, 'after', after, 'seq', seq, 'made', text(now), 'source', source,
-      'params', params)
+  if params == '' then
+    call('HSET', key, 'state', 'pending', 'priority', priority, 'after', after, 'seq', seq, 'made', now, 'source', source)
   else
-    call('HSET', key, 'state', 'pending', 'priority', priority, 'after', after, 'seq', seq, 'made', text(now), 'source', source)
+    call('HSET', key, 'state', 'pending', 'priority', priority, 'after', after, 'seq', seq, 'made', now, 'source', source, 'params', params)
   end
-  call('RPUSH', K.history .. id, '[' .. text(now) .. ',"","pending",0,"","' .. reason .. '"]')
-  call('ZADD', K.user_jobs .. user, text(now), id)
+  call('ZADD', K.user_jobs .. user, now, id)
 end
 
 -- Forgetting -----------------------------------------------------------------------------------------------------

@@ -78,10 +78,9 @@ end
 
 local suffix, source = occurrence.suffix, occurrence.source
 local triggered = source == 'trigger'
-local reason = source == 'schedule' and 'planned' or ('planned by ' .. source)
 local made, skipped, lane, index = 0, 0, {}, {}
 local seq = call('INCRBY', K.seq, #found / 2) - #found / 2
-local now_text = text(now)
+local prefix, ending = definition .. ':', ':' .. suffix
 
 for i = 1, #found, 2 do
   local user, score = found[i], tonumber(found[i + 1])
@@ -121,13 +120,12 @@ for i = 1, #found, 2 do
       base = now - offset
       call('HSET', okey, 'base', text(base))
     end
-    local id = definition .. ':' .. user .. ':' .. suffix
+    local id = prefix .. user .. ending
     if wanted and call('EXISTS', K.job .. id) == 0 then
       seq = seq + 1
-      local after = text(base + offset)
-      create(id, definition, user, now, priority, after, seq, source, params, reason)
-      index[#index + 1] = now_text
-      index[#index + 1] = id
+      local after = base + offset
+      create(id, user, now, priority, after, seq, source, params)
+      index[2 * made + 1], index[2 * made + 2] = now, id
       made = made + 1
       local busy = no_overlap and call('HGET', K.unfinished .. definition, user)
       if no_overlap then count_unfinished(id, 1) end

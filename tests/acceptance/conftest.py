@@ -1,0 +1,109 @@
+"""Real processes for the acceptance tests, through pytest-celery.
+
+A test that takes `celery_setup` gets the platform's own app, an embedded server as its broker, and a running worker of four
+slots; `site` is the same installation with all that the tests need beside it. The installation is shared by the whole session,
+with new users for each test. A module that kills processes overrides `site` with one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+from celery import Celery
+from pytest_celery import (
+    CeleryBrokerCluster,
+    CeleryTestWorker,
+    CeleryWorkerCluster,
+    RedisTestBroker,
+)
+
+from taskplatform.platform import Platform
+from tests.acceptance.nodes import Guard, ServerNode, WorkerNode
+from tests.acceptance.site import Site, base_environment, running_site
+from tests.acceptance.target import Target
+
+
+@pytest.fixture(scope="session")
+def guard() -> Iterator[Guard]:
+    """Nothing that the tests start outlives them."""
+    made = Guard()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def target() -> Iterator[Target]:
+    """The API that the jobs call."""
+    with Target() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def new_site(guard: Guard, target: Target, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Site]]:
+    """Makes installations, each with a server of its own."""
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(running_site(tmp_path_factory.mktemp("site"), base_environment(target.url, guard.environment)))
+
+
+@pytest.fixture(scope="session")
+def shared_site(new_site: Callable[[], Site]) -> Site:
+    """For tests that hurt no process."""
+    return new_site()
+
+
+@pytest.fixture
+def site(shared_site: Site) -> Site:
+    """The installation that the test uses."""
+    return shared_site
+
+
+@pytest.fixture
+def platform(site: Site) -> Platform:
+    """The Python API on that installation."""
+    return site.platform
+
+
+@pytest.fixture
+def user(site: Site) -> str:
+    """A new user."""
+    return site.user()
+
+
+# pytest-celery's own fixtures, over processes instead of containers
+
+
+@pytest.fixture
+def default_redis_broker(site: Site) -> ServerNode:
+    return site.server
+
+
+@pytest.fixture
+def default_worker_container(site: Site) -> WorkerNode:
+    return site.default_worker
+
+
+@pytest.fixture
+def celery_broker_cluster(celery_redis_broker: RedisTestBroker) -> CeleryBrokerCluster:
+    """Redis alone; pytest-celery would run each test again for every broker that it knows."""
+    return CeleryBrokerCluster(celery_redis_broker)
+
+
+@pytest.fixture
+def celery_backend_cluster() -> None:
+    """None: the platform's app keeps no results in Celery."""
+
+
+@pytest.fixture
+def celery_worker_cluster(celery_setup_worker: CeleryTestWorker) -> CeleryWorkerCluster:
+    """One worker."""
+    return CeleryWorkerCluster(celery_setup_worker)
+
+
+@pytest.fixture
+def celery_setup_app(site: Site) -> Celery:
+    """The platform's app, not one that pytest-celery makes."""
+    return site.app
+
+

@@ -1,0 +1,68 @@
+"""The Python functions of the acceptance tests' definitions. What they did, the target knows: they call it."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from typing import Any, Protocol
+
+import celery
+import requests
+from celery.exceptions import SoftTimeLimitExceeded
+
+
+class Job(Protocol):
+    """What the platform gives to a function."""
+
+    id: str
+    user: str
+    params: dict[str, Any]
+    attempt: int
+
+
+def returns(job: Job) -> dict[str, Any]:
+    _tell(job, "ran")
+    return {"user": job.user, "attempt": job.attempt, "params": dict(job.params)}
+
+
+def sleeps(job: Job) -> str:
+    _tell(job, "began")
+    time.sleep(float(job.params["seconds"]))
+    _tell(job, "ended")
+    return "slept"
+
+
+def raises(job: Job) -> str:
+    _tell(job, "ran")
+    if job.attempt <= int(job.params["times"]):
+        raise ValueError(f"attempt {job.attempt} went wrong")
+    return "went well"
+
+
+def exits(job: Job) -> None:
+    _tell(job, "ran")
+    raise SystemExit(2)
+
+
+def dies(job: Job) -> None:
+    _tell(job, "ran")
+    os._exit(9)
+
+
+def retries_itself(job: Job) -> str:
+    _tell(job, "ran")
+    if job.attempt < 3:
+        celery.current_task.retry(countdown=0.7)
+    return f"attempt {job.attempt} was the last"
+
+
+def ignores_soft_limit(job: Job) -> None:
+    _tell(job, "began")
+    while True:
+        with suppress(SoftTimeLimitExceeded):
+            time.sleep(60)
+
+
+def _tell(job: Job, what: str) -> None:
+    requests.post(f"{os.environ['TARGET']}/{what}", headers={"X-Job-ID": job.id, "X-User-ID": job.user}, timeout=5)

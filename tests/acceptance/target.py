@@ -1,0 +1,123 @@
+"""The API that the jobs call. It logs every request, and so it is the judge of what really ran, when and how often."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request gets. With `hang` it gets nothing, and waits until the target closes."""
+
+    status: int = 200
+    body: str = "done"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    after_seconds: float = 0.0
+    hang: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request as it arrived."""
+
+    at_ms: int
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: str
+
+    @property
+    def job(self) -> str:
+        return self.headers.get("X-Job-ID", "")
+
+    @property
+    def user(self) -> str:
+        return self.headers.get("X-User-ID", "")
+
+    @property
+    def key(self) -> str:
+        return self.headers.get("Idempotency-Key", "")
+
+
+class Target:
+    """An HTTP server on the loopback interface, for `with`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._calls: list[Call] = []
+        self._answers: dict[str, list[Answer]] = {}
+        self._closed = threading.Event()
+        self._server = _Server(self)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Target:
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, name="target", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, user: str, *answers: Answer) -> None:
+        """What the user's requests get in turn; the last answer is for all that follow. Without this it is a plain 200."""
+        with self._lock:
+            self._answers[user] = list(answers)
+
+    def calls(self, *, user: str | None = None, job: str | None = None) -> list[Call]:
+        """In the order of arrival."""
+        with self._lock:
+            return [call for call in self._calls if user in (None, call.user) and job in (None, call.job)]
+
+    def take(self, call: Call) -> Answer:
+        """Log a request and choose its answer. Returns when it is to be sent."""
+        with self._lock:
+            self._calls.append(call)
+            answers = self._answers.get(call.user, [Answer()])
+            answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        self._closed.wait(None if answer.hang else answer.after_seconds)
+        return answer
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Callers that are killed in the midst of a request belong to the tests."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: _Server
+
+    def _handle(self) -> None:
+        at_ms = time.time_ns() // 1_000_000
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        answer = self.server.target.take(Call(at_ms, self.command, self.path, dict(self.headers.items()), body))
+        if answer.hang:
+            self.close_connection = True
+            return
+        content = answer.body.encode()
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST = _handle  # noqa: N815 - the names are the base class's
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """The log is `calls`."""

@@ -1,0 +1,312 @@
+"""What the tests of the store share: definitions to publish, a worker's hands, and `assert_consistent`.
+
+`assert_consistent` reads the whole database, key by key, and holds every structure against all others. It knows the layout
+of `store.keys` on its own, so that a script which forgets one of its indexes is found after any step of any test.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import redis
+
+from taskplatform.model import TRANSITIONS, Definition, JobState, Priority, Transition, slot
+from taskplatform.planner import published
+from taskplatform.store import Enqueue, Store, Subscribe, SubscribeResult
+from taskplatform.store.keys import NAMES, UNACKED, UNACKED_INDEX, key
+
+NAMESPACE = "tp"
+HORIZON = timedelta(seconds=5)
+ACTOR = "test"
+WAITING = (JobState.PENDING, JobState.RETRYING)
+
+
+def define(name: str = "report", **fields: Any) -> Definition:
+    """A definition; daily at midnight UTC unless `fields` say otherwise."""
+    if "interval" not in fields and "cron" not in fields:
+        fields["interval"] = {"type": "daily"}
+    return Definition.model_validate({"id": name, "name": name, "call": "tasks.inputs:anything", **fields})
+
+
+def publish(store: Store, *definitions: Definition) -> None:
+    """Tell the scripts of them, as the leading planner does."""
+    for definition in definitions:
+        store.publish(published(definition), actor=ACTOR)
+
+
+def subscribe(store: Store, user: str, definition: str, **changes: Any) -> SubscribeResult:
+    """One subscription, made or changed."""
+    return store.subscribe([Subscribe(user, definition, **changes)], horizon=HORIZON, actor=ACTOR)[0]
+
+
+def enqueue(store: Store, definition: str = "report", user: str = "u1", name: str = "m1", **fields: Any) -> str:
+    """The id of a new job made by hand."""
+    job_id = f"{definition}:{user}:{name}"
+    assert store.enqueue([Enqueue(job_id, **fields)]) == [True]
+    return job_id
+
+
+def offer(store: Store, worker: str = "w1", slots: int = 10, queues: Iterable[str] = tuple(Priority)) -> None:
+    """A worker's heartbeat."""
+    store.heartbeat(worker, slots=slots, queues=list(queues), buffer=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What a worker must know of a message in a queue."""
+
+    job_id: str
+    delivery: int
+    user: str
+    raw: str
+
+
+def _message(raw: str) -> Message:
+    content = json.loads(raw)
+    headers = content["headers"]
+    return Message(headers["id"], headers["delivery"], json.loads(content["body"])[1]["user"], raw)
+
+
+def queue(client: redis.Redis, priority: str) -> list[Message]:
+    """What waits in a broker queue, the first to go first."""
+    return [_message(raw) for raw in reversed(cast("list[str]", client.lrange(priority, 0, -1)))]
+
+
+def take(client: redis.Redis, *priorities: str) -> Message:
+    """The message that a worker of these queues gets next. Raises LookupError where there is none."""
+    for priority in priorities or tuple(Priority):
+        raw = cast("str | None", client.rpop(priority))
+        if raw is not None:
+            return _message(raw)
+    raise LookupError("no message in any queue")
+
+
+# --- the checker -----------------------------------------------------------------------------------------------------
+
+
+def check_history(history: list[Transition], *, clock_set_back: bool = False) -> None:
+    """That a job's history is complete and follows the table."""
+    assert history[0].from_state is None
+    assert history[0].to_state is JobState.PENDING
+    before = None
+    for number, line in enumerate(history):
+        assert line.from_state is before, f"line {number} goes on from {line.from_state}, the last one led to {before}"
+        assert line.reason, f"line {number} gives no reason"
+        note = number > 0 and line.to_state is line.from_state
+        assert note or line.to_state in TRANSITIONS[line.from_state], f"line {number}: {line.from_state} -> {line.to_state}"
+        if line.to_state in (JobState.ASSIGNED, JobState.RUNNING):
+            assert line.worker
+        if number:
+            last = history[number - 1]
+            assert clock_set_back or line.at_ms >= last.at_ms, f"line {number} lies before the last one"
+            started = line.to_state is JobState.ASSIGNED and not note
+            assert line.attempt == last.attempt + started, f"line {number}: attempt {line.attempt} after {last.attempt}"
+        before = line.to_state
+
+
+class _Database:
+    """All keys of the namespace, read at once."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._prefixes = {f"{NAMESPACE}:{part}": name for name, part in NAMES.items()}
+        self.found: dict[str, dict[str, Any]] = {name: {} for name in NAMES}
+        names = sorted(cast("list[str]", list(client.scan_iter(count=1000))))
+        pipe = client.pipeline(transaction=True)
+        for each in names:
+            pipe.type(each)
+        kinds = pipe.execute()
+        reads = {"hash": pipe.hgetall, "set": pipe.smembers, "list": lambda k: pipe.lrange(k, 0, -1), "string": pipe.get}
+        for each, kind in zip(names, kinds, strict=True):
+            if kind == "zset":
+                pipe.zrange(each, 0, -1, withscores=True)
+            elif kind == "stream":
+                pipe.xlen(each)
+            else:
+                reads[kind](each)
+        for each, kind, value in zip(names, kinds, pipe.execute(), strict=True):
+            self._keep(each, dict(value) if kind == "zset" else value)
+
+    def _keep(self, name: str, value: Any) -> None:
+        for prefix, known in self._prefixes.items():
+            if name == prefix or (prefix.endswith(":") and name.startswith(prefix)):
+                self.found[known][name.removeprefix(prefix)] = value
+                return
+        foreign = (UNACKED, UNACKED_INDEX, "unacked_mutex", *Priority)
+        assert name in foreign or name.startswith(("_kombu.", "celery")), f"{name} is no key that the store knows"
+
+    def one(self, name: str) -> Any:
+        """What lies under a name without a part, or an empty mapping."""
+        return self.found[name].get("", {})
+
+    def under(self, name: str) -> dict[str, Any]:
+        """By part, what lies under a name."""
+        return self.found[name]
+
+
+def assert_consistent(client: redis.Redis, store: Store, *, complete: bool = True, clock_set_back: bool = False) -> None:
+    """That all structures of the database agree.
+
+    `complete`: no job was ever forgotten, so that the counts can be checked too.
+    """
+    db = _Database(client)
+    jobs = db.under("job")
+    histories = {job_id: store.history(job_id) for job_id in jobs}
+    assert set(db.under("history")) <= jobs.keys(), "a history without a job"
+    for job_id, history in histories.items():
+        check_history(history, clock_set_back=clock_set_back)
+        _check_job(store, job_id, jobs[job_id], history)
+    _check_waiting(db, jobs)
+    _check_delivery(client, db, jobs)
+    _check_ends(db, jobs)
+    _check_indexes(db, jobs)
+    _check_subscriptions(db)
+    _check_plan(db)
+    _check_workers(db)
+    if complete:
+        entered = Counter(
+            line.to_state.value for history in histories.values() for line in history if line.from_state is not line.to_state
+        )
+        assert {state: int(count) for state, count in db.one("counts").items()} == entered, "counts do not agree with the histories"
+
+
+def _in_state(jobs: Mapping[str, dict[str, str]], *states: JobState) -> set[str]:
+    return {job_id for job_id, fields in jobs.items() if fields["state"] in states}
+
+
+def _check_job(store: Store, job_id: str, fields: dict[str, str], history: list[Transition]) -> None:
+    job = store.job(job_id)
+    assert job.state is history[-1].to_state, f"{job_id} is {job.state}, its history ends with {history[-1].to_state}"
+    assert job.reason == history[-1].reason
+    released = sum(line.to_state is JobState.QUEUED and line.from_state is not JobState.QUEUED for line in history)
+    started = sum(line.to_state is JobState.RUNNING and line.from_state is not JobState.RUNNING for line in history)
+    assert (job.delivery, job.attempt) == (released, started), f"{job_id}: (delivery, attempt) do not agree with its history"
+    assert 0 <= int(fields.get("budget", 0)) <= job.attempt, f"{job_id}: {fields.get('budget')} of {job.attempt} attempts do not count"
+    assert 0 <= job.failures <= max(0, job.attempt - 1)
+    assert (job.finished_ms is not None) == job.state.terminal, f"{job_id} is {job.state}, finished at {job.finished_ms}"
+
+
+def _check_waiting(db: _Database, jobs: Mapping[str, dict[str, str]]) -> None:
+    lanes = db.under("lane")
+    places: Counter[str] = Counter()
+    for lane, members in lanes.items():
+        priority, definition = lane.split(":")
+        for member, score in members.items():
+            seq, job_id = int(member[:11], 16), member[12:]
+            places[job_id] += 1
+            job = jobs[job_id]
+            assert job_id.split(":")[0] == definition
+            assert (job["priority"], int(job["after"]), int(job["seq"])) == (priority, score, seq), f"{job_id} waits in a wrong place"
+    for user, held in db.under("held").items():
+        for job_id in held:
+            places[job_id] += 1
+            assert job_id.split(":")[1] == user
+    assert set(places) == _in_state(jobs, *WAITING), "the waiting set does not hold the jobs that wait"
+    assert not [job_id for job_id, count in places.items() if count > 1], "a job waits twice"
+    for priority in Priority:
+        blocked = db.under("blocked").get(priority, {})
+        ready = db.under("ready").get(priority, {})
+        heads = {
+            lane.split(":")[1]: min(members.values())
+            for lane, members in lanes.items()
+            if lane.split(":")[0] == priority and lane.split(":")[1] not in blocked
+        }
+        assert ready == heads, f"the heads of the {priority} lanes"
+        paused = {definition for definition, fields in db.under("definition").items() if "paused" in fields}
+        assert {definition for definition, until in blocked.items() if until == float("inf")} == paused
+
+
+def _check_delivery(client: redis.Redis, db: _Database, jobs: Mapping[str, dict[str, str]]) -> None:
+    queued = {priority: db.under("queued").get(priority, {}) for priority in Priority}
+    assert set().union(*queued.values()) == _in_state(jobs, JobState.QUEUED)
+    for priority, members in queued.items():
+        assert all(jobs[job_id]["priority"] == priority for job_id in members)
+        messages = queue(client, priority)
+        assert len(messages) == len({(message.job_id, message.delivery) for message in messages}), "a delivery lies twice in a queue"
+        for message in messages:
+            assert message.job_id.split(":")[1] == message.user
+            job = jobs.get(message.job_id)
+            assert job is None or message.delivery <= int(job["delivery"])
+    running = _in_state(jobs, JobState.RUNNING)
+    assert db.one("active").keys() == running
+    owned = [(job_id, worker) for worker, members in db.under("worker_jobs").items() for job_id in members]
+    assert sorted(owned) == sorted((job_id, jobs[job_id]["worker"]) for job_id in running), "worker_jobs"
+    assert {worker for _, worker in owned} <= db.one("workers").keys(), "a worker runs jobs and cannot be recovered"
+    assert not _in_state(jobs, JobState.ASSIGNED)
+
+
+def _check_ends(db: _Database, jobs: Mapping[str, dict[str, str]]) -> None:
+    ended = {job_id: float(fields["finished"]) for job_id, fields in jobs.items() if JobState(fields["state"]).terminal}
+    assert db.one("finished") == ended
+    counted: dict[str, Counter[str]] = {}
+    for job_id, fields in jobs.items():
+        definition, user, _ = job_id.split(":", 2)
+        if fields.get("counted") and job_id not in ended:
+            counted.setdefault(definition, Counter())[user] += 1
+    found = {definition: {user: int(count) for user, count in users.items()} for definition, users in db.under("unfinished").items()}
+    assert found == counted, "the numbers of unfinished jobs"
+
+
+def _check_indexes(db: _Database, jobs: Mapping[str, dict[str, str]]) -> None:
+    by_user: dict[str, dict[str, float]] = {}
+    by_definition: dict[str, dict[str, float]] = {}
+    for job_id, fields in jobs.items():
+        definition, user, _ = job_id.split(":", 2)
+        by_user.setdefault(user, {})[job_id] = float(fields["made"])
+        by_definition.setdefault(definition, {})[job_id] = float(fields["made"])
+    assert db.under("user_jobs") == by_user
+    assert db.under("definition_jobs") == by_definition
+    users = db.under("user")
+    assert db.one("users").keys() == users.keys()
+    assert by_user.keys() <= users.keys(), "jobs of a user that does not exist"
+
+
+def _check_subscriptions(db: _Database) -> None:
+    wanted: dict[str, set[str]] = {}
+    may: dict[str, set[str]] = {}
+    subscribers: Counter[str] = Counter()
+    for user, fields in db.under("user").items():
+        for definition, raw in fields.items():
+            if definition.startswith("@"):
+                continue
+            subscription = json.loads(raw)
+            subscribers[definition] += 1
+            wanted.setdefault(subscription.get("group", definition), set()).add(user)
+            for gid, start, end in subscription.get("prev", []):
+                assert start < end
+                may.setdefault(gid, set()).add(user)
+    for gid, members in db.under("slots").items():
+        definition = gid.partition("~")[0]
+        assert members.keys() >= wanted.get(gid, set()), f"{gid} lacks a subscriber"
+        assert members.keys() <= wanted.get(gid, set()) | may.get(gid, set()), f"{gid} has somebody who is no subscriber"
+        assert all(score == slot(user, definition) for user, score in members.items())
+    assert wanted.keys() <= db.under("slots").keys()
+    for gid in wanted:
+        assert gid in db.under("group"), f"subscribers of {gid} have no group"
+        assert gid in db.under("groups")[gid.partition("~")[0]]
+    assert {definition: int(count) for definition, count in db.one("subscribers").items()} == subscribers
+
+
+def _check_plan(db: _Database) -> None:
+    occurrences = db.under("occurrence")
+    is_open = {oid for oid, fields in occurrences.items() if fields["state"] == "open"}
+    assert {oid for members in db.under("open").values() for oid in members} == is_open
+    assert all(occurrences[oid]["group"] == gid for gid, members in db.under("open").items() for oid in members)
+    assert db.one("closed").keys() == occurrences.keys() - is_open
+    indexed = {oid: at for members in db.under("occurrences").values() for oid, at in members.items()}
+    assert indexed == {oid: float(fields["at"]) for oid, fields in occurrences.items()}
+    due = db.one("due")
+    assert {member[2:] for member in due if member.startswith("o|")} == is_open, "what is open is not due"
+    groups = db.under("group")
+    assert {member[2:] for member in due if member.startswith("g|")} <= groups.keys()
+    listed = {gid for members in db.under("groups").values() for gid in members}
+    assert listed == groups.keys()
+    assert all(fields.get("reason") for fields in occurrences.values())
+
+
+def _check_workers(db: _Database) -> None:
+    assert db.under("worker").keys() <= db.one("workers").keys()
