@@ -84,9 +84,7 @@ def _plan(store: Store, definition: Definition, number: int, subscribers: int) -
     group = store.group(definition.id)
     assert group is not None
     at_ms = max(group.cursor_ms, store.now_ms()) + 1000 * (number + 1)
-    store.open_occurrences(
-        group, [Opening(at_ms, "schedule", "due")], cursor_ms=at_ms, next_due_ms=None, window_ms=60_000, horizon=HORIZON
-    )
+    store.open_occurrences(group, [Opening(at_ms, "schedule", "due")], cursor_ms=at_ms, next_due_ms=None, window_ms=60_000, horizon=HORIZON)
     made = 0
     again: int | None = at_ms
     began = time.perf_counter()

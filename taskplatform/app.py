@@ -12,20 +12,22 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
+from billiard.common import terminate_handler_fired
 from celery import Celery, Task, bootsteps, signals
-from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded, WorkerLostError
+from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
 from celery.result import AsyncResult
 from celery.worker import state as worker_state
 from celery.worker.request import Request
@@ -34,7 +36,7 @@ from taskplatform import http
 from taskplatform.catalogue import Catalogue, load, resolve_calls
 from taskplatform.errors import CatalogueError, InvalidInput, SettingsError, StoreError, StoreUnavailable, TaskPlatformError
 from taskplatform.message import time_limits
-from taskplatform.model import Definition, JobState, Priority
+from taskplatform.model import Definition, JobState, Priority, format_duration
 from taskplatform.platform import Platform
 from taskplatform.recovery import LOSS_BACKOFF, RecoveryLoop
 from taskplatform.release import ReleaseLoop
@@ -42,6 +44,12 @@ from taskplatform.settings import environment, settings
 from taskplatform.store import Start
 
 log = logging.getLogger(__name__)
+
+#: A stopped function may use this time to tidy up, before its process is killed.
+_STOP_GRACE_SECONDS = 3.0
+
+#: A pool process that died is noticed after this at the latest; Celery itself looks every 5 seconds.
+_POOL_CHECK_SECONDS = 1.0
 
 #: So long a worker tries to record how a run ended while Redis is away.
 _RECORD_FOR = timedelta(minutes=10)
@@ -202,10 +210,10 @@ class PlatformTask(Task):  # type: ignore[misc]
             countdown = max(0.0, eta.timestamp() - time.time())
         delay = self.definition.backoff.delay(run.start.failures + 1) if countdown is None else timedelta(seconds=countdown)
         self._finish(run, JobState.RETRYING, reason, options.get("detail"), delay)
-        signal = Retry(reason, exc, when=eta or delay.total_seconds())
+        again = Retry(reason, exc, when=eta or delay.total_seconds())
         if throw:
-            raise signal
-        return signal
+            raise again
+        return again
 
     # running
 
@@ -228,7 +236,7 @@ class PlatformTask(Task):  # type: ignore[misc]
                 return self._call_target(run, user, params)
             return self._call_function(run, user, params)
         except SoftTimeLimitExceeded as fault:
-            limit = self.definition.work_limit
+            limit = format_duration(self.definition.work_limit)
             raise self.retry(exc=fault, reason=f"time limit of {limit} exceeded", timed_out=True) from fault
 
     def _call_target(self, run: _Run, user: str, params: Mapping[str, Any]) -> str:
@@ -263,9 +271,12 @@ class PlatformTask(Task):  # type: ignore[misc]
         began = time.monotonic()
         try:
             result = _function(cast("str", self.definition.call))(job)
-        except (Retry, SoftTimeLimitExceeded, JobFailed):
+        except (Retry, Ignore, SoftTimeLimitExceeded, JobFailed):
             raise
-        except Exception as fault:
+        except (Exception, SystemExit) as fault:
+            if isinstance(fault, SystemExit) and terminate_handler_fired():
+                raise  # this process was told to end
+            # exit() in a function is a failed attempt: it must not take down the process, which may have its next job already
             log.exception("job %s: attempt %d failed", run.job_id, run.start.attempt)
             raise self.retry(exc=fault) from fault
         duration_ms = round((time.monotonic() - began) * 1000)
@@ -346,11 +357,16 @@ class PlatformRequest(Request):  # type: ignore[misc]
             self._end_killed_run(timeout)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
-        """The run raised, or its process died."""
+        """The run raised, or its process died.
+
+        What is not recorded as the end of the run would leave the job running for ever. Where it is, `_lose` changes nothing.
+        """
         super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
         fault = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(fault, WorkerLostError | SystemExit | KeyboardInterrupt):
             self._lose(f"the process that ran it died: {fault}")
+        elif not isinstance(fault, Ignore | Retry | JobFailed | TimeLimitExceeded):
+            self._lose(f"its run broke off: {_describe(fault)}")
 
     @property
     def _delivery(self) -> int:
@@ -386,6 +402,9 @@ class PlatformRequest(Request):  # type: ignore[misc]
 # --- the worker's loops ----------------------------------------------------------------------------------------------
 
 
+_PREFORK = "celery.concurrency.prefork"
+
+
 class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
     """Runs the release and the recovery loop in the worker's main process, from pool start to shutdown."""
 
@@ -408,6 +427,7 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
             slots=lambda: int(worker.pool.num_processes),
             queues=lambda: [str(name) for name in worker.app.amqp.queues.consume_from],
             stop_job=lambda job_id: _stop_job(worker, job_id),
+            has_job=_has_job,
             info={
                 "host": socket.gethostname(),
                 "pid": str(os.getpid()),
@@ -417,8 +437,14 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
         )
         signals.worker_shutting_down.connect(self._drain)
         signals.worker_shutdown.connect(self._leave)
+        signals.task_revoked.connect(_on_revoked)
         for name, loop in (("release", self._release), ("recovery", self._recovery)):
             threading.Thread(target=loop.run, name=f"platform-{name}", daemon=True).start()
+
+    def register_with_event_loop(self, worker: Any, hub: Any) -> None:
+        """Celery's own notice of a process that died can come before there is anything to see, and then waits for its timer."""
+        if type(worker.pool).__module__ == _PREFORK:
+            hub.call_repeatedly(_POOL_CHECK_SECONDS, worker.pool.maintain_pool)
 
     def stop(self, worker: Any) -> None:  # noqa: ARG002
         """The pool still finishes what runs; `_leave` comes after it."""
@@ -434,17 +460,46 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self._recovery.stop()
 
 
+def _has_job(job_id: str) -> bool:
+    """Whether this worker runs the job or is about to."""
+    return any(request.id == job_id for request in _snapshot(worker_state.reserved_requests))
+
+
+def _snapshot(requests: Iterable[Any]) -> list[Any]:
+    while True:
+        try:
+            return list(requests)
+        except RuntimeError:  # the main thread changed it meanwhile
+            continue
+
+
+def _on_revoked(sender: Any, request: Any, **_: Any) -> None:
+    """Celery's `revoke`, from Flower or the command line, is a way to cancel a job."""
+    if isinstance(sender, PlatformTask):
+        try:
+            platform().store.cancel(request.id, reason="revoked by Celery's remote control")
+        except StoreError as fault:
+            log.warning("job %s: cannot record that it was revoked: %s", request.id, fault)
+
+
 def _stop_job(worker: Any, job_id: str) -> None:
     """Stop a job that was canceled while it ran here, if the pool can."""
     store, name = platform().store, worker_id(worker.hostname)
     request = worker_state.requests.get(job_id)
     if request is None:
         return
-    if type(worker.pool).__module__ != "celery.concurrency.prefork":
+    if type(worker.pool).__module__ != _PREFORK:
         store.note(job_id, worker=name, text="this worker's pool cannot stop it: its result will be discarded")
         return
-    request.terminate(worker.pool)
-    store.note(job_id, worker=name, text="stopped")
+    # in the thread that also takes results: meanwhile no other job can be given to the process
+    worker.hub.call_soon(_terminate, worker, request)
+
+
+def _terminate(worker: Any, request: PlatformRequest) -> None:
+    if worker_state.requests.get(request.id) is request:
+        request.terminate(worker.pool)
+        worker.hub.call_later(_STOP_GRACE_SECONDS, worker.pool.terminate_job, request.worker_pid, signal.SIGKILL)
+        platform().store.note(request.id, worker=worker_id(worker.hostname), text="stopped")
 
 
 # --- the application -------------------------------------------------------------------------------------------------
@@ -498,7 +553,7 @@ def _make_app_or_explain() -> Celery:
 app = _make_app_or_explain()
 
 
-@app.task(name="taskplatform.sweep")  # type: ignore[untyped-decorator]
+@app.task(name="taskplatform.sweep", shared=False)  # type: ignore[untyped-decorator]
 def sweep() -> int:
     """Forget jobs and occurrences that are past their retention. Returns how many."""
     owner = platform()

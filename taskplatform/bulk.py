@@ -33,7 +33,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from taskplatform.errors import InvalidInput, UnknownDefinition
-from taskplatform.model import MAX_PARAMS_BYTES, did_you_mean, kind_of
+from taskplatform.faults import did_you_mean, kind_of
+from taskplatform.model import MAX_PARAMS_BYTES
 from taskplatform.platform import Platform, SubscriptionRequest
 from taskplatform.store import Subscribe, SubscribeResult
 
@@ -316,7 +317,7 @@ _SWITCH = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0"
 
 def _csv_fields(columns: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
     if len(cells) != len(columns):
-        raise InvalidInput(f"has {len(cells)} columns; the first line names {len(columns)}")
+        raise InvalidInput(f"columns: {len(cells)}; the first line names {len(columns)}")
     fields: dict[str, Any] = {name: cell for name, cell in zip(columns, cells, strict=True) if cell}
     for name in fields.keys() & {"params", "schedule"}:
         fields[name] = _json_value(fields[name], name)
@@ -341,7 +342,7 @@ def _json_requests(lines: _Lines) -> Iterator[tuple[int, SubscriptionRequest | L
 def _json_fields(line: _Line) -> dict[str, Any]:
     if line.problem:
         raise InvalidInput(line.problem)
-    fields = _json_value(line.text, "")
+    fields = _json_value(line.text.rstrip(), "")
     if not isinstance(fields, dict):
         raise InvalidInput(f"is {kind_of(fields)}; an object with {', '.join(FIELDS)} is accepted")
     for name in fields:

@@ -41,7 +41,8 @@ from pydantic import ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
 from taskplatform.errors import CatalogueError, Fault, UnknownDefinition
-from taskplatform.model import DEFINITION_ID, Definition, Place, did_you_mean, explain, format_duration, kind_of
+from taskplatform.faults import Place, did_you_mean, explain, kind_of
+from taskplatform.model import DEFINITION_ID, Definition, format_duration
 
 NOT_IN_DEFAULTS = ("id", "name", "interval", "cron")
 """Fields that each definition has to give itself."""
@@ -245,7 +246,7 @@ class _File:
             what = "is empty" if root is None else f"is {kind_of(root)}"
             self.add_at(0 if root is None else 1, "", f"{what}; a file is a mapping with tasks, a list of definitions, and defaults")
             return
-        for key in root.keys() - {"tasks", "defaults"}:
+        for key in (key for key in root if key not in ("tasks", "defaults")):
             hint = did_you_mean(key, ("tasks", "defaults"))
             self._add((key,), f"is not known at the top of a file{hint}; tasks and defaults are")
         tasks = root.get("tasks")
@@ -277,8 +278,8 @@ class _File:
         _, problems = _checked(probe)
         for place, message in problems:
             self._add(("defaults", *place), message)
-            allowed = _mended(allowed, [place]) if place else _with_one_of(allowed, "config", "call")
-        return allowed
+        mended = _mended(allowed, [place for place, _ in problems if place])
+        return mended if all(place for place, _ in problems) else _with_one_of(mended, "config", "call")
 
     def _read_definition(self, index: int, raw: Any, defaults: _Map) -> None:
         if not isinstance(raw, _Map):
@@ -482,8 +483,6 @@ def _replaced(value: Any, place: Place, stand_in: Any) -> Any:
         return stand_in
     if not isinstance(value, _Map) or not isinstance(place[0], str):
         return None
-    if place[1:] and place[0] not in value:
-        return value
     copy = _Map(value.line)
     for key, item in value.items():
         copy.put(key, item, value.lines[key])
@@ -640,19 +639,17 @@ class _Document:
                 raise _UnreadableError(line, "a second document begins here (---); a file holds one")
 
     def _scalar(self, event: yaml.ScalarEvent, line: int) -> None:
-        value, problem = (event.value, "")
+        value, problem = event.value, ""
         if event.implicit[0]:
             value, problem = _plain(event.value)
         elif event.tag not in (None, "!", "tag:yaml.org,2002:str"):
             problem = f"the tag {event.tag[:80]} is not accepted"
-        if self._awaits_key() and (problem or (value is not _MERGE and not isinstance(value, str))):
+        if self._awaits_key() and (problem or not isinstance(value, str)):
             problem = f"a key is text, and {event.value[:80] or 'nothing'} without quotes may be something else: write it in quotes"
             self._complain(line, problem, key=event.value)
             value = event.value
         elif problem:
             self._complain(line, problem, doubtful=True)
-        if value is _MERGE and not self._awaits_key():
-            value = event.value
         self._anchor(event.anchor, value, 1)
         self._count(1, line)
         self._value(value, 1, line)
@@ -780,7 +777,7 @@ def _plain(text: str) -> tuple[Any, str]:
     new, old = _core_value(text), _old_value(text)
     if isinstance(new, float) and not math.isfinite(new):
         return text, f"{text} is not a number that JSON has"
-    if type(new) is type(old) and new == old:
+    if new == old:
         return new, ""
     return new, f"{text} is {_reading(old)} in YAML 1.1 and {_reading(new)} in YAML 1.2: write {_literal(old)} or {_literal(new)}"
 

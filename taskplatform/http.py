@@ -31,6 +31,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -252,8 +253,8 @@ class Client:
         """
         try:
             return self._request_once(request, run)
-        except _FAULTS as fault:
-            if not run.reused or run.received or any(isinstance(cause, TimeoutError) for cause in _causes(fault)):
+        except _FAULTS:
+            if not run.reused or run.received:
                 raise
         return self._request_once(request, run)
 
@@ -454,7 +455,7 @@ def _forms(secrets: tuple[str, ...]) -> list[str]:
     forms: set[str] = set()
     for secret in secrets:
         if len(secret) >= MIN_SECRET_LENGTH:
-            plain = secret.encode("utf-8", "surrogateescape")
+            plain = secret.encode("utf-8", "replace")
             encoded = {quote(plain, safe=""), quote(plain, safe="/"), quote(plain, safe=_RESERVED), quote_plus(plain)}
             escaped = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
             forms |= {secret, html.escape(secret), html.escape(secret, quote=False), *encoded, *escaped, *_base64_forms(plain)}
@@ -525,11 +526,10 @@ class _Run:
     """There is more than `body`."""
 
     def left(self) -> float:
-        """Seconds to the deadline, more than 0. Raises TimeoutError at the deadline."""
-        seconds = self.ends - time.monotonic()
-        if seconds <= 0:
+        """The timeout for one operation. Raises TimeoutError at the deadline."""
+        if time.monotonic() >= self.ends:
             raise TimeoutError("deadline")
-        return seconds
+        return _within(self.ends)
 
     def begin_request(self) -> None:
         # On a new connection, connect() sets `reused` to False.
@@ -559,10 +559,8 @@ def _read(response: requests.Response, run: _Run, *, limit: int) -> None:
     """Read up to `limit` bytes. If there are more, the connection is left to be closed."""
     raw = response.raw
     while len(run.body) <= limit:
-        # One byte more than the limit tells whether there is more. http.client may read beyond the body's length, hence the second bound.
-        size = limit + 1 - len(run.body)
-        size = size if raw.length_remaining is None else min(size, raw.length_remaining)
-        data = raw.read1(max(size, 1), decode_content=False)
+        # one byte more than the limit tells whether there is more
+        data = raw.read1(limit + 1 - len(run.body), decode_content=False)
         if not data:
             return
         run.body += data
@@ -596,7 +594,7 @@ def _redirect_target(method: str, url: str, response: requests.Response) -> str 
         raise _RefusedError(f"HTTP {status}: redirect to a URL that is not accepted")
     if url.lower().startswith("https:") and parts["scheme"].lower() != "https":
         raise _RefusedError(f"HTTP {status}: redirect from https to http is not followed")
-    return target.partition("#")[0]
+    return target
 
 
 def _crosses(url: str, target: str) -> bool:
@@ -676,6 +674,7 @@ def _causes(fault: BaseException) -> Iterator[BaseException]:
 
 # --- connections -----------------------------------------------------------------------------------------------------
 
+_LONGEST_WAIT = 1_000_000.0
 _POOLED_HOSTS = 32
 """Hosts to which a thread keeps a connection; a thread makes one call at a time."""
 
@@ -754,26 +753,32 @@ def _open(host: str, port: int, options: Any) -> socket.socket:
     addresses = _lookups.addresses(host.strip("[]"), port, within=_within(ends))
     failure: OSError = OSError("the name has no address")
     for index, (family, kind, protocol, _, address) in enumerate(addresses):
-        opened = _Socket(family, kind, protocol)
+        share = _within(ends, parts=len(addresses) - index)
         try:
-            for option in options:
-                opened.setsockopt(*option)
-            opened.settimeout(_within(ends, parts=len(addresses) - index))
-            opened.connect(address)
+            opened = _connected(_Socket(family, kind, protocol), address, options, timeout=share)
+        except OSError as fault:
+            failure = fault
+        else:
             opened.settimeout(_within(ends))
             return opened
-        except OSError as fault:
-            opened.close()
-            failure = fault
-        except BaseException:
-            opened.close()
-            raise
     raise failure
 
 
+def _connected(opened: socket.socket, address: Any, options: Any, *, timeout: float) -> socket.socket:
+    try:
+        for option in options:
+            opened.setsockopt(*option)
+        opened.settimeout(timeout)
+        opened.connect(address)
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
 def _within(ends: float, *, parts: int = 1) -> float:
-    """A timeout; not 0, which would mean not to wait at all but to raise another error."""
-    return max((ends - time.monotonic()) / parts, 0.001)
+    """A timeout that a socket takes: not 0, which means not to wait and raises another error, and not beyond a C int."""
+    return min(max((ends - time.monotonic()) / parts, 0.001), _LONGEST_WAIT)
 
 
 class _Socket(socket.socket):
@@ -828,10 +833,9 @@ class _Lookups:
 
     def addresses(self, host: str, port: int, *, within: float) -> list[Any]:
         """As `getaddrinfo` gives them. Raises TimeoutError, gaierror, or UnicodeError for a name that cannot be one."""
-        try:
+        with suppress(socket.gaierror):
             return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
-        except socket.gaierror:
-            return self._lookup(host, port).result(within)
+        return self._lookup(host, port).result(within)
 
     def _lookup(self, host: str, port: int) -> Future[list[Any]]:
         with self._lock:

@@ -16,13 +16,15 @@ from taskplatform.model import Definition
 #: What the release script fills in. Ids hold no character that JSON or Python's repr would escape.
 ID, USER, DELIVERY, RETRIES, QUEUE = "@@ID@@", "@@USER@@", "@@DELIVERY@@", "@@RETRIES@@", "@@QUEUE@@"
 
-#: How long a run may go on after its work limit: to record how it ended.
+#: An HTTP call keeps its deadline itself and knows why it ended; the soft limit is for one that does not.
+CALL_MARGIN = timedelta(seconds=2)
+#: How long a run may go on after its soft limit: to record how it ended.
 HARD_LIMIT_MARGIN = timedelta(seconds=5)
 
 
 def time_limits(definition: Definition) -> tuple[float, float]:
     """Hard and soft limit of one attempt in seconds, as Celery takes them."""
-    soft = definition.work_limit
+    soft = definition.work_limit + (CALL_MARGIN if definition.config is not None else timedelta())
     return (max(definition.timeout, soft + HARD_LIMIT_MARGIN).total_seconds(), soft.total_seconds())
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 
+from taskplatform.errors import StoreUnavailable
 from taskplatform.message import message_template
 from taskplatform.model import CatchUpPolicy, Definition
 from taskplatform.schedule import latest_occurrence, next_occurrence, occurrences
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 _GRACE = timedelta(seconds=60)
 #: So many missed occurrences of a group are caught up at the most, the newest ones.
 _MOST_CAUGHT_UP = 1000
+#: What cannot be planned, or is another catalogue's, is looked at again after this.
+_PUT_OFF = timedelta(seconds=10)
 
 
 def published(definition: Definition) -> PublishedDefinition:
@@ -34,6 +37,7 @@ def published(definition: Definition) -> PublishedDefinition:
         priority=definition.priority,
         overlap=definition.overlap,
         message=message_template(definition),
+        window=definition.window,
         rate_per_second=limit.per_second if limit else None,
         burst=limit.burst if limit else None,
     )
@@ -68,7 +72,7 @@ class Planner:
         while due and time.monotonic() < deadline:
             # a batch of each in turn, so that a large occurrence holds back no small one
             for item in due:
-                planned += self._look_at(item)
+                planned += self._handle(item)
             due = self._store.due(self._store.now_ms())
         self._store.planner_tick(planned=planned)
         if due:
@@ -83,7 +87,18 @@ class Planner:
         while due := [item for item in self._store.due(self._store.now_ms(), limit=10_000) if item.kind == "group" and item.id not in seen]:
             for item in due:
                 seen.add(item.id)
-                self._look_at(item)
+                self._handle(item)
+
+    def _handle(self, item: DueItem) -> int:
+        try:
+            return self._look_at(item)
+        except StoreUnavailable:
+            raise
+        except Exception:
+            # one that is broken, such as a zone that this machine does not know, must not hold back the others
+            log.exception("cannot plan %s %s; trying again in %s", item.kind, item.id, _PUT_OFF)
+            self._store.postpone(item, by=_PUT_OFF)
+            return 0
 
     def _look_at(self, item: DueItem) -> int:
         if item.kind == "occurrence":
@@ -92,7 +107,7 @@ class Planner:
         group = self._store.group(item.id)
         definition = self._catalogue.get(group.definition) if group else None
         if group is None or definition is None:
-            self._store.shelve_group(item.id)
+            self._store.postpone(item, by=_PUT_OFF)
         else:
             self._open(group, definition)
         return 0
@@ -128,7 +143,10 @@ class Planner:
             Opening(at_ms, "catch_up", f"caught up: missed while no planner ran, policy {definition.catch_up.policy}")
             for at_ms in occurrences(group.schedule, caught_up_from, missed_before)
         ]
-        return [*_skipped(group, definition, caught_up_from), *caught_up[-_MOST_CAUGHT_UP:], *current]
+        if len(caught_up) > _MOST_CAUGHT_UP:
+            caught_up = caught_up[-_MOST_CAUGHT_UP:]
+            caught_up_from = caught_up[0].at_ms - 1
+        return [*_skipped(group, definition, caught_up_from), *caught_up, *current]
 
 
 def _caught_up_from(group: Group, definition: Definition, now_ms: int, missed_before: int, *, superseded: bool) -> int:

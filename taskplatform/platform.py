@@ -27,6 +27,7 @@ from pydantic import ValidationError
 
 from taskplatform.catalogue import Catalogue, load
 from taskplatform.errors import Conflict, InvalidInput, UnknownDefinition
+from taskplatform.faults import explain
 from taskplatform.model import (
     MAX_PARAMS_BYTES,
     Definition,
@@ -40,7 +41,6 @@ from taskplatform.model import (
     User,
     check_definition_id,
     check_user_id,
-    explain,
 )
 from taskplatform.planner import published
 from taskplatform.settings import Settings, settings

@@ -9,8 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 
+from taskplatform.errors import NotFound
+from taskplatform.model import JobState
 from taskplatform.settings import Settings
 from taskplatform.store import Store
 
@@ -24,7 +27,7 @@ class RecoveryLoop:
     """Heartbeats and recovers, until `stop`.
 
     `slots` and `queues` are asked each time, because remote control can change them. `stop_job` is called with the id of each
-    job that was canceled while it ran here.
+    job that was canceled while it ran here. `has_job` says whether this process runs a job or is about to.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class RecoveryLoop:
         slots: Callable[[], int],
         queues: Callable[[], list[str]],
         stop_job: Callable[[str], None],
+        has_job: Callable[[str], bool],
         info: Mapping[str, str],
     ) -> None:
         self._store = store
@@ -44,9 +48,12 @@ class RecoveryLoop:
         self._slots = slots
         self._queues = queues
         self._stop_job = stop_job
+        self._has_job = has_job
         self._info = info
         self._draining = False
         self._stopped = threading.Event()
+        #: A heartbeat after `leave` would bring the worker back to life.
+        self._alive = threading.Lock()
 
     def run(self) -> None:
         """Never raises: without Redis it waits for it."""
@@ -61,9 +68,17 @@ class RecoveryLoop:
 
     def beat(self) -> None:
         """One heartbeat, and what it brings."""
-        slots = 0 if self._draining else self._slots()
-        queues = self._queues()
-        for job_id in self._store.heartbeat(self._worker, slots=slots, queues=queues, buffer=self._settings.queue_buffer, info=self._info):
+        with self._alive:
+            if self._stopped.is_set():
+                return
+            stops = self._store.heartbeat(
+                self._worker,
+                slots=0 if self._draining else self._slots(),
+                queues=self._queues(),
+                buffer=self._settings.queue_buffer,
+                info=self._info,
+            )
+        for job_id in stops:
             self._stop_job(job_id)
 
     def recover(self) -> None:
@@ -74,6 +89,24 @@ class RecoveryLoop:
             log.warning("%s %s: recovered, its worker was silent for %s", kind, name, settings.heartbeat_timeout)
         for job_id in self._store.reclaim(patience=settings.heartbeat_timeout):
             log.warning("job %s: its message was lost, released again", job_id)
+        for job_id in self._store.running_on(self._worker):
+            if not self._has_job(job_id):
+                self._give_up(job_id)
+
+    def _give_up(self, job_id: str) -> None:
+        """A run ended here and its end could not be recorded, because Redis was away. The record comes before the end."""
+        with suppress(NotFound):
+            job = self._store.job(job_id)
+            if job.state is JobState.RUNNING and job.worker == self._worker and not self._has_job(job_id):
+                self._store.lose(
+                    job_id,
+                    delivery=job.delivery,
+                    worker=self._worker,
+                    what="its run ended without a record",
+                    max_losses=self._settings.max_losses,
+                    backoff=LOSS_BACKOFF,
+                )
+                log.warning("job %s: its run ended here without a record", job_id)
 
     def drain(self) -> None:
         """From now on offer no slots."""
@@ -82,7 +115,8 @@ class RecoveryLoop:
 
     def stop(self) -> None:
         """Let `run` return, and give back what still runs here."""
-        self._stopped.set()
-        given = self._store.leave(self._worker)
+        with self._alive:
+            self._stopped.set()
+            given = self._store.leave(self._worker)
         if given:
             log.warning("gave back %d jobs that were still running", given)

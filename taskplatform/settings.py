@@ -29,7 +29,8 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from taskplatform.errors import SettingsError
-from taskplatform.model import PositiveDuration, RateLimit, did_you_mean, explain, format_duration
+from taskplatform.faults import did_you_mean, explain
+from taskplatform.model import PositiveDuration, RateLimit, format_duration
 
 PREFIX = "TASKPLATFORM_"
 ENV_FILE = ".env"

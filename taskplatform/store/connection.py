@@ -52,7 +52,7 @@ def _translated() -> Iterator[None]:
 class _Client(redis.Redis):
     def execute_command(self, *args: Any, **options: Any) -> Any:
         with _translated():
-            return super().execute_command(*args, **options)
+            return super().execute_command(*args, **options)  # type: ignore[no-untyped-call] # redis-py has no types here  # type: ignore[no-untyped-call]
 
     def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> _Pipeline:
         return _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)

@@ -22,12 +22,13 @@ NAMES = {
     "groups": "groups:",  # by definition, set of <gid>
     "group": "group:",  # by <gid>, hash: definition, schedule, cursor
     "slots": "slots:",  # by <gid>, sorted set: user → slot
+    "subscribers": "subscribers",  # hash: definition → how many
     "due": "due",  # sorted set: "g|<gid>" or "o|<oid>" → when the planner must look at it
     "occurrence": "occurrence:",  # by <oid>, hash: an opened or skipped occurrence and how far it is planned
     "open": "open:",  # by <gid>, set of <oid> that are being planned
     "occurrences": "occurrences:",  # by definition, sorted set: <oid> → its time
     "closed": "closed",  # sorted set: <oid> → when it was done, for the retention
-    "planner": "planner",  # hash: horizon, and what the leading planner last did
+    "planner": "planner",  # hash: horizon, up to where anything was planned, and what the leading planner last did
     # jobs
     "seq": "seq",  # counter: order of submission
     "job": "job:",  # hash, see store.jobs
@@ -51,7 +52,7 @@ NAMES = {
     "worker": "worker:",  # hash: slots, queues, host, pid, …
     "worker_jobs": "workerjobs:",  # by worker, set of job ids that it runs
     "stops": "stops:",  # by worker, list of job ids that it shall stop
-    "capacity": "capacity",  # hash: priority → slots of the workers that serve it
+    "capacity": "capacity",  # hash: priority → how many jobs its queue may hold; "<higher>><lower>" → share of the slots
     # what people changed
     "changes": "changes",  # stream, bounded
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,8 +13,10 @@ from typing import Any, Generic, TypeVar, cast
 
 import redis
 
-from taskplatform.errors import Conflict, InvalidInput, UnknownDefinition, UnknownJob, UnknownSubscription, UnknownUser
+from taskplatform.errors import Conflict, InvalidInput, InvalidTransition, UnknownDefinition, UnknownJob, UnknownSubscription, UnknownUser
 from taskplatform.model import (
+    TRANSITIONS,
+    USER_ID,
     Job,
     JobState,
     Priority,
@@ -51,6 +54,7 @@ class PublishedDefinition:
     overlap: str
     message: str
     """The Celery message with @@ID@@, @@USER@@, @@DELIVERY@@, @@RETRIES@@ and @@QUEUE@@ to be filled in."""
+    window: timedelta
     rate_per_second: float | None = None
     burst: int | None = None
 
@@ -222,6 +226,7 @@ class Store:
             "priority": definition.priority.value,
             "overlap": definition.overlap,
             "message": definition.message,
+            "window": str(milliseconds(definition.window)),
             "rate": rate,
             "burst": "" if definition.burst is None else definition.burst,
         }
@@ -432,29 +437,43 @@ class Store:
         return {gid: schedule_from_json(text) for gid, text in zip(ids, pipe.execute(), strict=True) if text}
 
     def subscribers_of(self, definition: str, *, cursor: str | None = None, limit: int = 100) -> Page[str]:
-        """Users subscribed to a definition, by group and inside it by slot."""
+        """Users subscribed to a definition, by group and inside it by slot; paging is stable while users come and go."""
         groups = sorted(cast("set[str]", self._redis.smembers(self._key("groups", definition))))
-        at_group, _, after = (cursor or "").partition("|")
-        if cursor and not (at_group and after.isdecimal()):
+        at_group, _, last = (cursor or "").partition("|")
+        if cursor and not (at_group and USER_ID.fullmatch(last)):
             raise InvalidInput(f"cursor {cursor!r} is not one that a listing gave")
         found: list[str] = []
         for gid in groups:
             if gid < at_group:
                 continue
-            start = int(after) if gid == at_group and after else 0
-            users = cast("list[str]", self._redis.zrange(self._key("slots", gid), start, start + limit - len(found) - 1))
-            found += users
-            if len(found) >= limit:
-                return Page(tuple(found), f"{gid}|{start + len(users)}")
+            after = last if gid == at_group else ""
+            while batch := self._slots_after(gid, definition, after, limit):
+                after = batch[-1]
+                found += self._whose_group(gid, definition, batch)
+                if len(found) >= limit:
+                    return Page(tuple(found[:limit]), f"{gid}|{found[limit - 1]}")
         return Page(tuple(found), None)
+
+    def _slots_after(self, gid: str, definition: str, user: str, count: int) -> list[str]:
+        lowest = slot(user, definition) if user else 0.0
+        # some more, because `user` and others of the same slot come along
+        rows = cast(
+            "list[tuple[str, float]]",
+            self._redis.zrange(self._key("slots", gid), repr(lowest), "+inf", byscore=True, withscores=True, offset=0, num=count + 10),
+        )
+        return [one for one, score in rows if (score, one) > (lowest, user)]
+
+    def _whose_group(self, gid: str, definition: str, users: Sequence[str]) -> list[str]:
+        """Those who are subscribed by this group; who has just left it still has a slot there."""
+        pipe = self._redis.pipeline(transaction=False)
+        for user in users:
+            pipe.hget(self._key("user", user), definition)
+        rows = zip(users, pipe.execute(), strict=True)
+        return [user for user, raw in rows if raw and json.loads(raw).get("group", definition) == gid]
 
     def count_subscribers(self, definition: str) -> int:
         """Over all groups of the definition."""
-        groups = cast("set[str]", self._redis.smembers(self._key("groups", definition)))
-        pipe = self._redis.pipeline(transaction=False)
-        for gid in groups:
-            pipe.zcard(self._key("slots", gid))
-        return sum(pipe.execute())
+        return int(cast("str | None", self._redis.hget(self._key("subscribers"), definition)) or 0)
 
     # planning
 
@@ -491,19 +510,20 @@ class Store:
             return None
         return Group(gid, fields["definition"], schedule_from_json(fields["schedule"]), int(fields["cursor"]))
 
-    def shelve_group(self, gid: str) -> None:
-        """Look at a group no more until its definition is published again."""
-        self._redis.zrem(self._key("due"), f"g|{gid}")
+    def postpone(self, item: DueItem, *, by: timedelta) -> None:
+        """Look at it later; at a group whose definition is not published no more, until it is."""
+        self._scripts.run("postpone", f"{'g' if item.kind == 'group' else 'o'}|{item.id}", milliseconds(by))
 
     def open_occurrences(
         self, group: Group, openings: Sequence[Opening], *, cursor_ms: int, next_due_ms: int | None, window_ms: int, horizon: timedelta
     ) -> int | None:
-        """Open or skip what came due and move the group's cursor. None when another planner was faster."""
+        """Open or skip what came due and move the group's cursor. None when the group is not as it was seen."""
         flat: list[str | int] = []
         for opening in openings:
             flat += [opening.at_ms, opening.at_ms if opening.last_ms is None else opening.last_ms, opening.source, opening.reason]
         again = "" if next_due_ms is None else next_due_ms
-        answer = self._scripts.run("open", group.id, group.cursor_ms, cursor_ms, again, window_ms, milliseconds(horizon), *flat)
+        seen = schedule_to_json(group.schedule)
+        answer = self._scripts.run("open", group.id, group.cursor_ms, cursor_ms, again, window_ms, milliseconds(horizon), seen, *flat)
         return None if answer == -1 else max(answer, 0)
 
     def plan(self, oid: str, *, horizon: timedelta, batch: int) -> tuple[int, int | None]:
@@ -513,7 +533,7 @@ class Store:
 
     def trigger(self, definition: str, *, window: timedelta, actor: str) -> tuple[int, int]:
         """Open an extra occurrence now. Returns its time and how many subscribers there are. Raises UnknownDefinition."""
-        at_ms, subscribers = self._scripts.run("trigger", definition, milliseconds(window), actor, self._log_size)
+        at_ms, subscribers = self._scripts.run("trigger", definition, milliseconds(window), actor, self._log_size, self.now_ms())
         if at_ms == -1:
             raise UnknownDefinition(f"no definition {definition!r} is published")
         return at_ms, subscribers
@@ -556,7 +576,7 @@ class Store:
 
     def start(self, job_id: str, *, delivery: int, worker: str, waited_ms: int = 0) -> Start:
         """Let a delivery run, if it is the job's current one."""
-        answer = self._scripts.run("start", job_id, delivery, worker, waited_ms)
+        answer = self._scripts.run("start", job_id, delivery, worker, waited_ms, secrets.token_hex(8))
         if answer[0] != "run":
             return Start(go=False, refusal=answer[0])
         _, attempt, losses, after, params, budget = answer
@@ -580,7 +600,12 @@ class Store:
         detail: Mapping[str, Any] | None = None,
         retry_in: timedelta | None = None,
     ) -> bool:
-        """End a run. False when the delivery no longer counted; its result is then only noted in the history."""
+        """End a run. False when the delivery no longer counted; its result is then only noted in the history.
+
+        Raises InvalidTransition for a state in which no run ends.
+        """
+        if state not in TRANSITIONS[JobState.RUNNING]:
+            raise InvalidTransition(f"a run of {job_id} cannot end as {state}: {', '.join(sorted(TRANSITIONS[JobState.RUNNING]))} it can")
         delay = milliseconds(retry_in) if retry_in is not None else 0
         answer = self._scripts.run("finish", job_id, delivery, worker, state, reason, _to_json(detail) if detail else "", delay)
         return bool(answer == "done")
@@ -689,8 +714,10 @@ class Store:
                 pipe.zrange(index, upper, lower, byscore=True, desc=True, withscores=True, offset=0, num=count)
             pages = cast("list[list[tuple[str, float]]]", pipe.execute())
             rows = sorted(((int(score), member) for page in pages for member, score in page), reverse=True)
-            rows = [row for row in rows if after is None or row < after]
-            if rows or all(len(page) < count for page in pages):
+            # where a page was cut off there may be more, and what the others have beyond that comes after it
+            cut = max(((int(page[-1][1]), page[-1][0]) for page in pages if len(page) == count), default=(-1, ""))
+            rows = [row for row in rows if row >= cut and (after is None or row < after)]
+            if rows or cut == (-1, ""):
                 return rows[:limit]
             count *= 4
 
@@ -749,6 +776,10 @@ class Store:
     def reclaim(self, *, patience: timedelta, limit: int = 200) -> list[str]:
         """Release again what was queued and whose message is nowhere. Returns the ids."""
         return cast("list[str]", self._scripts.run("reclaim", milliseconds(patience), limit))
+
+    def running_on(self, worker: str) -> set[str]:
+        """Ids of the jobs that the worker runs, as far as it is recorded."""
+        return cast("set[str]", self._redis.smembers(self._key("worker_jobs", worker)))
 
     def workers(self) -> list[Worker]:
         """In order of their ids."""

@@ -105,5 +105,3 @@ def celery_worker_cluster(celery_setup_worker: CeleryTestWorker) -> CeleryWorker
 def celery_setup_app(site: Site) -> Celery:
     """The platform's app, not one that pytest-celery makes."""
     return site.app
-
-

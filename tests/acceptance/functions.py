@@ -64,5 +64,12 @@ def ignores_soft_limit(job: Job) -> None:
             time.sleep(60)
 
 
+def refuses_to_stop(job: Job) -> None:
+    _tell(job, "began")
+    while True:
+        with suppress(BaseException):
+            time.sleep(60)
+
+
 def _tell(job: Job, what: str) -> None:
     requests.post(f"{os.environ['TARGET']}/{what}", headers={"X-Job-ID": job.id, "X-User-ID": job.user}, timeout=5)

@@ -100,7 +100,7 @@ class ProcessNode:
     def logs(self) -> str:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
-    def kill(self, signal: str | int | None = None) -> None:  # noqa: A002
+    def kill(self, signal: str | int | None = None) -> None:
         """SIGKILL ends the whole session, as the end of a container would; any other signal goes to the main process alone."""
         number = _signal(signal)
         if number == _signal("SIGKILL"):
@@ -272,7 +272,7 @@ class ServerNode(ProcessNode, RedisContainer):  # type: ignore[misc]
     def is_ready(self) -> bool:
         return True
 
-    def kill(self, signal: str | int | None = None) -> None:  # noqa: A002
+    def kill(self, signal: str | int | None = None) -> None:
         if _signal(signal) == _signal("SIGKILL"):
             self._server.kill()
         else:

@@ -128,7 +128,9 @@ class Site:
         try:
             wait_until(reached, seconds=seconds)
         except AssertionError:
-            raise AssertionError(f"{job_id} is not {' or '.join(states) or 'finished'} after {seconds:g} s:\n{self.story(job_id)}") from None
+            raise AssertionError(
+                f"{job_id} is not {' or '.join(states) or 'finished'} after {seconds:g} s:\n{self.story(job_id)}"
+            ) from None
         return self.platform.job(job_id)
 
     def wait_for_all(self, jobs: Sequence[str], *, seconds: float = 15) -> list[Job]:

@@ -119,5 +119,5 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = _handle  # noqa: N815 - the names are the base class's
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+    def log_message(self, format: str, *args: Any) -> None:
         """The log is `calls`."""

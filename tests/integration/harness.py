@@ -18,7 +18,7 @@ import redis
 from taskplatform.model import TRANSITIONS, Definition, JobState, Priority, Transition, slot
 from taskplatform.planner import published
 from taskplatform.store import Enqueue, Store, Subscribe, SubscribeResult
-from taskplatform.store.keys import NAMES, UNACKED, UNACKED_INDEX, key
+from taskplatform.store.keys import NAMES, UNACKED, UNACKED_INDEX
 
 NAMESPACE = "tp"
 HORIZON = timedelta(seconds=5)
@@ -168,9 +168,7 @@ def assert_consistent(client: redis.Redis, store: Store, *, complete: bool = Tru
     _check_plan(db)
     _check_workers(db)
     if complete:
-        entered = Counter(
-            line.to_state.value for history in histories.values() for line in history if line.from_state is not line.to_state
-        )
+        entered = Counter(line.to_state.value for history in histories.values() for line in history if line.from_state is not line.to_state)
         assert {state: int(count) for state, count in db.one("counts").items()} == entered, "counts do not agree with the histories"
 
 

@@ -16,9 +16,11 @@ import socket
 import ssl
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -308,11 +310,22 @@ def test_a_body_of_about_the_limit(serve: Serve, client: Client, length: int) ->
     assert server.connections == (1 if length <= LIMIT else 2)
 
 
+@pytest.mark.parametrize("length", [1024, 1025, 1040])
+def test_no_more_than_the_limit_is_kept(serve: Serve, make_client: MakeClient, length: int) -> None:
+    server = serve(always(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length + b"x" * length))
+    assert get(make_client(max_response=1024, excerpt=4096), server.url).excerpt == "x" * 1024
+
+
 def test_a_compressed_body_is_not_expanded(serve: Serve, client: Client) -> None:
     bomb = gzip.compress(b"\0" * 10_000_000)
     server = serve(always(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb))
     outcome = get(client, server.url)
     assert (outcome.kind, outcome.excerpt) == (OutcomeKind.COMPLETED, "[gzip]")
+
+
+def test_a_body_that_is_not_compressed_as_it_says_is_no_fault(serve: Serve, client: Client) -> None:
+    server = serve(always(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 5\r\n\r\nhello"))
+    assert get(client, server.url).kind is OutcomeKind.COMPLETED
 
 
 def test_chunks(serve: Serve, client: Client) -> None:
@@ -446,6 +459,10 @@ def test_no_time_at_all(serve: Serve, client: Client) -> None:
     assert not server.requests
 
 
+def test_a_deadline_longer_than_sockets_can_wait(serve: Serve, client: Client) -> None:
+    assert get(client, serve(always(OK)).url, deadline=timedelta(days=366)).kind is OutcomeKind.COMPLETED
+
+
 # --- connections that fail -------------------------------------------------------------------------------------------
 
 
@@ -541,6 +558,8 @@ def test_a_name_server_that_hangs(client: Client, monkeypatch: pytest.MonkeyPatc
     assert asked == ["slow.invalid"]
     answer.set()
     eventually(lambda: not any(thread.name == "lookup slow.invalid" for thread in threading.enumerate()))
+    assert get(client, "http://slow.invalid/").reason == "host name cannot be resolved"
+    assert asked == ["slow.invalid"] * 2
 
 
 def test_the_next_address_is_tried(serve: Serve, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -553,11 +572,29 @@ def test_the_next_address_is_tried(serve: Serve, client: Client, monkeypatch: py
         if name != "two.invalid" or options.get("flags"):
             return real(name, port, *args, **options)
         kind = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
-        return [(*kind, closed), (*kind, ("127.0.0.1", port))]
+        unknown = (9999, socket.SOCK_STREAM, 0, "", ("::1", port, 0, 0))
+        return [unknown, (*kind, closed), (*kind, ("127.0.0.1", port))]
 
     monkeypatch.setattr(socket, "getaddrinfo", two)
     assert get(client, f"http://two.invalid:{server.port}/").excerpt == "hello"
     assert server.requests[0].headers["host"] == f"two.invalid:{server.port}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a listener that drops connections when its queue is full")
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(
+    serve: Serve, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, client = serve(always(OK)), make_client(connect_timeout=timedelta(seconds=2))
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.create_connection(full.getsockname()):
+        addresses = [full.getsockname(), ("127.0.0.1", server.port)]
+        kind = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(*kind, address) for address in addresses])
+        outcome = get(client, f"http://two.invalid:{server.port}/")
+        assert outcome.excerpt == "hello"
+        assert outcome.duration_ms < 2000
+        del addresses[1]
+        outcome = get(make_client(connect_timeout=DEADLINE), "http://full.invalid/")
+        assert (outcome.kind, outcome.reason, outcome.timed_out) == (OutcomeKind.RETRY, "no connection within 300ms", True)
 
 
 def test_what_cannot_be_sent_fails_for_good(client: Client) -> None:
@@ -590,6 +627,18 @@ def test_threads_and_forked_processes_do_not_share_connections(serve: Serve, cli
     monkeypatch.setattr(os, "getpid", lambda: pid + 1)
     get(client, server.url)
     assert [request.connection for request in server.requests] == [1, 2, 3]
+
+
+def test_threads_do_not_mix_up_their_answers(serve: Serve, client: Client) -> None:
+    def echo(peer: Peer) -> None:
+        while request := peer.request():
+            peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n" + request.line.split()[1].encode())
+
+    server = serve(echo)
+    with ThreadPoolExecutor(8) as pool:
+        paths = [f"/{number:05}" for number in range(200)]
+        assert list(pool.map(lambda path: get(client, server.url + path).excerpt, paths)) == paths
+    assert server.connections <= 8
 
 
 def test_a_connection_that_was_closed_while_idle_is_replaced(serve: Serve, client: Client) -> None:
@@ -660,7 +709,7 @@ def test_a_request_is_not_sent_again_after_the_deadline(serve: Serve, client: Cl
 def test_an_exception_from_a_signal_passes_through(serve: Serve, client: Client) -> None:
     """As Celery's soft time limit does it. What the interrupted call was waiting for must not reach the next one."""
 
-    class SoftLimit(Exception):  # noqa: N818
+    class SoftLimit(Exception):
         pass
 
     def on_signal(*_: Any) -> None:
@@ -728,6 +777,20 @@ def test_writes_do_not_become_reads(serve: Serve, client: Client, status: int) -
     assert lines(server) == ["POST /"]
 
 
+def test_a_location_is_read_as_utf8(serve: Serve, client: Client) -> None:
+    server = serve(redirecting(302, "/größe"))
+    assert get(client, f"{server.url}/").kind is OutcomeKind.COMPLETED
+    assert lines(server) == ["GET /", "GET /gr%C3%B6%C3%9Fe"]
+
+
+def test_a_status_is_that_of_the_last_request(serve: Serve, client: Client) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    server = serve(redirecting(302, f"http://127.0.0.1:{port}/", b"Retry-After: 60\r\nContent-Length: 0\r\n\r\n"))
+    outcome = get(client, f"{server.url}/")
+    assert (outcome.reason, outcome.status, outcome.retry_after) == ("connection refused", None, None)
+
+
 def test_a_redirect_loop_ends(serve: Serve, client: Client) -> None:
     server = serve(redirecting(302, "/"))
     outcome = get(client, f"{server.url}/")
@@ -748,9 +811,17 @@ def test_the_body_of_a_redirect_is_not_read(serve: Serve, client: Client) -> Non
 
 @pytest.mark.parametrize(
     "location",
-    ["ftp://a.example/", "file:///etc/passwd", "javascript:alert(1)", "http://u:p@127.0.0.1/", "http://a.example\\@b/", "http://[::1",
-     "http://*.example/"],
-)  # fmt: skip
+    [
+        "ftp://a.example/",
+        "file:///etc/passwd",
+        "javascript:alert(1)",
+        "http://u:p@127.0.0.1/",
+        "http://a.example\\@b/",
+        "http://a.example\\b/",
+        "http://[::1",
+        "http://*.example/",
+    ],
+)
 def test_a_redirect_to_what_is_no_http_url_fails(serve: Serve, client: Client, location: str) -> None:
     outcome = get(client, f"{serve(redirecting(302, location)).url}/")
     assert outcome.kind is OutcomeKind.FAILED

@@ -232,11 +232,14 @@ with local.Supervisor(specs, signals=True, lock=lock) as supervisor:
     supervisor.wait()
 lock.release()
 """
+# the guardian must not depend on the environment, which a process can clear, nor on what it was told, which can be too late
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up'); rest()"
 
 
 def driver_program(directory: Path, *, grace: float = 0.2, members: tuple[str, ...] = ("plain", "group", "session")) -> str:
-    return DRIVER.format(root=str(ROOT), directory=str(directory), family=family(directory, *members).argv, deaf=python(DEAF), grace=grace)
+    return DRIVER.format(
+        root=str(ROOT), directory=str(directory), family=family(directory, *members).argv, deaf=["env", "-i", *python(DEAF)], grace=grace
+    )
 
 
 @pytest.mark.parametrize(
@@ -330,7 +333,9 @@ def test_the_next_run_ends_what_is_left_when_even_the_guardian_was_killed(tmp_pa
     driver.wait_for("redis://")
     processes = pids(tmp_path)
     driver.popen.send_signal(signal.SIGSTOP)  # it would start another guardian
-    os.kill(next(pid for pid in processes if is_guardian(tmp_path, pid)), signal.SIGKILL)
+    watcher = next(pid for pid in processes if is_guardian(tmp_path, pid))
+    os.kill(watcher, signal.SIGKILL)
+    wait_until(lambda: not alive(watcher))
     driver.popen.kill()
     driver.popen.wait()
     said: list[str] = []
@@ -384,18 +389,51 @@ def test_nothing_is_inherited_that_would_outlive_the_supervisor(tmp_path: Path) 
         assert {number: name for number, name in watched.items() if number not in lock} == {"0": pipe, "1": "/dev/null", "2": "/dev/null"}
 
 
+def test_the_guardian_ends_what_it_was_told_of_in_order(tmp_path: Path) -> None:
+    """Workers before their server, each with the time to end well; what it was told to be gone is not its business."""
+    log = tmp_path / "log"
+    children = {name: subprocess.Popen(python(NOTE_END.format(log=str(log), name=name)), start_new_session=True) for name in "abcd"}
+    try:
+        wait_until(lambda: log.exists() and len(log.read_text().split()) == 4)
+        log.unlink()
+        starts = {name: found.start for name, child in children.items() if (found := guardian.find(child.pid))}
+        told = [f"add {children[name].pid} {stage} 5.0 {starts[name]}" for name, stage in (("a", 0), ("b", 2), ("c", 1), ("d", 3))]
+        told += [f"gone {children['d'].pid}"]
+        program = [sys.executable, "-I", "-S", guardian.__file__, "no-such-token"]
+        subprocess.run(program, input="\n".join([*told, ""]), text=True, check=True, timeout=20)
+        assert log.read_text().split() == ["b", "c", "a"]
+        assert children["d"].poll() is None
+    finally:
+        for child in children.values():
+            child.kill()
+            child.wait()
+
+
 @linux_only
 def test_a_pid_that_was_given_to_a_stranger_is_left_alone() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True) as stranger:
         try:
-            guardian.end([guardian.Child(stranger.pid, "12345")], token="")
-            assert stranger.poll() is None
             found = guardian.find(stranger.pid)
             assert found is not None
+            guardian.end([guardian.Child(stranger.pid, "12345")], token="")
+            guardian.send(found._replace(start="12345"), signal.SIGKILL)
+            time.sleep(0.1)
+            assert stranger.poll() is None
             guardian.end([guardian.Child(stranger.pid, found.start)], token="")
             assert stranger.wait(5) == -signal.SIGTERM or stranger.returncode == -signal.SIGKILL
         finally:
             stranger.kill()
+
+
+NOTE_END = """
+def note(*_):
+    time.sleep(0.1)
+    with open({log!r}, "a") as log: log.write("{name} ")
+    if _: sys.exit(0)
+signal.signal(signal.SIGTERM, note)
+note()
+rest()
+"""
 
 
 # --- the log ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from taskplatform.model import CatchUp, Definition, Interval, IntervalType, Rate
 
 SHIPPED = Path(__file__).parents[2] / "tasks"
 SECRET = "s3cret-value"
-FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200)
+FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
 
 EXAMPLE = """\
 tasks:
@@ -291,6 +291,20 @@ def test_a_fault_in_the_defaults_is_told_once(defaults: str, line: int, field: s
     [fault] = faults(tmp_path, file=content)
     assert (fault.line, fault.field) == (line, field)
     assert message in fault.message
+
+
+def test_several_faults_in_the_defaults_bring_none_of_their_own(tmp_path: Path) -> None:
+    content = "defaults:\n  timeout: x\n  rate_limit: {burst: 0}\n  config: {endpoint: 5, headers: {'b c': '{{y}}', X: ok}}\n"
+    fields_ = [fault.field for fault in faults(tmp_path, file=f"{content}{HEAD}{DAILY}    max_duration: 20m\n")]
+    headers = 'defaults.config.headers["b c"]'
+    assert fields_ == [
+        "defaults.timeout",
+        "defaults.rate_limit.rate",
+        "defaults.rate_limit.burst",
+        "defaults.config.endpoint",
+        headers,
+        headers,
+    ]
 
 
 def test_defaults_that_are_no_mapping(tmp_path: Path) -> None:
@@ -944,7 +958,7 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(documents())
-@settings(FUZZ, max_examples=500)
+@settings(FUZZ, max_examples=200)
 def test_the_schema_accepts_every_file_that_loads(tmp_path: Path, document: dict[str, Any]) -> None:
     (tmp_path / "file.yaml").write_text(json.dumps(document))
     with contextlib.suppress(CatalogueError):

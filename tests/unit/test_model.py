@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from taskplatform.errors import InvalidInput
+from taskplatform.faults import did_you_mean, explain
 from taskplatform.model import (
     MAX_PARAMS_BYTES,
     TERMINAL_STATES,
@@ -33,8 +34,6 @@ from taskplatform.model import (
     Weekday,
     check_definition_id,
     check_user_id,
-    did_you_mean,
-    explain,
     format_duration,
     moment,
     parse_duration,

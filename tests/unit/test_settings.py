@@ -268,6 +268,13 @@ def test_a_url_of_the_wrong_type_is_not_quoted() -> None:
     assert line == "taskplatform.yaml:1: redis_url: got a list; it takes text (one Redis or Valkey for store, broker and beat lock)"
 
 
+def test_an_argument_of_the_wrong_type_is_told() -> None:
+    assert faults(worker_slots=True, redis_url=4711) == [
+        "redis_url (argument): got a number; it takes text (one Redis or Valkey for store, broker and beat lock)",
+        'worker_slots (argument): got "true"; it takes a whole number from 1 to 1000',
+    ]
+
+
 def test_the_url_is_not_in_the_representation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASKPLATFORM_REDIS_URL", f"redis://:{SECRET}@host")
     assert SECRET not in repr(load_settings())

@@ -1,5 +1,6 @@
 -- Makes jobs by hand: all of the batch, or none where one is not acceptable. A job whose id exists stays as it is.
--- ARGV[1] now   ARGV[2…] by fives: job id, priority ('' the definition's), execute_after in ms (with a leading + from now), params as JSON, source
+-- ARGV[1] now   ARGV[2…] by fives: job id, priority ('' the definition's), execute_after in ms (with a leading + from now;
+-- what has passed is now), params as JSON, source
 -- Returns {0, made, …} with a 1 for each that was made and a 0 for each that existed, {-1, i} when job i's user does not
 -- exist, {-2, i} when its definition is not published.
 
@@ -17,7 +18,8 @@ for i = 2, #ARGV, 5 do
     answer[#answer + 1] = 0
   else
     if priority == '' then priority = call('HGET', K.definition .. definition, 'priority') end
-    if string.sub(after, 1, 1) == '+' then after = text(now + tonumber(string.sub(after, 2))) end
+    if string.sub(after, 1, 1) == '+' then after = now + tonumber(string.sub(after, 2)) end
+    after = text(math.max(now, tonumber(after)))
     local seq = call('INCR', K.seq)
     create(id, user, now, priority, after, seq, source, params)
     call('HINCRBY', K.counts, 'pending', 1)

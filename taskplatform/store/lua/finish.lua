@@ -1,4 +1,4 @@
--- Ends a delivery's run: completed, failed, timed_out, rejected or retrying. Then releases what there is room for.
+-- Ends a delivery's run: completed, failed, timed_out, canceled or retrying. Then releases what there is room for.
 -- ARGV[1] now   ARGV[2] job id   ARGV[3] delivery   ARGV[4] worker   ARGV[5] new state   ARGV[6] reason
 -- ARGV[7] detail as JSON or ''   ARGV[8] wait before the retry in ms
 -- Returns 'done', or the job's state when this delivery no longer counts (its result is then only noted), or 'unknown'.
@@ -6,6 +6,9 @@
 local now, id, delivery, worker, to = clock(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
 local job = load_job(id)
 if not job then return 'unknown' end
+-- one that is sent again, because its answer was lost, is answered as the first time
+local mark = string.sub(redis.sha1hex(table.concat({ delivery, worker, to, ARGV[6], ARGV[7], ARGV[8] }, '\0')), 1, 16)
+if job.mark == mark then return 'done' end
 if job.state ~= 'running' or job.delivery ~= delivery then
   remember(id, now, job.state, job.state, job.attempt, worker, 'discarded the result of delivery ' .. delivery .. ': ' .. to .. ', ' .. ARGV[6], ARGV[7])
   return job.state
@@ -15,5 +18,6 @@ if to == 'retrying' then
 else
   conclude(id, job, to, now, worker, ARGV[6], ARGV[7])
 end
+call('HSET', K.job .. id, 'mark', mark)
 release(now, 10)
 return 'done'

@@ -1,4 +1,4 @@
--- A worker stops: what it still runs is given back at once, and no loss is counted.
+-- A worker stops: what it still runs is given back at once, to its old place, and no loss is counted.
 -- ARGV[1] now   ARGV[2] worker
 -- Returns how many jobs were given back.
 
@@ -7,9 +7,9 @@ local given = 0
 for _, id in ipairs(call('SMEMBERS', K.worker_jobs .. worker)) do
   local job = load_job(id)
   if job and job.state == 'running' and job.worker == worker then
+    give_back(id, job, 'retrying', now, tonumber(job.after), worker, 'worker ' .. worker .. ' stopped', '')
     -- the run that was broken off does not use up the job's budget
     call('HSET', K.job .. id, 'budget', tonumber(job.budget or '0') + 1)
-    give_back(id, job, 'retrying', now, now, worker, 'worker ' .. worker .. ' stopped', '')
     given = given + 1
   end
 end

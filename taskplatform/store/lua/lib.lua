@@ -36,7 +36,8 @@ local function remember(id, now, from, to, attempt, worker, reason, detail)
     cjson.encode(worker) .. ',' .. cjson.encode(reason) .. (detail ~= '' and (',' .. detail) or '') .. ']')
 end
 
--- Moves a job from the state it is in to another, and keeps that. An error here is a bug of a script: it changes nothing.
+-- Moves a job from the state it is in to another, and keeps that. An error here is a bug of a script; what was written before
+-- it stays written, so a script moves a job first and changes the rest after it.
 local function move(id, from, to, now, attempt, worker, reason, detail)
   if not (ALLOWED[from] and ALLOWED[from][to]) then
     error('transition ' .. from .. ' -> ' .. to .. ' of ' .. id .. ' is not allowed')
@@ -105,14 +106,19 @@ local function count_unfinished(id, by)
   local definition, user = parts(id)
   local key = K.unfinished .. definition
   if by > 0 then
-    if call('HGET', K.definition .. definition, 'overlap') == 'skip' then call('HINCRBY', key, user, 1) end
-  elseif call('HEXISTS', key, user) == 1 and call('HINCRBY', key, user, -1) <= 0 then
+    if call('HGET', K.definition .. definition, 'overlap') == 'skip' then
+      call('HINCRBY', key, user, 1)
+      -- noted in the job, because the definition's policy may be another when it ends
+      call('HSET', K.job .. id, 'counted', 1)
+    end
+  elseif call('HDEL', K.job .. id, 'counted') == 1 and call('HINCRBY', key, user, -1) <= 0 then
     call('HDEL', key, user)
   end
 end
 
 -- Ends a job: a terminal transition and all that follows from it.
 local function conclude(id, job, to, now, worker, reason, detail)
+  move(id, job.state, to, now, job.attempt, worker, reason, detail)
   if job.state == 'running' then
     call('ZREM', K.active, id)
     call('SREM', K.worker_jobs .. job.worker, id)
@@ -121,7 +127,6 @@ local function conclude(id, job, to, now, worker, reason, detail)
   elseif job.state == 'pending' or job.state == 'retrying' then
     unwait(id, job)
   end
-  move(id, job.state, to, now, job.attempt, worker, reason, detail)
   call('HSET', K.job .. id, 'finished', text(now))
   call('ZADD', K.finished, text(now), id)
   count_unfinished(id, -1)
@@ -130,13 +135,13 @@ end
 
 -- Puts a job that is queued or running back into the waiting set.
 local function give_back(id, job, to, now, after, worker, reason, detail)
+  move(id, job.state, to, now, job.attempt, worker, reason, detail)
   if job.state == 'running' then
     call('ZREM', K.active, id)
     call('SREM', K.worker_jobs .. job.worker, id)
   elseif job.state == 'queued' then
     call('ZREM', K.queued .. job.priority, id)
   end
-  move(id, job.state, to, now, job.attempt, worker, reason, detail)
   local seq = job.seq
   if after > tonumber(job.after) then seq = call('INCR', K.seq) end
   call('HSET', K.job .. id, 'after', text(after), 'seq', seq)
@@ -151,30 +156,38 @@ local function drop_unacked(id, job)
 end
 
 -- The process that ran a job is gone: another run, or the end for a job that takes its processes down.
--- A lost run has its own count and does not use up the retries.
+-- A lost run has its own count and does not use up the retries. One that died before the run began has not failed: it is rejected.
 local function lose(id, job, now, worker, what, most_losses, backoff)
-  local losses = job.losses + 1
-  call('HSET', K.job .. id, 'losses', losses, 'budget', tonumber(job.budget or '0') + 1)
-  drop_unacked(id, job)
+  local losses, ran = job.losses + 1, job.state == 'running'
   if losses >= most_losses then
-    conclude(id, job, 'failed', now, worker, 'poison pill: ' .. what .. ', ' .. losses .. ' losses in all', '')
+    conclude(id, job, ran and 'failed' or 'rejected', now, worker, 'poison pill: ' .. what .. ', ' .. losses .. ' losses in all', '')
   else
     give_back(id, job, 'retrying', now, now + backoff * 2 ^ (losses - 1), worker, what, '')
   end
+  call('HSET', K.job .. id, 'losses', losses)
+  if ran then call('HSET', K.job .. id, 'budget', tonumber(job.budget or '0') + 1) end
+  drop_unacked(id, job)
 end
 
 -- Limits: GCRA, one number for each (https://en.wikipedia.org/wiki/Generic_cell_rate_algorithm) --------------------
 
+local function take_token(name, arrival, now)
+  -- rounded up to a microsecond, so that no sum of roundings exceeds the limit; it may be forgotten once it lies in the past
+  call('SET', K.limit .. name, string.format('%.3f', math.ceil(arrival * 1000 - 0.25) / 1000), 'PX', text(math.ceil(arrival - now) + 1000))
+end
+
 -- When the limit lets the next job go, and what its state is then.
 local function next_token(name, per_second, burst, now)
   local interval = 1000 / per_second
-  local arrival = math.max(tonumber(call('GET', K.limit .. name) or '0'), now)
+  local arrival = tonumber(call('GET', K.limit .. name) or '0')
+  local furthest = now + burst * interval
+  if arrival > furthest + 1 then
+    -- the limit was raised, or the clock set back, since
+    arrival = furthest
+    take_token(name, arrival, now)
+  end
+  arrival = math.max(arrival, now)
   return arrival - (burst - 1) * interval, arrival + interval
-end
-
-local function take_token(name, arrival, per_second, burst, now)
-  -- it may be forgotten once it lies in the past
-  call('SET', K.limit .. name, string.format('%.3f', arrival), 'PX', text(math.ceil(arrival - now) + 1000))
 end
 
 -- Release --------------------------------------------------------------------------------------------------------
@@ -206,7 +219,8 @@ end
 -- Moves due jobs to their broker queues, in strict priority, first come first served inside it, within the limits and
 -- the queues' depth. Returns how many, and when the next could go (nil: nothing waits for a known time).
 local function release(now, most)
-  local released, looked, queued, definitions = 0, 0, 0, {}
+  local released, looked, definitions, in_queue = 0, 0, {}, {}
+  local capacity = pairs_to_table(call('HGETALL', K.capacity))
   local overall = call('HGET', K.limits, 'global')
   overall = overall and cjson.decode(overall)
   local next_at = nil
@@ -217,9 +231,13 @@ local function release(now, most)
     for _, definition in ipairs(call('ZRANGEBYSCORE', K.blocked .. priority, '-inf', text(now))) do
       unblock_lane(priority, definition)
     end
-    queued = queued + call('ZCARD', K.queued .. priority)
-    local depth = tonumber(call('HGET', K.capacity, priority) or '0')
-    while queued < depth do
+    in_queue[priority] = call('ZCARD', K.queued .. priority)
+    local depth, before = tonumber(capacity[priority] or '0'), 0
+    for _, higher in ipairs(PRIORITIES) do
+      if higher == priority then break end
+      before = before + in_queue[higher] * tonumber(capacity[higher .. '>' .. priority] or '0')
+    end
+    while before + in_queue[priority] < depth do
       local definition, member = first_lane(priority, now)
       if not definition then break end
       looked = looked + 1
@@ -255,8 +273,8 @@ local function release(now, most)
           if own_at > now then
             block_lane(priority, definition, string.format('%.3f', own_at))
           else
-            if arrival then take_token('global', arrival, overall.rate, overall.burst, now) end
-            if own_arrival then take_token('definition:' .. definition, own_arrival, known.rate, known.burst, now) end
+            if arrival then take_token('global', arrival, now) end
+            if own_arrival then take_token('definition:' .. definition, own_arrival, now) end
             call('ZREM', K.lane .. priority .. ':' .. definition, member)
             refresh_lane(priority, definition)
             local delivery = job.delivery + 1
@@ -266,12 +284,12 @@ local function release(now, most)
             call('LPUSH', priority, fill(known.message,
               { ID = id, USER = user, DELIVERY = tostring(delivery), RETRIES = tostring(job.attempt), QUEUE = priority }))
             released = released + 1
-            queued = queued + 1
+            in_queue[priority] = in_queue[priority] + 1
           end
         end
       end
     end
-    if queued < depth then
+    if before + in_queue[priority] < depth then
       local head = call('ZRANGE', K.ready .. priority, 0, 0, 'WITHSCORES')
       if head[1] then later(tonumber(head[2])) end
       local blocked = call('ZRANGE', K.blocked .. priority, 0, 0, 'WITHSCORES')
@@ -307,18 +325,33 @@ end
 
 -- Workers --------------------------------------------------------------------------------------------------------
 
--- How many released jobs may wait in each queue: so many for each slot of the workers that serve it.
+-- How many released jobs may wait in each queue: so many for each slot of the workers that serve it. And which share of
+-- each higher queue's slots serve it too: so much of what waits there goes before what waits here.
 local function count_capacity()
-  local depth = {}
+  local depth, slots = {}, {}
   for _, worker in ipairs(call('ZRANGE', K.workers, 0, -1)) do
     local values = call('HMGET', K.worker .. worker, 'slots', 'queues', 'buffer')
-    for priority in string.gmatch(values[2] or '', '[^,]+') do
-      depth[priority] = (depth[priority] or 0) + tonumber(values[1]) * tonumber(values[3])
+    local own = tonumber(values[1] or '0')
+    local served = {}
+    if own > 0 then
+      for priority in string.gmatch(values[2], '[^,]+') do served[#served + 1] = priority end
+    end
+    for _, priority in ipairs(served) do
+      depth[priority] = (depth[priority] or 0) + own * tonumber(values[3])
+      for _, other in ipairs(served) do
+        local pair = other .. '>' .. priority
+        slots[pair] = (slots[pair] or 0) + own
+      end
     end
   end
   call('DEL', K.capacity)
-  for priority, slots in pairs(depth) do
-    if slots >= 0 then call('HSET', K.capacity, priority, math.max(1, math.ceil(slots))) end
+  for priority, messages in pairs(depth) do
+    call('HSET', K.capacity, priority, math.max(1, math.ceil(messages)))
+    for _, higher in ipairs(PRIORITIES) do
+      if higher == priority then break end
+      local pair = higher .. '>' .. priority
+      if slots[pair] then call('HSET', K.capacity, pair, slots[pair] / slots[higher .. '>' .. higher]) end
+    end
   end
 end
 
@@ -340,12 +373,14 @@ local function encode_subscription(subscription)
   return cjson.encode(subscription)
 end
 
-local function join_group(user, definition, gid, schedule, slot, now, horizon)
+local function join_group(user, definition, gid, schedule, slot, now, horizon, since)
   local group_key = K.group .. gid
   call('ZADD', K.slots .. gid, slot, user)
   if call('EXISTS', group_key) == 0 then
-    if schedule == '' then schedule = call('HGET', K.definition .. definition, 'schedule') end
-    call('HSET', group_key, 'definition', definition, 'schedule', schedule, 'cursor', text(now))
+    local known = call('HMGET', K.definition .. definition, 'schedule', 'window')
+    if schedule == '' then schedule = known[1] end
+    -- an occurrence before now may have moments after `since`
+    call('HSET', group_key, 'definition', definition, 'schedule', schedule, 'cursor', text(since - tonumber(known[2])))
     call('SADD', K.groups .. definition, gid)
     call('ZADD', K.due, text(now), 'g|' .. gid)
   end
@@ -360,6 +395,7 @@ local function join_group(user, definition, gid, schedule, slot, now, horizon)
 end
 
 local function leave_groups(user, definition, subscription)
+  if call('HINCRBY', K.subscribers, definition, -1) <= 0 then call('HDEL', K.subscribers, definition) end
   call('ZREM', K.slots .. (subscription.group or definition), user)
   for _, before in ipairs(subscription.prev or {}) do call('ZREM', K.slots .. before[1], user) end
 end

@@ -1,13 +1,14 @@
 -- Moves a group's cursor over the occurrences that came due, opening or skipping each: all or nothing.
 -- ARGV[1] now   ARGV[2] <gid>   ARGV[3] the cursor that the planner saw   ARGV[4] the new cursor
 -- ARGV[5] when to look at the group again ('' never)   ARGV[6] window in ms   ARGV[7] horizon in ms
--- ARGV[8…] by fours: time, last time (for a range that is skipped in one), source or 'skip', reason
--- Returns how many were opened, or -1 when the cursor was not the one that the planner saw, -2 when the group has no members.
+-- ARGV[8] the schedule that the planner saw
+-- ARGV[9…] by fours: time, last time (for a range that is skipped in one), source or 'skip', reason
+-- Returns how many were opened, or -1 when cursor or schedule are not those that the planner saw, -2 when the group has no members.
 
 local now, gid, seen, cursor, again = clock(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local window, horizon = ARGV[6], tonumber(ARGV[7])
 local group_key = K.group .. gid
-local group = call('HMGET', group_key, 'definition', 'cursor')
+local group = call('HMGET', group_key, 'definition', 'cursor', 'schedule')
 local definition = group[1]
 if not definition then
   call('ZREM', K.due, 'g|' .. gid)
@@ -19,11 +20,11 @@ if call('ZCARD', K.slots .. gid) == 0 then
   call('ZREM', K.due, 'g|' .. gid)
   return -2
 end
-if group[2] ~= seen then return -1 end
+if group[2] ~= seen or group[3] ~= ARGV[8] then return -1 end
 
 local paused = call('HGET', K.definition .. definition, 'paused')
 local opened, late = 0, 0
-for i = 8, #ARGV, 4 do
+for i = 9, #ARGV, 4 do
   local at, last, source, reason = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
   local oid = gid .. '|' .. at
   local okey = K.occurrence .. oid

@@ -39,6 +39,9 @@ local function after_cursor(last, count)
   return call('ZRANGEBYSCORE', slots_key, '(' .. string.format('%.17g', cursor), last, 'WITHSCORES', 'LIMIT', 0, count)
 end
 
+-- Up to here subscriptions are as they were: a change must not reach what is planned.
+if now + horizon > tonumber(call('HGET', K.planner, 'reach') or '0') then call('HSET', K.planner, 'reach', text(now + horizon)) end
+
 local last = window > 0 and (now + horizon + 1 - base) / window or (base <= now + horizon and 1 or -1)
 local found = after_cursor(string.format('%.17g', last), most)
 if #found == 2 * most then
@@ -63,17 +66,34 @@ local function applies(subscription, nominal)
   return false
 end
 
--- The user left this group and its last moment here has passed.
-local function forget(user, subscription, nominal)
-  if (subscription.group or definition) == group then return end
-  local kept = {}
-  for _, before in ipairs(subscription.prev or {}) do
-    if before[1] == group and nominal <= before[3] then return end
-    if before[1] ~= group then kept[#kept + 1] = before end
+-- Whether an older occurrence of this group is open: it may have moments of users who left since, and comes later when it is
+-- caught up.
+local older = nil
+local function older_is_open()
+  if older == nil then
+    older = false
+    for _, other in ipairs(call('SMEMBERS', K.open .. group)) do
+      if tonumber(string.match(other, '|t?(%d+)$')) < at then older = true end
+    end
   end
-  call('ZREM', slots_key, user)
-  subscription.prev = #kept > 0 and kept or nil
-  call('HSET', K.user .. user, definition, encode_subscription(subscription))
+  return older
+end
+
+-- Drops the times that the user was in this group and that have passed, and the user with the last of them.
+local function forget(user, subscription, nominal)
+  if older_is_open() then return end
+  local stays, before, kept = (subscription.group or definition) == group, subscription.prev or {}, {}
+  for _, one in ipairs(before) do
+    if one[1] ~= group or nominal <= one[3] then
+      kept[#kept + 1] = one
+      stays = stays or one[1] == group
+    end
+  end
+  if not stays then call('ZREM', slots_key, user) end
+  if #kept < #before then
+    subscription.prev = #kept > 0 and kept or nil
+    call('HSET', K.user .. user, definition, encode_subscription(subscription))
+  end
 end
 
 local suffix, source = occurrence.suffix, occurrence.source
@@ -92,28 +112,22 @@ for i = 1, #found, 2 do
   if not raw then
     call('ZREM', slots_key, user)
   else
-    local params, wanted = '', true
-    if values[1] == '1' then
-      wanted = false
-      skipped = skipped + 1
-    end
+    -- a trigger is for all: who is in two groups, because of a change, has the same job in both
+    local params, wanted, off = '', triggered, values[1] == '1'
     -- most subscriptions are plain: {"since":…}
     local since = string.match(raw, '^{"since":(%d+)}$')
     if since and group == definition then
-      wanted = wanted and (triggered or at + offset > tonumber(since))
+      wanted = wanted or at + offset > tonumber(since)
     else
       local subscription = cjson.decode(raw)
-      if triggered then
-        wanted = wanted and (subscription.group or definition) == group
-      elseif not applies(subscription, at + offset) then
-        forget(user, subscription, at + offset)
-        wanted = false
-      end
-      if wanted and (subscription.off or subscription.paused) then
-        wanted = false
-        skipped = skipped + 1
-      end
+      wanted = wanted or applies(subscription, at + offset)
+      if not triggered and (subscription.prev or not wanted) then forget(user, subscription, at + offset) end
+      off = off or subscription.off or subscription.paused
       params = subscription.params or ''
+    end
+    if wanted and off then
+      wanted = false
+      skipped = skipped + 1
     end
     if wanted and base + offset < now - horizon then
       -- late, because the planner was away: what is left is spread from now on, not fired at once

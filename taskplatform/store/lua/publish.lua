@@ -7,14 +7,19 @@ local now, definition, schedule = clock(ARGV[1]), ARGV[2], ARGV[3]
 local key = K.definition .. definition
 local is_new = call('SADD', K.definitions, definition) == 1
 if not is_new and ARGV[4] == '1' then return 0 end
-local changed = {}
+local changed, limit_changed = {}, false
 for i = 7, #ARGV, 2 do
   local field, value = ARGV[i], ARGV[i + 1]
   local before = call('HGET', key, field) or ''
   if before ~= value then
     changed[#changed + 1] = field
+    limit_changed = limit_changed or field == 'rate' or field == 'burst'
     if value == '' then call('HDEL', key, field) else call('HSET', key, field, value) end
   end
+end
+if limit_changed and call('HEXISTS', key, 'paused') == 0 then
+  -- the old limit may have blocked a lane for longer than the new one does
+  for _, priority in ipairs(PRIORITIES) do unblock_lane(priority, definition) end
 end
 local group_key = K.group .. definition
 if call('HGET', key, 'schedule') ~= schedule then

@@ -8,7 +8,7 @@
 
 local now, actor, size = clock(ARGV[1]), ARGV[3], ARGV[4]
 local horizon = math.max(tonumber(ARGV[2]), tonumber(call('HGET', K.planner, 'horizon') or '0'))
-local since = now + horizon
+local since = math.max(now + horizon, tonumber(call('HGET', K.planner, 'reach') or '0'))
 local answers = {}
 for i = 5, #ARGV, 7 do
   local user, definition, slot, gid, schedule, params, enabled = unpack(ARGV, i, i + 6)
@@ -25,7 +25,7 @@ for i = 5, #ARGV, 7 do
       subscription = cjson.decode(raw)
       before = subscription.group or definition
       if gid == 'keep' then gid = before end
-      if before ~= gid then
+      if before ~= gid and subscription.since < since then
         local prev = subscription.prev or {}
         prev[#prev + 1] = { before, subscription.since, since }
         subscription.prev = prev
@@ -35,7 +35,7 @@ for i = 5, #ARGV, 7 do
         subscription.off = 1
       elseif enabled == 'on' and subscription.off then
         subscription.off = nil
-        subscription.since = since
+        subscription.since = math.max(subscription.since, since)
       end
     else
       if gid == 'keep' then gid = definition end
@@ -54,7 +54,8 @@ for i = 5, #ARGV, 7 do
     else
       answer = raw and 2 or 1
       call('HSET', key, definition, encoded)
-      if before ~= gid then join_group(user, definition, gid, schedule, slot, now, horizon) end
+      if not raw then call('HINCRBY', K.subscribers, definition, 1) end
+      if before ~= gid then join_group(user, definition, gid, schedule, slot, now, horizon, since) end
       if enabled == 'off' and raw then cancel_waiting(user, definition, now, 'subscription disabled by ' .. actor) end
       if size ~= '' then
         log_change(now, size, actor, raw and 'subscription changed' or 'subscribed', user .. ' ' .. definition, encoded)

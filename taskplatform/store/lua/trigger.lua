@@ -1,20 +1,21 @@
 -- Opens an extra occurrence of a definition, now, for all its subscribers whatever their schedules.
 -- ARGV[1] now   ARGV[2] definition   ARGV[3] window in ms   ARGV[4] actor   ARGV[5] size of the change log
+-- ARGV[6] its time, from the caller, so that a call that is sent again because its answer was lost is the same occurrence
 -- Returns {time, subscribers}, or {-1, 0} when the definition is not published.
 
 local now, definition, window = clock(ARGV[1]), ARGV[2], ARGV[3]
 if call('SISMEMBER', K.definitions, definition) == 0 then return { -1, 0 } end
-local at, subscribers = text(now), 0
+local at, opened = ARGV[6], 0
 for _, gid in ipairs(call('SMEMBERS', K.groups .. definition)) do
   local oid = gid .. '|t' .. at
   if call('EXISTS', K.occurrence .. oid) == 0 then
-    subscribers = subscribers + call('ZCARD', K.slots .. gid)
+    opened = opened + 1
     call('HSET', K.occurrence .. oid, 'definition', definition, 'group', gid, 'at', at, 'last', at, 'base', at, 'window', window,
-      'cursor', '-1', 'suffix', 't' .. at, 'source', 'trigger', 'state', 'open', 'reason', 'triggered by ' .. ARGV[4], 'opened', at)
+      'cursor', '-1', 'suffix', 't' .. at, 'source', 'trigger', 'state', 'open', 'reason', 'triggered by ' .. ARGV[4], 'opened', text(now))
     call('ZADD', K.occurrences .. definition, at, oid)
     call('SADD', K.open .. gid, oid)
     call('ZADD', K.due, at, 'o|' .. oid)
   end
 end
-log_change(now, ARGV[5], ARGV[4], 'trigger', definition, '')
-return { now, subscribers }
+if opened > 0 then log_change(now, ARGV[5], ARGV[4], 'trigger', definition, '') end
+return { tonumber(at), tonumber(call('HGET', K.subscribers, definition) or '0') }

@@ -10,5 +10,7 @@ if not raw then return -2 end
 leave_groups(user, definition, cjson.decode(raw))
 call('HDEL', key, definition)
 local canceled = cancel_waiting(user, definition, now, 'unsubscribed by ' .. ARGV[4])
+-- a pause of the subscription ends with it; what was submitted by hand may have been held for that
+unhold(user, now)
 log_change(now, ARGV[5], ARGV[4], 'unsubscribed', user .. ' ' .. definition, '')
 return canceled

@@ -1,0 +1,110 @@
+"""The command `taskplatform`.
+
+What a person did wrong, or what is not there, is said in a line or two on stderr, never as a traceback. Exit codes: 0 done, 1 it
+could not be done, 2 the command line was wrong, 130 stopped by Ctrl-C.
+
+Results go to stdout: a table on a terminal, else lines with tabs, and JSON with `--json`; remarks go to stderr. What a
+command needs is imported when it runs, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import IO, Any, TextIO
+from urllib.parse import urlsplit
+
+import click
+
+from taskplatform.cli import jobs, operations, subscriptions, tasks, users
+from taskplatform.cli.output import complain, counted, remark
+from taskplatform.errors import CatalogueError, StoreUnavailable, TaskPlatformError
+
+BROKEN_PIPE = 1
+INTERRUPTED = 130
+
+
+class Failure(click.ClickException):
+    """What the platform raised, for people."""
+
+    def __init__(self, fault: TaskPlatformError) -> None:
+        super().__init__(str(fault))
+        self._fault = fault
+
+    def show(self, file: IO[Any] | None = None) -> None:  # noqa: ARG002 - click's signature
+        if isinstance(self._fault, CatalogueError):
+            complain(f"{counted(len(self._fault.faults), 'fault')} in the definitions")
+            remark(self.message)
+        elif isinstance(self._fault, StoreUnavailable):
+            complain(self.message)
+            remark(_redis_hint())
+        else:
+            complain(self.message)
+
+
+class _Root(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TaskPlatformError as fault:
+            raise Failure(fault) from fault
+
+
+@click.group(cls=_Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="taskplatform", message="%(version)s")
+def cli() -> None:
+    """Per-user jobs from static definitions, on Celery.
+
+    Settings come from TASKPLATFORM_* variables, .env and taskplatform.yaml in the current folder.
+    """
+
+
+for command in (tasks.tasks, users.users, subscriptions.subscriptions, jobs.jobs, *operations.COMMANDS):
+    cli.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point. Returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        _show_all(stream)
+    try:
+        for word in words:
+            if not _is_text(word):
+                raise click.UsageError(f"{word!r} is not UTF-8 text")
+        result = cli.main(words, prog_name="taskplatform", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as fault:
+        fault.show()
+        return fault.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except BrokenPipeError:
+        # the interpreter flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return result if isinstance(result, int) else 0
+
+
+def _show_all(stream: TextIO) -> None:
+    """Where the terminal cannot show a character, show its escape."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def _is_text(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _redis_hint() -> str:
+    from taskplatform.settings import settings
+
+    url = urlsplit(settings().redis_url)
+    # user, password and options are left out
+    place = url.netloc.rpartition("@")[2] + url.path
+    return f"TASKPLATFORM_REDIS_URL is {url.scheme}://{place}: start that server, or the whole platform with `taskplatform up`"

@@ -1,0 +1,233 @@
+"""`taskplatform jobs`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from taskplatform.cli.arguments import (
+    PRIORITIES,
+    STATES,
+    all_option,
+    connected,
+    cursor_option,
+    definition_argument,
+    duration,
+    example,
+    json_option,
+    limit_option,
+    moment,
+    param_option,
+    past,
+    user_argument,
+)
+from taskplatform.cli.output import (
+    Columns,
+    all_items,
+    complain,
+    json_text,
+    moment_text,
+    plain,
+    remark,
+    seconds_text,
+    show_fields,
+    show_rows,
+)
+from taskplatform.errors import Conflict, UnknownJob
+
+if TYPE_CHECKING:
+    from taskplatform.model import Job, Transition
+    from taskplatform.platform import Platform
+
+_POLL_SECONDS = 0.2
+
+
+def _took(job: Job) -> str:
+    if job.started_ms is None or job.finished_ms is None:
+        return ""
+    return seconds_text(job.finished_ms - job.started_ms)
+
+
+_COLUMNS: Columns[Job] = {
+    "job": lambda one: one.id,
+    "state": lambda one: one.state,
+    "priority": lambda one: one.priority,
+    "execute after": lambda one: moment_text(one.execute_after_ms),
+    "attempt": lambda one: one.attempt,
+    "took": _took,
+    "reason": lambda one: one.reason,
+}
+
+_HISTORY: Columns[Transition] = {
+    "at": lambda one: moment_text(one.at_ms),
+    "from": lambda one: one.from_state,
+    "to": lambda one: one.to_state,
+    "attempt": lambda one: one.attempt,
+    "worker": lambda one: one.worker,
+    "reason": lambda one: one.reason,
+    "detail": lambda one: json_text(one.detail),
+}
+
+
+@click.group()
+def jobs() -> None:
+    """What ran, runs and will run."""
+
+
+@jobs.command(epilog=example("jobs submit daily_user_report u1 --param format=pdf --priority high --wait"))
+@definition_argument
+@user_argument
+@param_option("A parameter, over those of subscription and definition")
+@click.option("--countdown", type=duration, help="Not before so long: seconds, or such as 10m.")
+@click.option("--eta", type=moment, help="Not before this time: ISO 8601, UTC where no zone is given.")
+@click.option("--priority", type=click.Choice(PRIORITIES), help="Default: the definition's.")
+@click.option("--idempotency-key", metavar="TEXT", help="The same key gives the same job.")
+@click.option("--wait", is_flag=True, help="Wait for its end; the exit code is 1 unless it completed.")
+@json_option
+@click.pass_context
+def submit(
+    ctx: click.Context,
+    definition: str,
+    user: str,
+    params: dict[str, Any],
+    countdown: timedelta | None,
+    eta: datetime | None,
+    priority: str | None,
+    idempotency_key: str | None,
+    *,
+    wait: bool,
+    as_json: bool,
+) -> None:
+    """Make a job now, without a schedule."""
+    with connected() as platform:
+        job = platform.enqueue(
+            definition, user=user, params=params, countdown=countdown, eta=eta, priority=priority, idempotency_key=idempotency_key
+        )
+        if wait:
+            remark(f"{job.id} is submitted; Ctrl-C stops the waiting, not the job")
+            job = _ended(platform, job)
+    show_fields(_fields(job), as_json=as_json, record=job)
+    if wait and job.state != "completed":
+        ctx.exit(1)
+
+
+def _ended(platform: Platform, job: Job) -> Job:
+    state = job.state
+    while not job.state.terminal:
+        time.sleep(_POLL_SECONDS)
+        job = platform.job(job.id)
+        if job.state != state:
+            state = job.state
+            remark(f"{state}: {job.reason}")
+    return job
+
+
+@jobs.command("list", epilog=example("jobs list --definition daily_user_report --state failed --since 1d"))
+@click.option("--user", help="Only those of a user.")
+@click.option("--definition", help="Only those of a definition.")
+@click.option("--state", "states", type=click.Choice(STATES), multiple=True, help="Only those in this state. Repeatable.")
+@click.option("--since", type=past, help="Only those made since: ISO 8601, or how long ago, such as 10m.")
+@click.option("--until", type=past, help="Only those made until then.")
+@limit_option(50)
+@cursor_option
+@all_option
+@json_option
+def list_(
+    user: str | None,
+    definition: str | None,
+    states: tuple[str, ...],
+    since: datetime | None,
+    until: datetime | None,
+    limit: int,
+    cursor: str | None,
+    *,
+    everything: bool,
+    as_json: bool,
+) -> None:
+    """List jobs, the newest first."""
+    with connected(definitions=definition is not None) as platform:
+        if user is not None:
+            platform.user(user)
+        found = all_items(
+            lambda at: platform.jobs(
+                user=user, definition=definition, state=states or None, since=since, until=until, cursor=at, limit=limit
+            ),
+            cursor=cursor,
+            everything=everything,
+        )
+        show_rows(found, _COLUMNS, as_json=as_json)
+
+
+@jobs.command(epilog=example("jobs show daily_user_report:u1:1800000000000"))
+@click.argument("job_id", metavar="ID")
+@json_option
+def show(job_id: str, *, as_json: bool) -> None:
+    """Show a job and its history."""
+    with connected(definitions=False) as platform:
+        job = platform.job(job_id)
+        history = platform.history(job_id)
+    show_fields(_fields(job), as_json=as_json, record={**plain(job), "history": history})
+    if not as_json:
+        click.echo()
+        show_rows(history, _HISTORY, as_json=False)
+
+
+def _fields(job: Job) -> dict[str, object]:
+    return {
+        "job": job.id,
+        "definition": job.definition,
+        "user": job.user,
+        "state": job.state,
+        "reason": job.reason,
+        "priority": job.priority,
+        "execute after": moment_text(job.execute_after_ms),
+        "created": moment_text(job.created_ms),
+        "occurrence": moment_text(job.occurrence_ms),
+        "source": job.source,
+        "params": json_text(job.params),
+        "attempt": job.attempt,
+        "failures": job.failures,
+        "delivery": job.delivery,
+        "worker": job.worker,
+        "started": moment_text(job.started_ms),
+        "finished": moment_text(job.finished_ms),
+        "took": _took(job),
+    }
+
+
+@jobs.command(epilog=example("jobs cancel daily_user_report:u1:1800000000000"))
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.pass_context
+def cancel(ctx: click.Context, ids: tuple[str, ...]) -> None:
+    """Cancel jobs.
+
+    One that waits never starts; one that runs is stopped, or its result discarded.
+    """
+    with connected(definitions=False) as platform:
+        _each(ctx, ids, platform.cancel)
+
+
+@jobs.command(epilog=example("jobs retry daily_user_report:u1:1800000000000"))
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.pass_context
+def retry(ctx: click.Context, ids: tuple[str, ...]) -> None:
+    """Run jobs again that ended without success."""
+    with connected(definitions=False) as platform:
+        _each(ctx, ids, platform.retry)
+
+
+def _each(ctx: click.Context, ids: tuple[str, ...], act: Callable[[str], Job]) -> None:
+    """One that cannot be done holds back no other."""
+    failed = False
+    for job_id in ids:
+        try:
+            click.echo(f"{job_id} {act(job_id).state}")
+        except (UnknownJob, Conflict) as fault:
+            complain(str(fault))
+            failed = True
+    if failed:
+        ctx.exit(1)

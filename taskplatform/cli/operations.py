@@ -1,0 +1,121 @@
+"""Commands about the platform as a whole, and about definitions as they run."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import click
+
+from taskplatform.cli.arguments import connected, definition_argument, duration, example, json_option, limit_option
+from taskplatform.cli.output import Columns, counted, moment_text, seconds_text, show_rows
+
+if TYPE_CHECKING:
+    from taskplatform.store import Change, Worker
+
+
+@click.command(epilog=example("trigger daily_user_report --window 5m"))
+@definition_argument
+@click.option("--window", type=duration, help="Spread over so long. Default: the definition's window.")
+def trigger(definition: str, window: timedelta | None) -> None:
+    """Run a definition now for all its subscribers.
+
+    It is an extra occurrence; those of the schedules stay as they are.
+    """
+    from taskplatform.model import format_duration
+
+    with connected() as platform:
+        at, subscribers = platform.trigger(definition, window=window)
+        span = platform.definition(definition).window if window is None else window
+    click.echo(
+        f"{definition} triggered at {moment_text(round(at.timestamp() * 1000))} for {counted(subscribers, 'subscriber')}, over {format_duration(span)}"
+    )
+
+
+@click.command(epilog=example('pause daily_user_report --why "the report API is down"'))
+@definition_argument
+@click.option("--why", default="", help="For the change log.")
+def pause(definition: str, why: str) -> None:
+    """Plan and release nothing of a definition.
+
+    That ends with resume. What waits is kept.
+    """
+    with connected() as platform:
+        click.echo(f"{definition} {'paused' if platform.pause_definition(definition, why=why) else 'was paused already'}")
+
+
+@click.command(epilog=example("resume daily_user_report"))
+@definition_argument
+def resume(definition: str) -> None:
+    """End the pause of a definition."""
+    with connected() as platform:
+        click.echo(f"{definition} {'resumed' if platform.resume_definition(definition) else 'was not paused'}")
+
+
+_CHANGES: Columns[Change] = {
+    "at": lambda one: moment_text(one.at_ms),
+    "who": lambda one: one.actor,
+    "what": lambda one: one.kind,
+    "subject": lambda one: one.subject,
+    "detail": lambda one: one.detail,
+}
+
+
+@click.command(epilog=example("changes --limit 20"))
+@limit_option(50)
+@json_option
+def changes(limit: int, *, as_json: bool) -> None:
+    """List who changed what, the newest first."""
+    with connected(definitions=False) as platform:
+        show_rows(platform.changes(limit=limit), _CHANGES, as_json=as_json)
+
+
+@click.command(epilog=example("nodes --json"))
+@json_option
+def nodes(*, as_json: bool) -> None:
+    """List the workers.
+
+    What they serve, what they run and when they last said that they live.
+    """
+    with connected(definitions=False) as platform:
+        workers = platform.store.workers()
+        now_ms = platform.store.now_ms()
+    columns: Columns[Worker] = {
+        "worker": lambda one: one.id,
+        "queues": lambda one: ",".join(one.queues),
+        "running": lambda one: f"{len(one.running)} of {one.slots}",
+        "heartbeat": lambda one: moment_text(one.heartbeat_ms),
+        "silent for": lambda one: seconds_text(max(0, now_ms - one.heartbeat_ms)),
+    }
+    show_rows(workers, columns, as_json=as_json)
+
+
+@click.command(epilog=example("up --workers 4 --slots 8"))
+@click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Worker processes.")
+@click.option("--slots", type=click.IntRange(1, 1000), help="Jobs that each runs at a time. Default: TASKPLATFORM_WORKER_SLOTS.")
+@click.option("--no-flower", is_flag=True, help="Without Flower.")
+@click.pass_context
+def up(ctx: click.Context, workers: int, slots: int | None, *, no_flower: bool) -> None:
+    """Run the whole platform here until Ctrl-C.
+
+    That is a server, a mock API, beat, workers and Flower. With TASKPLATFORM_REDIS_URL set, that server is used.
+    """
+    from taskplatform.local import up as run
+    from taskplatform.settings import settings
+
+    ctx.exit(run(settings(), workers=workers, slots=slots, flower=not no_flower))
+
+
+@click.command(epilog=example("demo"))
+@click.pass_context
+def demo(ctx: click.Context) -> None:
+    """Run the main job on real parts, and check it.
+
+    It takes about a minute, and exits with 0 only if all is as it must be.
+    """
+    from taskplatform.demo import run
+
+    ctx.exit(run())
+
+
+COMMANDS = (trigger, pause, resume, changes, nodes, up, demo)

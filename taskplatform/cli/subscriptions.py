@@ -1,0 +1,290 @@
+"""`taskplatform subscriptions`."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from taskplatform.cli.arguments import (
+    all_option,
+    connected,
+    cursor_option,
+    definition_argument,
+    example,
+    json_option,
+    limit_option,
+    param_option,
+    schedule_options,
+    user_argument,
+)
+from taskplatform.cli.output import (
+    Columns,
+    all_items,
+    complain,
+    counted,
+    json_text,
+    moment_text,
+    remark,
+    schedule_text,
+    show_fields,
+    show_rows,
+)
+
+if TYPE_CHECKING:
+    from taskplatform.bulk import Format
+    from taskplatform.model import Subscription
+
+MOST_FAULTS_SHOWN = 20
+
+COLUMNS: Columns[Subscription] = {
+    "definition": lambda one: one.definition,
+    "enabled": lambda one: one.enabled,
+    "paused": lambda one: one.paused,
+    "own schedule": lambda one: schedule_text(one.schedule) if one.schedule else "",
+    "params": lambda one: json_text(one.params),
+    "since": lambda one: moment_text(one.since_ms),
+}
+
+
+@click.group()
+def subscriptions() -> None:
+    """Who wants the jobs of which definition."""
+
+
+@subscriptions.command(epilog=example("subscriptions add u1 daily_user_report --param format=pdf --at 09:30"))
+@user_argument
+@definition_argument
+@param_option("A parameter of its jobs")
+@schedule_options
+@click.option("--disabled", is_flag=True, help="Make it, but switched off.")
+@json_option
+def add(
+    user: str,
+    definition: str,
+    params: dict[str, Any],
+    timezone: str | None,
+    at_time: str | None,
+    schedule: Mapping[str, Any] | None,
+    *,
+    disabled: bool,
+    as_json: bool,
+) -> None:
+    """Subscribe a user to a definition.
+
+    An existing subscription is set to just what is given. It takes effect after the planning horizon, a few seconds.
+    """
+    from taskplatform.bulk import own_schedule
+
+    override = own_schedule(schedule, timezone, at_time)
+    with connected() as platform:
+        _show(platform.subscribe(user, definition, params=params, schedule=override, enabled=not disabled), as_json=as_json)
+
+
+@subscriptions.command(epilog=example("subscriptions remove u1 daily_user_report"))
+@user_argument
+@definition_argument
+def remove(user: str, definition: str) -> None:
+    """End a subscription and cancel what waits of it."""
+    with connected(definitions=False) as platform:
+        canceled = platform.unsubscribe(user, definition)
+    click.echo(f"{user} {definition} removed: {counted(canceled, 'job')} canceled")
+
+
+@subscriptions.command(epilog=example("subscriptions enable u1 daily_user_report"))
+@user_argument
+@definition_argument
+@json_option
+def enable(user: str, definition: str, *, as_json: bool) -> None:
+    """Switch a subscription on again."""
+    with connected() as platform:
+        _show(platform.enable(user, definition), as_json=as_json)
+
+
+@subscriptions.command(epilog=example("subscriptions disable u1 daily_user_report"))
+@user_argument
+@definition_argument
+@json_option
+def disable(user: str, definition: str, *, as_json: bool) -> None:
+    """Switch a subscription off.
+
+    What waits of it is canceled; parameters and schedule are kept.
+    """
+    with connected() as platform:
+        _show(platform.disable(user, definition), as_json=as_json)
+
+
+@subscriptions.command(epilog=example("subscriptions set-params u1 daily_user_report --param format=pdf"))
+@user_argument
+@definition_argument
+@param_option("A parameter of its jobs")
+@click.option("--none", "clear", is_flag=True, help="Leave no own parameters.")
+@json_option
+def set_params(user: str, definition: str, params: dict[str, Any], *, clear: bool, as_json: bool) -> None:
+    """Replace all parameters of a subscription."""
+    if bool(params) == clear:
+        raise click.UsageError("give either --param, or --none")
+    with connected() as platform:
+        _show(platform.set_params(user, definition, params), as_json=as_json)
+
+
+@subscriptions.command(epilog=example("subscriptions set-schedule u1 daily_user_report --timezone Asia/Tokyo"))
+@user_argument
+@definition_argument
+@schedule_options
+@click.option("--default", is_flag=True, help="Go back to the definition's schedule.")
+@json_option
+def set_schedule(
+    user: str,
+    definition: str,
+    timezone: str | None,
+    at_time: str | None,
+    schedule: Mapping[str, Any] | None,
+    *,
+    default: bool,
+    as_json: bool,
+) -> None:
+    """Give a subscription an own schedule.
+
+    No occurrence is lost or doubled by that.
+    """
+    from taskplatform.bulk import own_schedule
+
+    override = own_schedule(schedule, timezone, at_time)
+    if (override is None) != default:
+        raise click.UsageError("give either --timezone, --at or --schedule, or --default")
+    with connected() as platform:
+        _show(platform.set_schedule(user, definition, override), as_json=as_json)
+
+
+@subscriptions.command("list", epilog=example("subscriptions list u1 --json"))
+@user_argument
+@json_option
+def list_(user: str, *, as_json: bool) -> None:
+    """List a user's subscriptions."""
+    with connected(definitions=False) as platform:
+        show_rows(platform.subscriptions(user), COLUMNS, as_json=as_json)
+
+
+@subscriptions.command(epilog=example("subscriptions subscribers daily_user_report --count"))
+@definition_argument
+@click.option("--count", is_flag=True, help="Only how many.")
+@limit_option(100)
+@cursor_option
+@all_option
+@json_option
+def subscribers(definition: str, limit: int, cursor: str | None, *, count: bool, everything: bool, as_json: bool) -> None:
+    """List the users who are subscribed to a definition."""
+    with connected() as platform:
+        if count:
+            click.echo(platform.store.count_subscribers(platform.definition(definition).id))
+            return
+        found = all_items(lambda at: platform.subscribers(definition, cursor=at, limit=limit), cursor=cursor, everything=everything)
+        show_rows(found, {"user": str}, as_json=as_json)
+
+
+@subscriptions.command(epilog=example("subscriptions pause u1 daily_user_report"))
+@user_argument
+@definition_argument
+def pause(user: str, definition: str) -> None:
+    """Plan and release nothing of a subscription.
+
+    That ends with resume. What waits is kept.
+    """
+    with connected(definitions=False) as platform:
+        changed = platform.pause_subscription(user, definition)
+    click.echo(f"{user} {definition} {'paused' if changed else 'was paused already'}")
+
+
+@subscriptions.command(epilog=example("subscriptions resume u1 daily_user_report"))
+@user_argument
+@definition_argument
+def resume(user: str, definition: str) -> None:
+    """End the pause of a subscription."""
+    with connected(definitions=False) as platform:
+        changed = platform.resume_subscription(user, definition)
+    click.echo(f"{user} {definition} {'resumed' if changed else 'was not paused'}")
+
+
+def _show(subscription: Subscription, *, as_json: bool) -> None:
+    shown = {"user": subscription.user, **{name: cell(subscription) for name, cell in COLUMNS.items()}}
+    show_fields(shown, as_json=as_json, record=subscription)
+
+
+# --- import ----------------------------------------------------------------------------------------------------------
+
+_FORMATS: Mapping[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+
+
+@subscriptions.command("import", epilog=example("subscriptions import subscriptions.csv --create-users"))
+@click.argument("file", type=click.File("rb"))
+@click.option("--format", "format_", type=click.Choice(("csv", "jsonl")), help="Default: by the file's name.")
+@click.option("--create-users", is_flag=True, help="Create users that do not exist; without it their lines are faults.")
+@json_option
+@click.pass_context
+def import_(ctx: click.Context, file: BinaryIO, format_: Format | None, *, create_users: bool, as_json: bool) -> None:
+    """Make the subscriptions in a file.
+
+    It is CSV or JSON Lines; - is stdin. Fields are user, definition, and if wanted enabled, params, schedule, timezone and
+    at_time. A line that has a fault is told with its number, all others are made, and the exit code is 1. Reading a file
+    again changes nothing.
+    """
+    from taskplatform.bulk import import_subscriptions
+
+    name = getattr(file, "name", "<stdin>")
+    chosen = format_ or _FORMATS.get(Path(name).suffix.lower())
+    if chosen is None:
+        raise click.UsageError(f"{name} could be either: give --format csv or --format jsonl")
+    with connected() as platform, _progress(_size(file)) as progress:
+        report = import_subscriptions(platform, file, format=chosen, create_users=create_users, progress=progress)
+    shown = {field.replace("_", " "): getattr(report, field) for field in ("created", "changed", "unchanged", "users_created", "faulty")}
+    show_fields(shown, as_json=as_json, record=report)
+    if report.faulty:
+        for fault in report.faults[:MOST_FAULTS_SHOWN]:
+            remark(f"{name}:{fault}")
+        more = report.faulty - MOST_FAULTS_SHOWN
+        complain(f"{counted(report.faulty, 'faulty line')}{f', {more:,} of them not shown' if more > 0 else ''}; all others are in")
+        ctx.exit(1)
+
+
+def _size(file: BinaryIO) -> int | None:
+    """None for what is not a plain file, such as a pipe."""
+    try:
+        found = os.fstat(file.fileno())
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+@contextmanager
+def _progress(size: int | None) -> Iterator[Callable[[int], None]]:
+    if not sys.stderr.isatty():
+        yield _lines_of_progress(size)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("importing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("importing", total=size)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _lines_of_progress(size: int | None) -> Callable[[int], None]:
+    """A line for each tenth of the file, or for each ten megabytes where its size is not known."""
+    step = size / 10 if size else 10_000_000
+    due = step
+
+    def progress(done: int) -> None:
+        nonlocal due
+        if done >= due:
+            remark(f"{done:,} of {size:,} bytes read" if size else f"{done:,} bytes read")
+            due = (done // step + 1) * step
+
+    return progress

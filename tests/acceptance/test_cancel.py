@@ -1,0 +1,85 @@
+"""A canceled job never starts; one that runs is stopped where the pool can do that, and else its result does not count."""
+
+from __future__ import annotations
+
+import pytest
+from pytest_celery import CeleryTestSetup
+
+from taskplatform.errors import Conflict
+from taskplatform.model import JobState
+from tests.acceptance.site import Site, eventually
+from tests.acceptance.target import Answer, Target
+from tests.support import wait_until
+
+
+def test_a_waiting_job_never_starts(celery_setup: CeleryTestSetup, site: Site, target: Target, user: str) -> None:
+    waiting = site.platform.enqueue("call", user=user, countdown=0.8)
+    site.platform.cancel(waiting.id)
+    after = site.platform.enqueue("call", user=user, countdown=1.2)
+    assert site.wait_for(after.id).state is JobState.COMPLETED
+    assert site.states(waiting.id) == ["pending", "canceled"]
+    assert target.calls(job=waiting.id) == []
+    assert site.platform.job(waiting.id).reason.startswith("canceled by ")
+
+
+def test_a_queued_job_never_starts(celery_setup: CeleryTestSetup, site: Site, target: Target, user: str) -> None:
+    """All slots are taken, so it is in the broker when it is canceled."""
+    target.answer(user, Answer(after_seconds=1.0))
+    holds = [site.platform.enqueue("call", user=user, priority="high") for _ in range(4)]
+    wait_until(lambda: len(target.calls(user=user)) == 4, message="the slots are not taken")
+    other = site.user()
+    queued = site.platform.enqueue("call", user=other, priority="high")
+    site.wait_for(queued.id, JobState.QUEUED)
+    site.platform.cancel(queued.id)
+    after = site.platform.enqueue("call", user=other)
+    site.wait_for_all([*(job.id for job in holds), after.id])
+    assert site.states(queued.id) == ["pending", "queued", "canceled"]
+    assert [call.job for call in target.calls(user=other)] == [after.id]
+
+
+def test_a_running_job_is_stopped_and_its_slot_is_free(celery_setup: CeleryTestSetup, site: Site, target: Target, user: str) -> None:
+    """All four slots, so that what comes after shows that they are free again."""
+    worker = celery_setup.worker.container
+    jobs = [site.platform.enqueue("sleeping", user=user, params={"seconds": 20}) for _ in range(4)]
+    wait_until(lambda: len(target.calls(user=user)) == 4, message="the slots are not taken")
+    before = {process.pid for process in worker.processes()}
+    for job in jobs:
+        assert site.platform.cancel(job.id).state is JobState.CANCELED
+    eventually(lambda: all("stopped" in site.notes(job.id) for job in jobs), "no history says that the job was stopped")
+    eventually(lambda: len(before - {process.pid for process in worker.processes()}) == 4, "the processes were not killed")
+
+    other = site.user()
+    target.answer(other, Answer(after_seconds=1.0))
+    after = [site.platform.enqueue("call", user=other).id for _ in range(4)]
+    assert {job.state for job in site.wait_for_all(after)} == {JobState.COMPLETED}
+    arrivals = [call.at_ms for call in target.calls(user=other)]
+    assert max(arrivals) - min(arrivals) < 1000, "the four did not run at the same time"
+    assert worker.status == "running"
+    for job in jobs:
+        assert site.states(job.id) == ["pending", "queued", "assigned", "running", "canceled"]
+    assert {call.path for call in target.calls(user=user)} == {"/began"}, "a stopped function ran to its end"
+    with pytest.raises(Conflict):
+        site.platform.cancel(after[0])
+
+
+def test_a_function_that_refuses_to_stop_is_killed(celery_setup: CeleryTestSetup, site: Site, target: Target, user: str) -> None:
+    worker = celery_setup.worker.container
+    job = site.platform.enqueue("refusing_to_stop", user=user)
+    wait_until(lambda: target.calls(user=user), message="it has not begun")
+    before = {process.pid for process in worker.processes()}
+    site.platform.cancel(job.id)
+    eventually(lambda: bool(before - {process.pid for process in worker.processes()}), "its process was not killed")
+    assert site.platform.job(job.id).state is JobState.CANCELED
+    assert site.wait_for(site.platform.enqueue("call", user=user).id).state is JobState.COMPLETED
+
+
+def test_celerys_revoke_cancels(celery_setup: CeleryTestSetup, site: Site, target: Target, user: str) -> None:
+    """As Flower's button and `celery control revoke` do it."""
+    job = site.platform.enqueue("sleeping", user=user)
+    wait_until(lambda: target.calls(user=user), message="it has not begun")
+    site.app.control.revoke(job.id, terminate=True)
+    canceled = site.wait_for(job.id)
+    assert canceled.state is JobState.CANCELED
+    assert "revoked" in canceled.reason
+    assert site.wait_for(site.platform.enqueue("call", user=user).id).state is JobState.COMPLETED
+    assert {call.path for call in target.calls(job=job.id)} == {"/began"}

@@ -1,0 +1,80 @@
+"""What the documents say is so: commands that exist, settings that are all there with their defaults, links that lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from datetime import timedelta
+
+import click
+import pytest
+import yaml
+
+from taskplatform.cli import cli
+from taskplatform.model import Definition, format_duration
+from taskplatform.settings import PREFIX, Settings
+from tests.conftest import ROOT
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
+
+
+def _commands() -> list[tuple[str, str]]:
+    lines = [
+        (name, line[2:])
+        for name, text in TEXTS.items()
+        for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith("$ ")
+    ]
+    inline = [(name, code) for name, text in TEXTS.items() for code in re.findall(r"`(taskplatform [a-z][^`\n]*)`", text)]
+    return [(name, line) for name, line in lines + inline if re.match(r"(\.venv/bin/)?taskplatform ", line)]
+
+
+@pytest.mark.parametrize(("document", "command"), _commands())
+def test_every_taskplatform_command_in_a_document_is_one(document: str, command: str) -> None:
+    words = shlex.split(re.split(r"\s+[#>|]\s", command)[0])[1:]
+    target: click.Command = cli
+    context = target.make_context("taskplatform", words)
+    while isinstance(target, click.Group):
+        rest = [*context._protected_args, *context.args]
+        name, found, rest = target.resolve_command(context, rest)
+        assert found is not None, f"{document}: {command}"
+        if not rest and any(isinstance(parameter, click.Argument) and parameter.required for parameter in found.params):
+            return  # named in a sentence, without its arguments
+        target, context = found, found.make_context(name, rest, parent=context)
+
+
+def test_the_documents_show_commands() -> None:
+    assert len(_commands()) > 8
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    rows = dict(re.findall(rf"^\| `{PREFIX}([A-Z_]+)` \| `([^`]*)` \|", TEXTS["docs/settings.md"], re.MULTILINE))
+    expected = {}
+    for name, field in Settings.model_fields.items():
+        default = field.default
+        text = format_duration(default) if isinstance(default, timedelta) else "none" if default is None else str(default)
+        expected[name.upper()] = text
+    assert rows == expected
+
+
+def test_every_field_of_a_definition_is_documented() -> None:
+    missing = [name for name in Definition.model_fields if f"`{name}`" not in TEXTS["docs/definitions.md"]]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/definitions.md"])
+def test_the_definitions_shown_load_as_they_stand(name: str) -> None:
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", TEXTS[name], re.DOTALL)]
+    assert blocks
+    for block in blocks:
+        for task in block["tasks"]:
+            merged = {**task, "config": {**block.get("defaults", {}).get("config", {}), **task["config"]}}
+            assert Definition.model_validate(merged).id == task["id"]
+
+
+def test_links_lead_to_files() -> None:
+    for name, text in TEXTS.items():
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (ROOT / name).parent.joinpath(target).exists(), f"{name} links to {target}"
