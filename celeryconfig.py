@@ -36,7 +36,8 @@ task_serializer = "json"
 result_serializer = "json"
 accept_content = ["json"]
 
-# The ledger in Redis knows what became of a job; Celery's results would be a second, weaker truth.
+# The ledger in Redis knows what became of a job; results that Celery kept would be a second, weaker truth.
+result_backend = "taskplatform.results:LedgerBackend"
 task_ignore_result = True
 
 # A job is fetched when a slot is free, and no earlier: otherwise priorities would not hold.

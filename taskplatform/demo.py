@@ -21,6 +21,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from taskplatform.errors import TaskPlatformError
 from taskplatform.local import Stack
 from taskplatform.model import Job, JobState, Priority, moment, slot
 from taskplatform.platform import JobRequest, Platform
@@ -73,7 +74,11 @@ def run(*, workers: int = 2, slots: int = 3, console: Console | None = None) -> 
         with Stack(settings, workers=workers, slots=slots, sink=sink, data_dir=data_dir) as stack:
             for line in stack.addresses():
                 out.print(f"  {line}")
-            report = _Demo(stack, settings, out).run()
+            try:
+                report = _Demo(stack, settings, out).run()
+            except (TimeoutError, TaskPlatformError) as fault:
+                out.print(f"[bold red]The demo broke off:[/] {fault}; see {log_path}")
+                return 1
             out.print()
             out.print(f"Flower shows the jobs by definition at [bold]{stack.flower_url}[/] while the platform runs: `taskplatform up`.")
     failed = sum(not holds for holds, _ in report.lines)
@@ -133,7 +138,7 @@ class _Demo:
         submitted = self._platform.enqueue_many(
             JobRequest(definition="hourly_data_sync", user="user1", priority=priority) for priority in MIX
         )
-        jobs = self._follow(submitted, 40)
+        jobs = self._follow([job.id for job in submitted], 40)
         for job in holds[:-1]:
             self._platform.cancel(job.id)
         finished = sorted(jobs, key=lambda job: (self._started(job), job.finished_ms or 0))
@@ -166,8 +171,7 @@ class _Demo:
                 ids.append(job_id)
                 began[job_id] = at_ms
                 expected[job_id] = moment(at_ms, slot(user, name), int(WINDOW.total_seconds() * 1000))
-        self._wait(lambda: len(self._platform.store.jobs_by_id(ids)) == len(ids), 30, "beat to plan the jobs")
-        jobs = self._follow(self._platform.store.jobs_by_id(ids), 90)
+        jobs = self._follow(ids, 90)
         self._distribution(jobs, expected, began)
         return jobs
 
@@ -270,16 +274,18 @@ class _Demo:
                 raise TimeoutError(f"waited {seconds:g} s for {what}")
             time.sleep(0.1)
 
-    def _follow(self, jobs: Sequence[Job], seconds: float) -> list[Job]:
-        """Show the jobs until all are finished. Returns them as they are then."""
-        ids = [job.id for job in jobs]
+    def _follow(self, ids: Sequence[str], seconds: float) -> list[Job]:
+        """Show the jobs, which may still have to be planned, until all are finished. Returns them as they are then."""
         deadline = time.monotonic() + seconds
         with _view(self._out, len(ids)) as show:
             while True:
                 current = self._platform.store.jobs_by_id(ids)
                 show(current)
-                if all(job.state.terminal for job in current) or time.monotonic() > deadline:
+                if len(current) == len(ids) and all(job.state.terminal for job in current):
                     return current
+                if time.monotonic() > deadline:
+                    unfinished = sorted(set(ids) - {job.id for job in current if job.state.terminal})
+                    raise TimeoutError(f"waited {seconds:g} s for {', '.join(unfinished)}")
                 time.sleep(0.1)
 
 
@@ -295,16 +301,17 @@ def _view(out: Console, total: int) -> Iterator[Callable[[Sequence[Job]], None]]
 
         def show(jobs: Sequence[Job]) -> None:
             progress.update(bar, completed=sum(job.state.terminal for job in jobs))
-            live.update(_frame(jobs, progress))
+            live.update(_frame(jobs, total, progress))
 
         yield show
 
 
-def _frame(jobs: Sequence[Job], progress: Progress) -> RenderableType:
+def _frame(jobs: Sequence[Job], total: int, progress: Progress) -> RenderableType:
     table = Table("job", "priority", "due (UTC)", "state", "reason", box=None, pad_edge=False)
     for job in jobs:
         table.add_row(job.id, job.priority, _time(job.execute_after_ms), job.state, job.reason)
-    return Group(table, progress)
+    ahead = total - len(jobs)
+    return Group(table, f"{ahead} not planned yet: that is done 5 s ahead" if ahead else "", progress)
 
 
 class _PlainView:

@@ -31,6 +31,16 @@ class LedgerBackend(BaseBackend):  # type: ignore[misc]
     complete raises JobFailed with the reason.
     """
 
+    #: Nothing is stored, so nothing has to be cleaned up.
+    supports_autoexpire = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        from taskplatform.app import JobFailed, platform  # the application is made before its backend
+
+        super().__init__(*args, **kwargs)
+        self._platform = platform
+        self._failure = JobFailed
+
     def store_result(self, task_id: str, result: Any, state: str, *_: Any, **__: Any) -> Any:  # noqa: ARG002
         """The scripts record what becomes of a job."""
         return result
@@ -40,15 +50,13 @@ class LedgerBackend(BaseBackend):  # type: ignore[misc]
         return "ledger://"
 
     def _get_task_meta_for(self, task_id: str) -> dict[str, Any]:
-        from taskplatform.app import JobFailed, platform  # the application is made before its backend
-
         try:
-            history = platform().history(task_id)
+            history = self._platform().history(task_id)
         except UnknownJob:
             return {"status": states.PENDING, "result": None}
         last = history[-1]
         state = _STATES[last.to_state]
         result: Any = dict(last.detail) if state == states.SUCCESS else None
         if state in (states.FAILURE, states.REVOKED):
-            result = JobFailed(last.reason)
+            result = self._failure(last.reason)
         return {"status": state, "result": result, "task_id": task_id, "traceback": None, "children": []}

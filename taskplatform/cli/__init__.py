@@ -9,7 +9,6 @@ command needs is imported when it runs, so that help comes at once.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import IO, Any, TextIO
@@ -21,7 +20,6 @@ from taskplatform.cli import jobs, operations, subscriptions, tasks, users
 from taskplatform.cli.output import complain, counted, remark
 from taskplatform.errors import CatalogueError, StoreUnavailable, TaskPlatformError
 
-BROKEN_PIPE = 1
 INTERRUPTED = 130
 
 
@@ -73,17 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for word in words:
             if not _is_text(word):
                 raise click.UsageError(f"{word!r} is not UTF-8 text")
+        # where the reader of a pipe has gone, click exits with 1, and quietly
         result = cli.main(words, prog_name="taskplatform", standalone_mode=False)
-        sys.stdout.flush()
     except click.ClickException as fault:
         fault.show()
         return fault.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
-    except BrokenPipeError:
-        # the interpreter flushes once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
     return result if isinstance(result, int) else 0
 
 

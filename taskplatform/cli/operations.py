@@ -27,9 +27,8 @@ def trigger(definition: str, window: timedelta | None) -> None:
     with connected() as platform:
         at, subscribers = platform.trigger(definition, window=window)
         span = platform.definition(definition).window if window is None else window
-    click.echo(
-        f"{definition} triggered at {moment_text(round(at.timestamp() * 1000))} for {counted(subscribers, 'subscriber')}, over {format_duration(span)}"
-    )
+    when = moment_text(round(at.timestamp() * 1000))
+    click.echo(f"{definition} triggered at {when} for {counted(subscribers, 'subscriber')}, over {format_duration(span)}")
 
 
 @click.command(epilog=example('pause daily_user_report --why "the report API is down"'))

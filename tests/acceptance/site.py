@@ -180,6 +180,7 @@ def _fresh_app(environment: Mapping[str, str]) -> ModuleType:
             module.app.finalize()
             assert module.app.conf.broker_url == environment["TASKPLATFORM_REDIS_URL"]
             module.platform()
+            assert module.app.backend  # now, because it imports the application's module
         finally:
             taskplatform.settings.settings.cache_clear()
             for name, one in before.items():
@@ -187,7 +188,7 @@ def _fresh_app(environment: Mapping[str, str]) -> ModuleType:
                 if one is not None:
                     sys.modules[name] = one
             if attribute is not None:
-                taskplatform.app = attribute
+                vars(taskplatform)["app"] = attribute
     return module
 
 

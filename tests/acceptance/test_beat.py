@@ -63,6 +63,7 @@ def _leader(site: Site, beats: list[BeatNode]) -> BeatNode | None:
 def _standby(site: Site, beats: list[BeatNode]) -> tuple[BeatNode, BeatNode]:
     """The leader and the other."""
     leader = wait_until(lambda: _leader(site, beats), message="the leader has not said that it plans")
+    assert leader is not None
     (other,) = (beat for beat in beats if beat is not leader)
     assert not other.leads
     return leader, other

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from celery import Celery
 from pytest_celery import CeleryTestSetup
 
-from taskplatform.errors import InvalidInput, UnknownUser
+from taskplatform.errors import InvalidInput, TaskPlatformError, UnknownUser
 from taskplatform.model import JobState, Priority
 from taskplatform.platform import Platform
-from tests.acceptance.site import Site
+from tests.acceptance.site import Site, eventually
 from tests.acceptance.target import Answer, Target
 
 Submit = Callable[[Site, str], str]
@@ -83,7 +84,7 @@ def test_what_comes_from_the_environment_is_told_nowhere(celery_setup: CeleryTes
 
 def _dump(site: Site) -> str:
     """Everything in Redis."""
-    read = {
+    read: dict[str, Callable[[str], Any]] = {
         "string": site.redis.get,
         "hash": site.redis.hgetall,
         "list": lambda key: site.redis.lrange(key, 0, -1),
@@ -91,7 +92,7 @@ def _dump(site: Site) -> str:
         "zset": lambda key: site.redis.zrange(key, 0, -1),
         "stream": site.redis.xrange,
     }
-    return "\n".join(f"{key} {read[site.redis.type(key)](key)}" for key in site.redis.scan_iter() if site.redis.exists(key))
+    return "\n".join(f"{key} {read[str(site.redis.type(key))](str(key))}" for key in site.redis.scan_iter() if site.redis.exists(key))
 
 
 def test_a_python_function_gets_its_job_and_its_answer_is_kept(
@@ -146,3 +147,20 @@ def test_a_task_called_like_a_function_does_not_run(site: Site, user: str, celer
     app: Celery = celery_setup.app
     with pytest.raises(InvalidInput, match="runs only as a job"):
         app.tasks["returning"].run(user=user)
+
+
+def test_celerys_results_are_read_from_the_history(celery_setup: CeleryTestSetup, site: Site, target: Target, user: str) -> None:
+    task = site.app.tasks["call"]
+    target.answer(user, Answer(body="well", after_seconds=0.5), Answer(404))
+    result = task.delay(user=user)
+    eventually(lambda: result.state == "STARTED", "Celery does not see that it runs")
+    assert result.get(timeout=10)["excerpt"] == "well"
+    assert result.state == "SUCCESS"
+    refused = task.delay(user=user)
+    with pytest.raises(TaskPlatformError, match="HTTP 404"):
+        refused.get(timeout=10)
+    assert refused.state == "FAILURE"
+    waiting = task.apply_async(kwargs={"user": user}, countdown=3600)
+    assert waiting.state == "PENDING"
+    site.platform.cancel(waiting.id)
+    assert waiting.state == "REVOKED"

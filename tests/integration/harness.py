@@ -39,9 +39,9 @@ def publish(store: Store, *definitions: Definition) -> None:
         store.publish(published(definition), actor=ACTOR)
 
 
-def subscribe(store: Store, user: str, definition: str, **changes: Any) -> SubscribeResult:
+def subscribe(store: Store, user: str, definition: str, *, horizon: timedelta = HORIZON, **changes: Any) -> SubscribeResult:
     """One subscription, made or changed."""
-    return store.subscribe([Subscribe(user, definition, **changes)], horizon=HORIZON, actor=ACTOR)[0]
+    return store.subscribe([Subscribe(user, definition, **changes)], horizon=horizon, actor=ACTOR)[0]
 
 
 def enqueue(store: Store, definition: str = "report", user: str = "u1", name: str = "m1", **fields: Any) -> str:

@@ -22,7 +22,7 @@ import redis
 from click.testing import CliRunner, Result
 
 from taskplatform.cli import cli, main
-from taskplatform.cli.arguments import PRIORITIES, STATES, example
+from taskplatform.cli.arguments import PRIORITIES, STATES, example, moment, past
 from taskplatform.cli.output import moment_text, schedule_text, seconds_text
 from taskplatform.local import EmbeddedServer
 from taskplatform.model import Cron, Interval, JobState, Priority
@@ -704,6 +704,13 @@ def test_without_redis_it_says_where_it_looked_and_what_to_start(url: str, place
     assert "Traceback" not in err
 
 
+def test_a_wrong_password_is_said_and_not_shown(server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASKPLATFORM_REDIS_URL", server.url.replace("//", "//someone:hunter2@"))
+    said = fails("users count")
+    assert said.startswith("error: Redis did not let us in: ")
+    assert "hunter2" not in said
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
@@ -819,6 +826,19 @@ def test_values_are_shown_in_one_way() -> None:
 )
 def test_schedules_are_said_in_words(schedule: dict[str, Any], words: str) -> None:
     assert schedule_text(Interval.model_validate(schedule)) == words
+
+
+def test_a_time_without_a_zone_is_utc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert moment("2026-01-31T09:00") == datetime(2026, 1, 31, 9, tzinfo=UTC)
+        assert moment("2026-01-31") == past("2026-01-31T00:00Z") == datetime(2026, 1, 31, tzinfo=UTC)
+        assert moment("2026-01-31T09:00+01:00") == datetime(2026, 1, 31, 8, tzinfo=UTC)
+        assert abs(datetime.now(UTC) - timedelta(hours=1) - past("1h")) < timedelta(minutes=1)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_a_day_ago(platform: Platform) -> None:

@@ -245,11 +245,11 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 def test_a_call_and_its_answer(serve: Serve, client: Client) -> None:
-    server = serve(always(b'HTTP/1.1 201 Created\r\nContent-Length: 14\r\n\r\n{"id":\r\n \x00 5}!'))
+    server = serve(always(b'HTTP/1.1 201 Created\r\nContent-Length: 19\r\n\r\n{"id":\r\n \x00 5}!\x1b[31m'))
     headers = {"Idempotency-Key": "job-1", "Content-Type": "application/json"}
     outcome = get(client, f"{server.url}/jobs?a=%2F..", method="POST", headers=headers, body=b'{"n":1}')
     assert (outcome.kind, outcome.reason, outcome.status) == (OutcomeKind.COMPLETED, "HTTP 201", 201)
-    assert (outcome.excerpt, outcome.retry_after, outcome.timed_out) == ('{"id": 5}!', None, False)
+    assert (outcome.excerpt, outcome.retry_after, outcome.timed_out) == ('{"id": 5}! [31m', None, False)
     assert 0 <= outcome.duration_ms < 10_000
     (request,) = server.requests
     assert (request.line, request.body) == ("POST /jobs?a=%2F.. HTTP/1.1", b'{"n":1}')

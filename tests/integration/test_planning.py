@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -28,10 +29,15 @@ S = JobState
 HORIZON_MS = round(HORIZON.total_seconds() * 1000)
 MINUTE = 60_000
 HOUR = 60 * MINUTE
-#: 2027-01-15 09:00 UTC, an hour after the clock's start.
+#: 2027-01-15 09:00 UTC, 50 minutes after the tests begin.
 NINE = 1_800_003_600_000
 DAILY = {"type": "daily", "at_time": {"hour": 9}}
 HOURLY = {"type": "hourly"}
+
+
+@pytest.fixture(autouse=True)
+def _between_two_hours(clock: Clock) -> None:
+    clock.now_ms += 10 * MINUTE
 
 
 def planner(store: Store, *definitions: Definition, batch: int = 250) -> Planner:
@@ -159,7 +165,7 @@ def test_jobs_take_parameters_and_priority(store: Store, clock: Clock) -> None:
 # --- two planners, and planners that die -----------------------------------------------------------------------------
 
 
-class Crash(Exception):
+class Crash(BaseException):
     """The planner's process is gone."""
 
 
@@ -200,7 +206,7 @@ class Scenario:
 
     def begin(self) -> None:
         self.client.flushall()
-        self.clock.now_ms = NINE - 2000
+        self.clock.now_ms = NINE - 50_000
         publish(self.store, *self.definitions)
         names = users(self.store, 5)
         subscribe_all(self.store, names, "report")
@@ -373,8 +379,7 @@ def test_a_group_of_another_catalogue_is_planned_by_whoever_has_it(client: redis
     assert [job.occurrence_ms for job in jobs(store).values()] == [NINE]
     # while a definition is in nobody's catalogue, nobody looks at its groups
     store.retract("new_one", actor=ACTOR)
-    clock.advance(20)
-    old.advance()
+    run(clock, [old], NINE + HOUR, step_ms=MINUTE)
     assert store.next_due_ms() is None
     publish(store, new_one)
     assert store.next_due_ms() == clock.now_ms
@@ -424,6 +429,9 @@ def test_without_redis_the_planner_says_so(store: Store, monkeypatch: pytest.Mon
 # --- users change their minds: a model of which jobs must exist ------------------------------------------------------
 
 WINDOW_MS = 90_000
+#: Wide, so that a model run needs few ticks.
+FAR = timedelta(seconds=20)
+FAR_MS = 20_000
 OWN = tuple(define(interval={"type": "minutely", "value": value}).schedule for value in (1, 3, 5))
 DEFAULT = define(interval={"type": "minutely", "value": 2}).schedule
 SCHEDULES: tuple[Schedule, ...] = (DEFAULT, *OWN)
@@ -465,7 +473,7 @@ class Model:
 
     def tick(self, now_ms: int) -> None:
         """Each moment is decided once: by what holds when it comes within the horizon."""
-        start, end = self.planned_ms + HORIZON_MS, now_ms + HORIZON_MS
+        start, end = self.planned_ms + FAR_MS, now_ms + FAR_MS
         for user, life in self.lives.items():
             if user in self.paused or life.off or life.paused:
                 continue
@@ -495,13 +503,14 @@ class Changes:
         client.flushall()
         clock.now_ms = NINE + 17_345
         self.model = Model(planned_ms=clock.now_ms)
-        self.planner = lead(store, CHANGING, batch=2)
+        self.planner = Planner(store, {"report": CHANGING}, horizon=FAR, batch=2)
+        self.planner.lead()
         self.users = ["ann", "bob", "cyd"]
         store.create_users(self.users, actor=ACTOR)
 
     @property
     def effect_ms(self) -> int:
-        return self.clock.now_ms + HORIZON_MS
+        return self.clock.now_ms + FAR_MS
 
     def tick(self) -> None:
         self.planner.advance()
@@ -520,7 +529,7 @@ class Changes:
 
     def subscribe(self, user: str, number: int) -> None:
         schedule = SCHEDULES[number]
-        subscribe(self.store, user, "report", schedule=schedule, own_schedule=schedule is not DEFAULT)
+        subscribe(self.store, user, "report", horizon=FAR, schedule=schedule, own_schedule=schedule is not DEFAULT)
         life = self.model.lives.get(user)
         if life is None:
             self.model.lives[user] = Life([(schedule, self.effect_ms, math.inf)])
@@ -534,12 +543,12 @@ class Changes:
 
     def enable(self, user: str, _: int) -> None:
         if life := self.model.lives.get(user):
-            subscribe(self.store, user, "report", own_schedule=None, enabled=True)
+            subscribe(self.store, user, "report", horizon=FAR, own_schedule=None, enabled=True)
             life.enable(self.effect_ms)
 
     def disable(self, user: str, _: int) -> None:
         if life := self.model.lives.get(user):
-            subscribe(self.store, user, "report", own_schedule=None, enabled=False)
+            subscribe(self.store, user, "report", horizon=FAR, own_schedule=None, enabled=False)
             self.model.cancel(user)
             life.off = True
 
@@ -576,13 +585,13 @@ ANYTHING = (*CALM, "enable", "disable", "pause", "resume", "resume", "delete")
 
 def steps(verbs: Sequence[str], longest_ms: int) -> st.SearchStrategy[list[tuple[int, str, str, int]]]:
     """(wait in ms, verb, user, number) …"""
-    waits = st.one_of(st.integers(0, longest_ms), st.sampled_from([0, 1, HORIZON_MS - 1, HORIZON_MS, HORIZON_MS + 1]))
+    waits = st.one_of(st.integers(0, longest_ms), st.sampled_from([0, 1, FAR_MS - 1, FAR_MS, FAR_MS + 1]))
     step = st.tuples(waits, st.sampled_from(verbs), st.sampled_from(["ann", "ann", "bob", "cyd"]), st.integers(0, 3))
-    return st.lists(step, min_size=1, max_size=25)
+    return st.lists(step, min_size=1, max_size=16)
 
 
 SLOW = settings(
-    deadline=None, database=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    deadline=None, database=None, max_examples=3000, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 
@@ -594,10 +603,10 @@ def test_a_change_loses_and_doubles_nothing(
     """At each moment the schedule in force decides, and a change takes effect after the horizon; moments are exact."""
     both = Changes(client, store, clock)
     for delay_ms, what, user, number in steps:
-        both.wait(delay_ms, gap_ms=4999)
+        both.wait(delay_ms, gap_ms=FAR_MS - 1)
         both.do(what, user, number)
         assert_consistent(client, store, complete=False)
-    both.wait(240_000, gap_ms=4999)
+    both.wait(200_000, gap_ms=FAR_MS - 1)
     both.tick()
     assert both.found() == both.model.jobs
     # who left a group is gone from it when its last moment there has passed, and nothing of the change is kept
@@ -607,7 +616,7 @@ def test_a_change_loses_and_doubles_nothing(
     kept = {user: client.hget(f"tp:user:{user}", "report") for user in both.users}
     assert [raw for raw in kept.values() if raw and '"prev"' in raw] == []
     everybody = Counter(name for slots in client.keys("tp:slots:*") for name in cast("Any", client).zrange(slots, 0, -1))  # type: ignore[union-attr]
-    assert everybody == Counter(both.model.lives)
+    assert everybody == Counter(both.model.lives.keys())
 
 
 @SLOW
@@ -619,7 +628,7 @@ def test_changes_while_no_planner_runs(
     both = Changes(client, store, clock)
     for user in both.users:
         both.subscribe(user, 0)
-    both.wait(150_000, gap_ms=4999)
+    both.wait(150_000, gap_ms=FAR_MS - 1)
     both.tick()
     for delay_ms, what, user, number in steps:
         clock.now_ms += delay_ms
@@ -637,12 +646,12 @@ def test_changes_while_no_planner_runs(
     wanted = {
         planned_job_id("report", user, at_ms)
         for user in both.model.lives
-        for at_ms, _ in both.model.moments(user, NINE + 17_345 + HORIZON_MS, back_ms + HORIZON_MS)
+        for at_ms, _ in both.model.moments(user, NINE + 17_345 + FAR_MS, back_ms + FAR_MS)
     }
     found = jobs(store)
     assert {job_id for job_id, job in found.items() if job.state is S.CANCELED} <= both.model.jobs.keys() | found.keys()
     present = {job_id for job_id, job in found.items() if job.user in both.model.lives}
-    later = {job_id for job_id in present if moment_of(found[job_id]) > back_ms + HORIZON_MS}
+    later = {job_id for job_id in present if moment_of(found[job_id]) > back_ms + FAR_MS}
     unsubscribed = {job_id for job_id in present if found[job_id].state is S.CANCELED}
     assert present - later - unsubscribed == wanted - unsubscribed
     assert_consistent(client, store, complete=False)
@@ -707,8 +716,8 @@ def test_a_horizon_that_shrinks_does_not_let_a_change_reach_what_is_planned(clie
     at = sorted(cast("int", job.occurrence_ms) for job in jobs(store).values())
     assert [one for one in at if one > reach] == [one for one in at if one > reach and one % (2 * MINUTE) == 0]
     assert len([one for one in at if one > reach]) == 4
-    steps_ = [later - earlier for earlier, later in zip(at, at[1:], strict=False)]
-    assert set(steps_) == {MINUTE, 2 * MINUTE}
+    distances = {later - earlier for earlier, later in itertools.pairwise(at)}
+    assert distances == {MINUTE, 2 * MINUTE}
     assert_consistent(client, store)
 
 
@@ -748,9 +757,8 @@ def test_a_deleted_user_leaves_nothing_behind(client: redis.Redis, store: Store,
     store.finish(started[0], delivery=1, worker="w1", state=S.COMPLETED, reason="done")
     store.pause_user("somebody", actor=ACTOR)
     offer(store, slots=20)
-    store.release()
-    held = client.scard("tp:held:somebody")
-    assert held
+    enqueue(store, "sync", "somebody", "m9")
+    assert client.scard("tp:held:somebody")
     canceled, subscriptions = store.delete_user("somebody", actor=ACTOR)
     assert canceled >= 5
     assert subscriptions == 2
@@ -831,7 +839,7 @@ def test_a_little_late_is_exact(store: Store, clock: Clock) -> None:
 
 
 def away(client: redis.Redis, store: Store, clock: Clock, hours: float, **fields: Any) -> Planner:
-    """A planner that leads again after `hours`, at 12:30 plus 5 minutes."""
+    """A planner that leads again after `hours`, at a quarter past."""
     definition = define(interval=HOURLY, window="60s", **fields)
     first = lead(store, definition)
     users(store, 3)
@@ -865,35 +873,35 @@ def test_catch_up_latest(client: redis.Redis, store: Store, clock: Clock) -> Non
     assert records(store) == [(1, 3, "skip", "skipped", 0), (4, 4, "catch_up", "done", 3)]
     assert {job.source for job in jobs(store).values()} == {"catch_up"}
     assert {job.occurrence_ms for job in jobs(store).values()} == {NINE + 3 * HOUR}
-    back = NINE + 3 * HOUR + 5 * MINUTE
+    back = NINE + 3 * HOUR + 15 * MINUTE
     assert {job.user: job.execute_after_ms for job in jobs(store).values()} == {
         name: moment(back, slot(name, "report"), 60_000) for name in ("u0", "u1", "u2")
     }, "spread over a window from now on"
 
 
 def test_catch_up_latest_is_superseded_by_one_that_is_due(client: redis.Redis, store: Store, clock: Clock) -> None:
-    away(client, store, clock, 3 + 55.5 / 60, catch_up="latest")
+    away(client, store, clock, 3 + 45.5 / 60, catch_up="latest")
     assert records(store) == [(1, 3, "skip", "skipped", 0), (4, 4, "schedule", "done", 3)]
 
 
 def test_catch_up_all(client: redis.Redis, store: Store, clock: Clock) -> None:
     away(client, store, clock, 4, catch_up="all")
     assert records(store) == [(hour, hour, "catch_up", "done", 3) for hour in (1, 2, 3, 4)]
-    back = NINE + 3 * HOUR + 5 * MINUTE
+    back = NINE + 3 * HOUR + 15 * MINUTE
     bases = [one.base_ms - back for one in sorted(store.occurrences("report"), key=lambda one: one.at_ms)]
     assert bases == [0, MINUTE, 2 * MINUTE, 3 * MINUTE], "one window after the other"
 
 
 @pytest.mark.parametrize(("policy", "caught_up"), [("latest", [4]), ("all", [3, 4])])
 def test_catch_up_window(client: redis.Redis, store: Store, clock: Clock, policy: str, caught_up: list[int]) -> None:
-    away(client, store, clock, 4, catch_up={"policy": policy, "window": "65m"})
+    away(client, store, clock, 4, catch_up={"policy": policy, "window": "75m"})
     skipped, *rest = records(store)
     assert skipped == (1, caught_up[0] - 1, "skip", "skipped", 0)
     assert rest == [(hour, hour, "catch_up", "done", 3) for hour in caught_up]
 
 
 def test_catch_up_window_that_holds_nothing(client: redis.Redis, store: Store, clock: Clock) -> None:
-    away(client, store, clock, 4, catch_up={"policy": "all", "window": "2m"})
+    away(client, store, clock, 4, catch_up={"policy": "all", "window": "12m"})
     assert records(store) == [(1, 4, "skip", "skipped", 0)]
 
 
@@ -1027,7 +1035,7 @@ def test_a_changed_schedule_counts_from_its_publication(client: redis.Redis, sto
     subscribe_all(store, names, "report")
     own_time = own(type="hourly", at_time={"minute": 45})
     subscribe(store, "u9", "report", **own_time)
-    clock.now_ms = NINE - 10_000
+    run(clock, [leading], NINE - 10_000, step_ms=MINUTE)
     run(clock, [leading], NINE + 30_000)
     leading = lead(store, define(interval={"type": "hourly", "at_time": {"minute": 20}}, window="60s"))
     run(clock, [leading], NINE + HOUR + 30 * MINUTE, step_ms=5000)
@@ -1036,7 +1044,7 @@ def test_a_changed_schedule_counts_from_its_publication(client: redis.Redis, sto
         for name in ("u0", "u9")
     }
     # the window that was open goes on to its end
-    assert minutes == {"u0": [0, 20, 80], "u9": [45]}
+    assert minutes == {"u0": [0, 20, 80], "u9": [-15, 45]}
     assert len([job for job in jobs(store).values() if job.occurrence_ms == NINE]) == 9
     assert store.changes(limit=1)[0].kind == "definition changed"
     assert_consistent(client, store)

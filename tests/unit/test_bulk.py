@@ -226,6 +226,12 @@ def test_a_quote_that_is_never_closed_swallows_no_line() -> None:
     assert users_of(content) == {number + 3: f"u{number}" for number in range(20_000)}
 
 
+def test_looking_for_the_end_of_a_quote_has_a_bound() -> None:
+    stream = io.BytesIO(b'user,definition\nbad,"report\n' + b"u1,report\n" * 100_000)
+    assert isinstance(next(read_subscriptions(stream, format="csv"))[1], LineFault)
+    assert stream.tell() < 2 * MAX_LINE_BYTES
+
+
 # --- JSON Lines ------------------------------------------------------------------------------------------------------
 
 

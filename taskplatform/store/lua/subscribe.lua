@@ -10,6 +10,14 @@ local now, actor, size = clock(ARGV[1]), ARGV[3], ARGV[4]
 local horizon = math.max(tonumber(ARGV[2]), tonumber(call('HGET', K.planner, 'horizon') or '0'))
 local since = math.max(now + horizon, tonumber(call('HGET', K.planner, 'reach') or '0'))
 local answers = {}
+
+local function was_in(prev, gid)
+  for _, one in ipairs(prev) do
+    if one[1] == gid then return true end
+  end
+  return false
+end
+
 for i = 5, #ARGV, 7 do
   local user, definition, slot, gid, schedule, params, enabled = unpack(ARGV, i, i + 6)
   local key = K.user .. user
@@ -25,11 +33,16 @@ for i = 5, #ARGV, 7 do
       subscription = cjson.decode(raw)
       before = subscription.group or definition
       if gid == 'keep' then gid = before end
-      if before ~= gid and subscription.since < since then
+      if before ~= gid then
         local prev = subscription.prev or {}
-        prev[#prev + 1] = { before, subscription.since, since }
-        subscription.prev = prev
-        subscription.since = since
+        if subscription.since < since then
+          prev[#prev + 1] = { before, subscription.since, since }
+          subscription.prev = prev
+          subscription.since = since
+        elseif not was_in(prev, before) then
+          -- it was never in force
+          call('ZREM', K.slots .. before, user)
+        end
       end
       if enabled == 'off' then
         subscription.off = 1
