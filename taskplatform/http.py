@@ -146,7 +146,7 @@ def render(
         headers.setdefault("Authorization", f"Basic {base64.b64encode(userinfo.encode()).decode()}")
         values.secrets.update(dict.fromkeys((userinfo, userinfo.partition(":")[2])))
     for name, value in (("X-Job-ID", job_id), ("X-User-ID", user), ("X-Task-Type", definition), ("Idempotency-Key", job_id)):
-        headers[name] = _header_piece(value, name)
+        headers[name] = _header_value(value, name)
     return Call(config.method, url, dict(headers), body, tuple(value for value in values.secrets if value))
 
 
@@ -359,8 +359,14 @@ def _render_headers(templates: Mapping[str, str], values: _Values) -> CaseInsens
             continue
         where = f"headers.{name}"
         text = values.fill(template, where, env=_header_piece, job=lambda value, label: _header_piece(_plain(value, label), label))
-        headers[name] = _header_piece(text, where).strip(" \t")
+        headers[name] = _header_value(text.strip(" \t"), where)
     return headers
+
+
+def _header_value(text: str, where: str) -> str:
+    if text[:1].isspace():
+        raise InvalidInput(f"{where} begins with a space, which a header cannot")
+    return _header_piece(text, where)
 
 
 def _header_piece(text: str, label: str) -> str:
@@ -675,6 +681,8 @@ def _causes(fault: BaseException) -> Iterator[BaseException]:
 # --- connections -----------------------------------------------------------------------------------------------------
 
 _LONGEST_WAIT = 1_000_000.0
+"""Seconds. `poll` counts milliseconds in a C int, and Python 3.11 hands it what is left of a longer time."""
+
 _POOLED_HOSTS = 32
 """Hosts to which a thread keeps a connection; a thread makes one call at a time."""
 
@@ -777,7 +785,7 @@ def _connected(opened: socket.socket, address: Any, options: Any, *, timeout: fl
 
 
 def _within(ends: float, *, parts: int = 1) -> float:
-    """A timeout that a socket takes: not 0, which means not to wait and raises another error, and not beyond a C int."""
+    """A timeout that a socket takes: not 0, which means not to wait and raises another error, and not too long."""
     return min(max((ends - time.monotonic()) / parts, 0.001), _LONGEST_WAIT)
 
 

@@ -534,6 +534,8 @@ class ScheduleOverride(_Frozen):
             raise ValueError("interval and cron exclude each other")
         if (self.interval or self.cron) and (self.timezone or self.at_time):
             raise ValueError("timezone and at_time go inside interval or cron when one is given")
+        if not (self.interval or self.cron or self.timezone or self.at_time):
+            raise ValueError("is empty; it takes interval, cron, timezone or at_time")
         return self
 
     def apply(self, schedule: Schedule) -> Schedule:

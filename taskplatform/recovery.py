@@ -52,6 +52,8 @@ class RecoveryLoop:
         self._info = info
         self._draining = False
         self._stopped = threading.Event()
+        #: Jobs that are recorded as running here and were not found the last time.
+        self._gone: set[str] = set()
         #: A heartbeat after `leave` would bring the worker back to life.
         self._alive = threading.Lock()
 
@@ -89,12 +91,14 @@ class RecoveryLoop:
             log.warning("%s %s: recovered, its worker was silent for %s", kind, name, settings.heartbeat_timeout)
         for job_id in self._store.reclaim(patience=settings.heartbeat_timeout):
             log.warning("job %s: its message was lost, released again", job_id)
-        for job_id in self._store.running_on(self._worker):
-            if not self._has_job(job_id):
-                self._give_up(job_id)
+        gone = {job_id for job_id in self._store.running_on(self._worker) if not self._has_job(job_id)}
+        # seen twice: between the end of a run and its record there may be a moment
+        for job_id in gone & self._gone:
+            self._give_up(job_id)
+        self._gone = gone
 
     def _give_up(self, job_id: str) -> None:
-        """A run ended here and its end could not be recorded, because Redis was away. The record comes before the end."""
+        """A run ended here and its end could not be recorded, because Redis was away."""
         with suppress(NotFound):
             job = self._store.job(job_id)
             if job.state is JobState.RUNNING and job.worker == self._worker and not self._has_job(job_id):

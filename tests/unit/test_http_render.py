@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
 
 import pytest
 import requests
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskplatform.errors import InvalidInput
@@ -28,8 +28,33 @@ NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 PLATFORM = {"X-Job-ID": "job-1", "X-User-ID": "u1", "X-Task-Type": "daily_report", "Idempotency-Key": "job-1"}
 
 nasty = st.sampled_from(
-    ["..", ".", "/", "\\", "%2e", "%2F", "?", "#", "@", ":", "&", "=", "+", ";", "\r\n", "\0", "${TOKEN}", "{{user}}", "é", '"']
+    [
+        "..",
+        ".",
+        "/",
+        "\\",
+        "%2e",
+        "%2F",
+        "?",
+        "#",
+        "@",
+        ":",
+        "&",
+        "=",
+        "+",
+        ";",
+        "\r\n",
+        "\0",
+        "${TOKEN}",
+        "{{user}}",
+        "é",
+        '"',
+        " ",
+        "\xa0",
+        "\x85",
+    ]
 )
+unhurried = settings(deadline=None)  # a busy machine is no fault
 job_text = st.lists(st.one_of(nasty, st.text(st.characters(codec="utf-8"), max_size=5)), max_size=5).map("".join)
 
 
@@ -197,6 +222,7 @@ def test_values_that_cannot_be_in_a_url_or_header(value: Any, place: str) -> Non
     assert "params.p" in refusal(**where, params={"p": value})
 
 
+@unhurried
 @given(job_text, job_text, job_text)
 def test_no_job_value_changes_host_path_or_query_structure(first: str, second: str, third: str) -> None:
     template = "https://api.example.com/v1/{{params.a}}/mid-{{params.b}}/end?k={{params.c}}&l={{params.a}}-{{user}}"
@@ -210,6 +236,7 @@ def test_no_job_value_changes_host_path_or_query_structure(first: str, second: s
     assert parse_qsl(parts.query, keep_blank_values=True) == [("k", third), ("l", f"{first}-u1")]
 
 
+@unhurried
 @given(job_text, st.sampled_from(["https://h.example", "https://h.example/", "https://h.example?", "https://u:p", "https://", "http", ""]))
 def test_no_job_value_after_a_base_url_changes_the_host(value: str, base: str) -> None:
     try:
@@ -262,6 +289,13 @@ def test_a_value_that_a_header_cannot_hold_is_refused(value: str) -> None:
     assert "headers.X-P: environment variable P" in refusal(headers={"X-P": "${P}"}, environment={"P": value})
 
 
+@pytest.mark.parametrize("space", ["\xa0", "\x85"])
+def test_a_header_cannot_begin_with_a_space_that_is_not_stripped(space: str) -> None:
+    assert refusal(headers={"X-P": "{{params.p}}"}, params={"p": f"{space}a"}) == "headers.X-P begins with a space, which a header cannot"
+    assert refusal(job_id=f"{space}a") == "X-Job-ID begins with a space, which a header cannot"
+
+
+@unhurried
 @given(job_text)
 def test_no_job_value_adds_a_header(value: str) -> None:
     try:
@@ -326,6 +360,7 @@ def test_text_body_that_is_json_gets_escaped_values() -> None:
     assert json.loads(call.body) == {"a": 'x", "admin": "1', "n": [1]}
 
 
+@unhurried
 @given(job_text)
 def test_no_job_value_changes_the_structure_of_a_body(value: str) -> None:
     params, environment = {"p": value}, {"TOKEN": "s3cret"}
@@ -412,6 +447,7 @@ def test_the_longest_secret_goes_first() -> None:
     assert redact("https://a.example/token", ("https://a.example", "https://a.example/token")) == "***"
 
 
+@unhurried
 @given(st.text(st.characters(codec="utf-8"), min_size=4, max_size=30), st.text(max_size=20), st.text(max_size=20))
 def test_no_secret_is_left_by_redaction(secret: str, before: str, after: str) -> None:
     for form in (secret, quote(secret, safe=""), json.dumps(secret)[1:-1], base64.b64encode(secret.encode()).decode()):
@@ -453,6 +489,7 @@ def test_retry_after(value: str | None, seconds: int | None) -> None:
     assert parse_retry_after(value, now=NOW) == (None if seconds is None else timedelta(seconds=seconds))
 
 
+@unhurried
 @given(st.text(max_size=40))
 def test_any_retry_after_is_bounded(value: str) -> None:
     wait = parse_retry_after(value, now=NOW)

@@ -270,7 +270,6 @@ DAILY = Interval(type="daily", value=2, timezone="Europe/Berlin", at_time={"hour
 @pytest.mark.parametrize(
     ("override", "schedule", "expected"),
     [
-        ({}, DAILY, DAILY),
         ({"timezone": "UTC"}, DAILY, Interval(type="daily", value=2, timezone="UTC", at_time={"hour": 9})),
         ({"at_time": {"minute": 5}}, DAILY, Interval(type="daily", value=2, timezone="Europe/Berlin", at_time={"minute": 5})),
         (
@@ -644,3 +643,8 @@ def test_hidden_values_are_not_quoted() -> None:
 @pytest.mark.parametrize(("name", "expected"), [("priorty", "priority"), ("TIMEOUT", "timeout"), ("zzz", "")])
 def test_did_you_mean(name: str, expected: str) -> None:
     assert did_you_mean(name, ["priority", "timeout"]) == (f' (did you mean "{expected}"?)' if expected else "")
+
+
+def test_an_override_that_changes_nothing_is_refused() -> None:
+    with pytest.raises(ValidationError, match="it takes interval, cron, timezone or at_time"):
+        ScheduleOverride.model_validate({})
