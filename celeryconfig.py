@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil as _ceil
+
 from kombu import Queue
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -63,7 +65,7 @@ beat_scheduler = "taskplatform.beat:Scheduler"
 beat_max_loop_interval = _settings.beat_interval.total_seconds()
 redbeat_redis_url = _settings.redis_url
 redbeat_key_prefix = f"{_settings.namespace}:redbeat:"
-redbeat_lock_timeout = _settings.beat_lock_timeout.total_seconds()
+redbeat_lock_timeout = _ceil(_settings.beat_lock_timeout.total_seconds())  # it extends its lock by whole seconds
 redbeat_redis_options = {
     "retry_period": -1,
     "retry": Retry(ExponentialWithJitterBackoff(base=0.25, cap=2), 1000),

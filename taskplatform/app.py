@@ -60,11 +60,16 @@ _RECORD_FOR = timedelta(minutes=10)
 
 @lru_cache(maxsize=1)
 def _catalogue() -> Catalogue:
-    catalogue = load(Path(settings().tasks_dir), environment=environment())
+    catalogue = load(Path(settings().tasks_dir), environment=_environment())
     faults = resolve_calls(catalogue)
     if faults:
         raise CatalogueError(faults)
     return catalogue
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Mapping[str, str]:
+    return environment()
 
 
 @lru_cache(maxsize=1)
@@ -244,7 +249,7 @@ class PlatformTask(Task):  # type: ignore[misc]
         assert config is not None
         try:
             call = http.render(
-                config, job_id=run.job_id, user=user, definition=self.definition.id, params=params, environment=environment()
+                config, job_id=run.job_id, user=user, definition=self.definition.id, params=params, environment=_environment()
             )
         except InvalidInput as fault:
             self._finish(run, JobState.FAILED, str(fault), None)

@@ -28,6 +28,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         self._leads = False
         super().__init__(*args, **kwargs)
         owner = platform()
+        self._store = owner.store
         self._settings = owner.settings
         self._planner = Planner(
             owner.store,
@@ -56,6 +57,8 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
 
     def _take_over(self) -> None:
         self.lock.extend(int(self.lock_timeout))
+        limit = self._settings.rate_limit
+        self._store.set_global_limit(limit.per_second if limit else None, limit.burst if limit else 1)
         self._planner.lead()
         self._leads = True
         self.setup_schedule()

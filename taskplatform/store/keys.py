@@ -43,7 +43,7 @@ NAMES = {
     "ready": "ready:",  # by priority, sorted set: definition → execute_after of its lane's head
     "blocked": "blocked:",  # by priority, sorted set: definition → when its lane may go on (inf: paused)
     "held": "held:",  # by user, set of job ids that wait for a pause to end
-    "limit": "limit:",  # by limit, the theoretical arrival time of GCRA
+    "limit": "limit:",  # by limit, when it was last taken and how far ahead the theoretical arrival time of GCRA lay, in ms
     "limits": "limits",  # hash: "global" → JSON of its rate and burst
     # delivery
     "queued": "queued:",  # by priority, sorted set: job id → when it was released

@@ -22,7 +22,9 @@ Submit = Callable[[Site, str], str]
 WAYS: dict[str, Submit] = {
     "Platform.enqueue": lambda site, user: site.platform.enqueue("call", user=user, params={"note": "a"}).id,
     "delay": lambda site, user: str(site.app.tasks["call"].delay(user=user, note="a").id),
-    "apply_async": lambda site, user: str(site.app.tasks["call"].apply_async(kwargs={"user": user, "note": "a"}).id),
+    "apply_async": lambda site, user: str(
+        site.app.tasks["call"].apply_async(kwargs={"user": user, "note": "a"}, countdown=0.3, priority=0).id
+    ),
 }
 
 

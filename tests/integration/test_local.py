@@ -567,6 +567,24 @@ def test_a_redis_that_is_set_must_be_reachable(tmp_path: Path, monkeypatch: pyte
     assert "secret" not in str(caught.value)
 
 
+def test_the_children_read_the_settings_that_the_stack_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("API_BASE_URL", raising=False)
+    monkeypatch.setenv("API_TOKEN", "given")
+    limit = {"rate": "10/s", "burst": 15}
+    given = load_settings(
+        namespace="other", heartbeat_interval="1500ms", rate_limit=limit, queue_buffer=0.5, tasks_dir="elsewhere", worker_slots=7
+    )
+    stack = local.Stack(given, slots=2, sink=local.silent, data_dir=tmp_path / "data")
+    stack.redis_url, stack.mock_url = "redis://127.0.0.1:1/0", "http://127.0.0.1:2"
+    variables = stack._environment()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    changed = {"redis_url": stack.redis_url, "data_dir": tmp_path / "data", "worker_slots": 2}
+    assert load_settings().model_dump() == given.model_dump() | changed
+    assert (variables["API_BASE_URL"], variables["API_TOKEN"]) == ("http://127.0.0.1:2/anything", "given")
+
+
 def test_a_stack_is_for_the_project_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StartError, match=r"has no celeryconfig\.py"):

@@ -395,7 +395,7 @@ def test_what_cannot_be_planned_holds_back_nobody(
     subscribe_all(store, ["u0", "u1"], "good")
     subscribe(store, "u0", "bad", **own(type="hourly", timezone="Asia/Tokyo"))
     subscribe(store, "u1", "bad")
-    gid = next(name for name in client.smembers("tp:groups:bad") if "~" in name)  # type: ignore[union-attr]
+    gid = next(name for name in cast("set[str]", client.smembers("tp:groups:bad")) if "~" in name)
     whole = client.hget(f"tp:group:{gid}", "schedule")
     client.hset(f"tp:group:{gid}", "schedule", '{"interval":{"type":"hourly","timezone":"Mars/Olympus"}}')
     raw = client.hget("tp:user:u1", "bad")
@@ -615,7 +615,8 @@ def test_a_change_loses_and_doubles_nothing(
     assert_consistent(client, store, complete=False)
     kept = {user: client.hget(f"tp:user:{user}", "report") for user in both.users}
     assert [raw for raw in kept.values() if raw and '"prev"' in raw] == []
-    everybody = Counter(name for slots in client.keys("tp:slots:*") for name in cast("Any", client).zrange(slots, 0, -1))  # type: ignore[union-attr]
+    groups = cast("list[str]", client.keys("tp:slots:*"))
+    everybody = Counter(name for slots in groups for name in cast("list[str]", client.zrange(slots, 0, -1)))
     assert everybody == Counter(both.model.lives.keys())
 
 
@@ -1125,7 +1126,7 @@ def test_equal_schedules_are_one_group(client: redis.Redis, store: Store, clock:
     subscribe(store, "u1", "report", **own(value=1, type="weekly", weekday="monday", timezone="UTC"))
     subscribe(store, "u2", "report", **own(type="weekly", weekday="tuesday"))
     groups = cast("set[str]", client.smembers("tp:groups:report"))
-    assert sorted(cast("int", client.zcard(f"tp:slots:{gid}")) for gid in groups) == [1, 2]
+    assert sorted(client.zcard(f"tp:slots:{gid}") for gid in groups) == [1, 2]
     for gid in groups:
         group = store.group(gid)
         assert group is not None

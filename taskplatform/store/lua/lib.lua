@@ -171,23 +171,26 @@ end
 
 -- Limits: GCRA, one number for each (https://en.wikipedia.org/wiki/Generic_cell_rate_algorithm) --------------------
 
-local function take_token(name, arrival, now)
-  -- rounded up to a microsecond, so that no sum of roundings exceeds the limit; it may be forgotten once it lies in the past
-  call('SET', K.limit .. name, string.format('%.3f', math.ceil(arrival * 1000 - 0.25) / 1000), 'PX', text(math.ceil(arrival - now) + 1000))
+-- How far the theoretical arrival time lies ahead, apart from now: in their sum fractions of a millisecond would get lost,
+-- and with them the limit in the long run. It may be forgotten once it lies in the past.
+local function take_token(name, ahead, now)
+  call('SET', K.limit .. name, text(now) .. ' ' .. string.format('%.17g', ahead), 'PX', text(math.ceil(ahead) + 1000))
 end
 
--- When the limit lets the next job go, and what its state is then.
+-- In how many ms the limit lets the next job go, and how far ahead its arrival time lies then.
 local function next_token(name, per_second, burst, now)
-  local interval = 1000 / per_second
-  local arrival = tonumber(call('GET', K.limit .. name) or '0')
-  local furthest = now + burst * interval
-  if arrival > furthest + 1 then
-    -- the limit was raised, or the clock set back, since
-    arrival = furthest
-    take_token(name, arrival, now)
+  local interval, ahead = 1000 / per_second, 0
+  local kept = call('GET', K.limit .. name)
+  if kept then
+    local at, before = string.match(kept, '^(%d+) (.+)$')
+    ahead = math.max(0, tonumber(at) - now + tonumber(before))
+    if ahead > burst * interval + 1 then
+      -- the limit was raised, or the clock set back, since
+      ahead = burst * interval
+      take_token(name, ahead, now)
+    end
   end
-  arrival = math.max(arrival, now)
-  return arrival - (burst - 1) * interval, arrival + interval
+  return ahead - (burst - 1) * interval, ahead + interval
 end
 
 -- Release --------------------------------------------------------------------------------------------------------
@@ -264,17 +267,17 @@ local function release(now, most)
           call('SADD', K.held .. user, id)
           remember(id, now, job.state, job.state, job.attempt, '', 'held: ' .. why, '')
         else
-          local at, arrival, own_at, own_arrival = 0, nil, 0, nil
+          local delay, ahead, own_delay, own_ahead = 0, nil, 0, nil
           if overall then
-            at, arrival = next_token('global', overall.rate, overall.burst, now)
-            if at > now then later(at) return released, next_at end
+            delay, ahead = next_token('global', overall.rate, overall.burst, now)
+            if delay > 0 then later(now + delay) return released, next_at end
           end
-          if known.rate then own_at, own_arrival = next_token('definition:' .. definition, known.rate, known.burst, now) end
-          if own_at > now then
-            block_lane(priority, definition, string.format('%.3f', own_at))
+          if known.rate then own_delay, own_ahead = next_token('definition:' .. definition, known.rate, known.burst, now) end
+          if own_delay > 0 then
+            block_lane(priority, definition, string.format('%.3f', now + own_delay))
           else
-            if arrival then take_token('global', arrival, now) end
-            if own_arrival then take_token('definition:' .. definition, own_arrival, now) end
+            if ahead then take_token('global', ahead, now) end
+            if own_ahead then take_token('definition:' .. definition, own_ahead, now) end
             call('ZREM', K.lane .. priority .. ':' .. definition, member)
             refresh_lane(priority, definition)
             local delivery = job.delivery + 1
