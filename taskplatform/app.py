@@ -82,6 +82,17 @@ def platform() -> Platform:
     return _platform_of(os.getpid())
 
 
+def platform_when_reachable() -> Platform:
+    """The same, for processes that start before Redis does: they wait for it, as Celery waits for its broker."""
+    while True:
+        try:
+            return platform()
+        except StoreUnavailable as fault:
+            log.warning("%s Trying again.", fault)
+            worker_state.maybe_shutdown()
+            time.sleep(1)
+
+
 @lru_cache(maxsize=1)
 def _http_client_of(_pid: int) -> http.Client:
     chosen = settings()
@@ -374,7 +385,8 @@ class PlatformRequest(Request):  # type: ignore[misc]
             self._lose(f"its run broke off: {_describe(fault)}")
 
     @property
-    def _delivery(self) -> int:
+    def delivery(self) -> int:
+        """Which delivery of the job the message is."""
         return int(self._request_dict.get("delivery") or 0)
 
     def _end_killed_run(self, timeout: float) -> None:
@@ -385,7 +397,7 @@ class PlatformRequest(Request):  # type: ignore[misc]
         again = job.failures < task.definition.retries
         owner.store.finish(
             self.id,
-            delivery=self._delivery,
+            delivery=self.delivery,
             worker=worker_id(self.hostname),
             state=JobState.RETRYING if again else JobState.TIMED_OUT,
             reason=reason,
@@ -396,7 +408,7 @@ class PlatformRequest(Request):  # type: ignore[misc]
         owner = platform()
         owner.store.lose(
             self.id,
-            delivery=self._delivery,
+            delivery=self.delivery,
             worker=worker_id(self.hostname),
             what=what,
             max_losses=owner.settings.max_losses,
@@ -423,7 +435,7 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def start(self, worker: Any) -> None:
         """Begin to release, to heartbeat and to recover."""
-        owner = platform()
+        owner = platform_when_reachable()
         self._release = ReleaseLoop(owner.store)
         self._recovery = RecoveryLoop(
             owner.store,
@@ -431,7 +443,7 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
             worker=worker_id(worker.hostname),
             slots=lambda: int(worker.pool.num_processes),
             queues=lambda: [str(name) for name in worker.app.amqp.queues.consume_from],
-            stop_job=lambda job_id: _stop_job(worker, job_id),
+            stop_run=lambda job_id, delivery: _stop_run(worker, job_id, delivery),
             has_job=_has_job,
             info={
                 "host": socket.gethostname(),
@@ -483,18 +495,18 @@ def _on_revoked(sender: Any, request: Any, **_: Any) -> None:
     if isinstance(sender, PlatformTask):
         try:
             platform().store.cancel(request.id, reason="revoked by Celery's remote control")
-        except StoreError as fault:
+        except TaskPlatformError as fault:
             log.warning("job %s: cannot record that it was revoked: %s", request.id, fault)
 
 
-def _stop_job(worker: Any, job_id: str) -> None:
-    """Stop a job that was canceled while it ran here, if the pool can."""
-    store, name = platform().store, worker_id(worker.hostname)
+def _stop_run(worker: Any, job_id: str, delivery: int) -> None:
+    """Stop a run that was canceled here, if the pool can."""
     request = worker_state.requests.get(job_id)
-    if request is None:
+    if request is None or request.delivery != delivery:
         return
     if type(worker.pool).__module__ != _PREFORK:
-        store.note(job_id, worker=name, text="this worker's pool cannot stop it: its result will be discarded")
+        text = "this worker's pool cannot stop it: its result will be discarded"
+        platform().store.note(job_id, worker=worker_id(worker.hostname), text=text)
         return
     # in the thread that also takes results: meanwhile no other job can be given to the process
     worker.hub.call_soon(_terminate, worker, request)
@@ -503,8 +515,14 @@ def _stop_job(worker: Any, job_id: str) -> None:
 def _terminate(worker: Any, request: PlatformRequest) -> None:
     if worker_state.requests.get(request.id) is request:
         request.terminate(worker.pool)
-        worker.hub.call_later(_STOP_GRACE_SECONDS, worker.pool.terminate_job, request.worker_pid, signal.SIGKILL)
+        worker.hub.call_later(_STOP_GRACE_SECONDS, _kill, worker, request.worker_pid)
         platform().store.note(request.id, worker=worker_id(worker.hostname), text="stopped")
+
+
+def _kill(worker: Any, pid: int) -> None:
+    """End a process that ignored the signal, unless it has another job by now."""
+    if not any(request.worker_pid == pid for request in _snapshot(worker_state.active_requests)):
+        worker.pool.terminate_job(pid, signal.SIGKILL)
 
 
 # --- the application -------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 
 from redbeat.schedulers import RedBeatScheduler
 
-from taskplatform.app import platform
+from taskplatform.app import platform_when_reachable
 from taskplatform.errors import StoreError
 from taskplatform.planner import Planner
 
@@ -27,7 +27,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._leads = False
         super().__init__(*args, **kwargs)
-        owner = platform()
+        owner = platform_when_reachable()
         self._store = owner.store
         self._settings = owner.settings
         self._planner = Planner(

@@ -26,8 +26,8 @@ LOSS_BACKOFF = timedelta(seconds=1)
 class RecoveryLoop:
     """Heartbeats and recovers, until `stop`.
 
-    `slots` and `queues` are asked each time, because remote control can change them. `stop_job` is called with the id of each
-    job that was canceled while it ran here. `has_job` says whether this process runs a job or is about to.
+    `slots` and `queues` are asked each time, because remote control can change them. `stop_run` is called with job id and
+    delivery of each run that was canceled here. `has_job` says whether this process runs a job or is about to.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class RecoveryLoop:
         worker: str,
         slots: Callable[[], int],
         queues: Callable[[], list[str]],
-        stop_job: Callable[[str], None],
+        stop_run: Callable[[str, int], None],
         has_job: Callable[[str], bool],
         info: Mapping[str, str],
     ) -> None:
@@ -47,7 +47,7 @@ class RecoveryLoop:
         self._worker = worker
         self._slots = slots
         self._queues = queues
-        self._stop_job = stop_job
+        self._stop_run = stop_run
         self._has_job = has_job
         self._info = info
         self._draining = False
@@ -80,8 +80,8 @@ class RecoveryLoop:
                 buffer=self._settings.queue_buffer,
                 info=self._info,
             )
-        for job_id in stops:
-            self._stop_job(job_id)
+        for job_id, delivery in stops:
+            self._stop_run(job_id, delivery)
 
     def recover(self) -> None:
         """Take what lost workers left."""

@@ -51,7 +51,7 @@ NAMES = {
     "workers": "workers",  # sorted set: worker → last heartbeat
     "worker": "worker:",  # hash: slots, queues, host, pid, …
     "worker_jobs": "workerjobs:",  # by worker, set of job ids that it runs
-    "stops": "stops:",  # by worker, list of job ids that it shall stop
+    "stops": "stops:",  # by worker, list of "<job id>#<delivery>" that it shall stop
     "capacity": "capacity",  # hash: priority → how many jobs its queue may hold; "<higher>><lower>" → share of the slots
     # what people changed
     "changes": "changes",  # stream, bounded

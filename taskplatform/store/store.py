@@ -759,10 +759,11 @@ class Store:
 
     def heartbeat(
         self, worker: str, *, slots: int, queues: Sequence[str], buffer: float, info: Mapping[str, str] | None = None
-    ) -> list[str]:
-        """A worker lives. Returns the ids of jobs that it shall stop."""
+    ) -> list[tuple[str, int]]:
+        """A worker lives. Returns the runs that it shall stop, as (job id, delivery)."""
         extra = [part for pair in (info or {}).items() for part in pair]
-        return cast("list[str]", self._scripts.run("heartbeat", worker, slots, ",".join(queues), buffer, *extra))
+        stops = self._scripts.run("heartbeat", worker, slots, ",".join(queues), buffer, *extra)
+        return [(job_id, int(delivery)) for job_id, _, delivery in (stop.rpartition("#") for stop in stops)]
 
     def leave(self, worker: str) -> int:
         """A worker stops: what it still runs is given back. Returns how many."""

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.nodes import ROOT, Guard
-from tests.acceptance.site import base_environment
+from taskplatform.local import EmbeddedServer, find_port
+from tests.acceptance.nodes import ROOT, BeatNode, Guard, WorkerNode
+from tests.acceptance.site import base_environment, eventually
 
 COMMANDS = ("worker", "beat", "flower")
 
@@ -68,3 +69,23 @@ def test_a_function_that_there_is_not_is_named_with_its_place(environment: dict[
     text = 'tasks:\n  - id: one\n    name: One\n    cron: "* * * * *"\n    call: "tests.acceptance.functions:nothing"\n'
     (tmp_path / "bad.yaml").write_text(text, encoding="utf-8")
     _assert_refused(["worker"], {**environment, "TASKPLATFORM_TASKS_DIR": str(tmp_path)}, "bad.yaml", "nothing")
+
+
+def test_worker_and_beat_wait_for_redis(environment: dict[str, str], tmp_path: Path) -> None:
+    server = EmbeddedServer(tmp_path / "server", port=find_port())
+    environment["TASKPLATFORM_REDIS_URL"] = f"redis://127.0.0.1:{server.port}/0"
+    nodes: list[WorkerNode | BeatNode] = [
+        WorkerNode("w", ["--concurrency", "1"], environment=environment, folder=tmp_path),
+        BeatNode("beat", environment=environment, folder=tmp_path),
+    ]
+    try:
+        for node in nodes:
+            eventually(lambda node=node: "Redis cannot be reached" in node.logs(), "it does not say what it waits for")  # type: ignore[misc]
+        server.start()
+        for node in nodes:
+            node.ready()
+            assert "Traceback" not in node.logs()
+    finally:
+        for node in nodes:
+            node.remove()
+        server.stop()

@@ -416,7 +416,7 @@ def test_cancel_after_start(client: redis.Redis, store: Store, clock: Clock) -> 
     line = store.history(job_id)[-1]
     assert (line.to_state, line.worker, line.reason) == (S.CANCELED, WORKER, "not wanted")
     # its worker is told, once
-    assert store.heartbeat(WORKER, slots=0, queues=[], buffer=1) == [job_id]
+    assert store.heartbeat(WORKER, slots=0, queues=[], buffer=1) == [(job_id, 1)]
     assert store.heartbeat(WORKER, slots=0, queues=[], buffer=1) == []
     # and what it still says is noted, and changes nothing
     assert finish(store, job_id, S.COMPLETED, reason="200 OK", detail={"status": 200}) is False

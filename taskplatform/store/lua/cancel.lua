@@ -8,7 +8,7 @@ if not job then return 'unknown' end
 local before = job.state
 if not (ALLOWED[before] and ALLOWED[before].canceled) then return before end
 if before == 'running' then
-  call('RPUSH', K.stops .. job.worker, id)
+  call('RPUSH', K.stops .. job.worker, id .. '#' .. job.delivery)
   call('EXPIRE', K.stops .. job.worker, 3600)
 end
 conclude(id, job, 'canceled', now, before == 'running' and job.worker or '', reason, '')

@@ -19,7 +19,7 @@ for _, id in ipairs(call('ZRANGE', K.user_jobs .. user, 0, -1)) do
     if ALLOWED[job.state].canceled then
       canceled = canceled + 1
       if job.state == 'running' then
-        call('RPUSH', K.stops .. job.worker, id)
+        call('RPUSH', K.stops .. job.worker, id .. '#' .. job.delivery)
         call('EXPIRE', K.stops .. job.worker, 3600)
       end
       conclude(id, job, 'canceled', now, '', 'user deleted', '')

@@ -1,7 +1,7 @@
 -- A worker lives: what it serves, and what it shall stop.
 -- ARGV[1] now   ARGV[2] worker   ARGV[3] slots   ARGV[4] served priorities, comma-separated   ARGV[5] released jobs per slot
 -- ARGV[6…] by twos: further fields and their values
--- Returns the ids of jobs that the worker shall stop.
+-- Returns the runs that the worker shall stop, each as <job id>#<delivery>.
 
 local now, worker = clock(ARGV[1]), ARGV[2]
 call('ZADD', K.workers, text(now), worker)
