@@ -5,7 +5,7 @@ never disagree, whatever dies between two calls. Times are milliseconds since th
 """
 
 from taskplatform.store.connection import connect
-from taskplatform.store.store import (
+from taskplatform.store.records import (
     Change,
     DueItem,
     Enqueue,
@@ -15,11 +15,11 @@ from taskplatform.store.store import (
     Page,
     PublishedDefinition,
     Start,
-    Store,
     Subscribe,
     SubscribeResult,
     Worker,
 )
+from taskplatform.store.store import Store
 
 __all__ = [
     "Change",

@@ -1,0 +1,238 @@
+"""What the store's verbs take and give, and how it is read from what Redis holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import IntEnum
+from typing import Any, Generic, TypeVar
+
+from taskplatform.model import Job, JobState, Priority, Schedule, Transition
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedDefinition:
+    """What the scripts must know of a definition."""
+
+    id: str
+    schedule: Schedule
+    priority: Priority
+    overlap: str
+    message: str
+    """The Celery message with @@ID@@, @@USER@@, @@DELIVERY@@, @@RETRIES@@ and @@QUEUE@@ to be filled in."""
+    window: timedelta
+    rate_per_second: float | None = None
+    burst: int | None = None
+
+
+class SubscribeResult(IntEnum):
+    UNCHANGED = 0
+    CREATED = 1
+    CHANGED = 2
+    UNKNOWN_USER = -1
+    UNKNOWN_DEFINITION = -2
+
+
+@dataclass(frozen=True, slots=True)
+class Subscribe:
+    """One subscription to be made or changed. None keeps what is; for a new one it means the default."""
+
+    user: str
+    definition: str
+    schedule: Schedule | None = None
+    own_schedule: bool | None = False
+    """True: `schedule`; False: the definition's; None: keep."""
+    params: Mapping[str, Any] | None = None
+    enabled: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Enqueue:
+    """One job to be made by hand."""
+
+    id: str
+    priority: Priority | None = None
+    execute_after_ms: int | None = None
+    delay_ms: int = 0
+    params: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "api"
+
+
+@dataclass(frozen=True, slots=True)
+class DueItem:
+    """What the planner must look at: a group (`gid`) or an open occurrence (`oid`)."""
+
+    kind: str
+    id: str
+    due_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The subscribers of a definition with one effective schedule."""
+
+    id: str
+    definition: str
+    schedule: Schedule
+    cursor_ms: int
+    """All occurrences up to here are opened or skipped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What becomes of an occurrence that came due; `last_ms` ends a range that is skipped as one."""
+
+    at_ms: int
+    source: str
+    reason: str
+    last_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Occurrence:
+    """An occurrence that was opened or skipped."""
+
+    id: str
+    definition: str
+    group: str
+    at_ms: int
+    last_ms: int
+    base_ms: int
+    """Where its window begins: its time, or later when it was caught up."""
+    window_ms: int
+    state: str
+    source: str
+    reason: str
+    planned: int
+    paused: int
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The answer to `start`: `go` with what the run needs, or the reason why not."""
+
+    go: bool
+    refusal: str = ""
+    attempt: int = 0
+    losses: int = 0
+    execute_after_ms: int = 0
+    params: Mapping[str, Any] = field(default_factory=dict)
+    failures: int = 0
+    """Attempts of this budget that ended in a failure before this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker process as its heartbeat describes it."""
+
+    id: str
+    heartbeat_ms: int
+    slots: int
+    queues: tuple[str, ...]
+    running: tuple[str, ...]
+    info: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """An entry of the change log."""
+
+    at_ms: int
+    actor: str
+    kind: str
+    subject: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """A part of a listing, and the cursor for the next (None: there is none)."""
+
+    items: tuple[T, ...]
+    cursor: str | None
+
+
+# --- from Redis ------------------------------------------------------------------------------------------------------
+
+
+def read_due_item(member: str, score: float) -> DueItem:
+    kind, _, name = member.partition("|")
+    return DueItem("group" if kind == "g" else "occurrence", name, int(score))
+
+
+_CREATED_BY = {"schedule": "planned", "catch_up": "planned to catch up", "trigger": "planned by a trigger", "api": "submitted"}
+
+
+def read_creation(made_ms: int, source: str) -> Transition:
+    """The first line of a history, which the record stands for."""
+    return Transition(made_ms, None, JobState.PENDING, 0, "", _CREATED_BY[source])
+
+
+def read_transition(row: str) -> Transition:
+    at_ms, origin, target, attempt, worker, reason, *detail = json.loads(row)
+    return Transition(
+        at_ms=at_ms,
+        from_state=JobState(origin) if origin else None,
+        to_state=JobState(target),
+        attempt=attempt,
+        worker=worker,
+        reason=reason,
+        detail=detail[0] if detail else {},
+    )
+
+
+def read_job(job_id: str, fields: Mapping[str, str], last: str | None) -> Job:
+    definition, user, suffix = job_id.split(":", 2)
+    planned = fields["source"] != "api"
+    return Job(
+        id=job_id,
+        definition=definition,
+        user=user,
+        state=JobState(fields["state"]),
+        priority=Priority(fields["priority"]),
+        execute_after_ms=int(fields["after"]),
+        created_ms=int(fields["made"]),
+        occurrence_ms=int(suffix.removeprefix("t")) if planned else None,
+        attempt=int(fields.get("attempt", 0)),
+        failures=max(0, int(fields.get("attempt", 0)) - 1 - int(fields.get("budget", 0))),
+        delivery=int(fields.get("delivery", 0)),
+        params=json.loads(fields.get("params", "{}")),
+        worker=fields.get("worker", ""),
+        started_ms=int(fields["started"]) if "started" in fields else None,
+        finished_ms=int(fields["finished"]) if "finished" in fields else None,
+        reason=read_transition(last).reason if last else _CREATED_BY[fields["source"]],
+        source=fields["source"],
+    )
+
+
+def read_occurrence(oid: str, fields: Mapping[str, str]) -> Occurrence:
+    return Occurrence(
+        id=oid,
+        definition=fields["definition"],
+        group=fields["group"],
+        at_ms=int(fields["at"]),
+        last_ms=int(fields["last"]),
+        base_ms=int(fields["base"]),
+        window_ms=int(fields["window"]),
+        state=fields["state"],
+        source=fields["source"],
+        reason=fields["reason"],
+        planned=int(fields.get("planned", 0)),
+        paused=int(fields.get("paused", 0)),
+    )
+
+
+def read_worker(name: str, beat: int, fields: Mapping[str, str], jobs: Iterable[str]) -> Worker:
+    known = ("slots", "queues", "buffer")
+    return Worker(
+        id=name,
+        heartbeat_ms=beat,
+        slots=int(fields.get("slots", 0)),
+        queues=tuple(fields.get("queues", "").split(",")) if fields.get("queues") else (),
+        running=tuple(sorted(jobs)),
+        info={name: value for name, value in fields.items() if name not in known},
+    )
