@@ -18,7 +18,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import lru_cache
@@ -370,7 +371,8 @@ class PlatformRequest(Request):  # type: ignore[misc]
         """The pool killed the process at the hard limit."""
         super().on_timeout(soft, timeout)
         if not soft:
-            self._end_killed_run(timeout)
+            with _not_fatal(self.id):
+                self._end_killed_run(timeout)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
         """The run raised, or its process died.
@@ -406,14 +408,24 @@ class PlatformRequest(Request):  # type: ignore[misc]
 
     def _lose(self, what: str) -> None:
         owner = platform()
-        owner.store.lose(
-            self.id,
-            delivery=self.delivery,
-            worker=worker_id(self.hostname),
-            what=what,
-            max_losses=owner.settings.max_losses,
-            backoff=LOSS_BACKOFF,
-        )
+        with _not_fatal(self.id):
+            owner.store.lose(
+                self.id,
+                delivery=self.delivery,
+                worker=worker_id(self.hostname),
+                what=what,
+                max_losses=owner.settings.max_losses,
+                backoff=LOSS_BACKOFF,
+            )
+
+
+@contextmanager
+def _not_fatal(job_id: str) -> Iterator[None]:
+    """A record that cannot be made, in the worker's main process, is made up for by recovery; the worker goes on."""
+    try:
+        yield
+    except TaskPlatformError as fault:
+        log.warning("job %s: cannot record how its run ended: %s", job_id, fault)
 
 
 # --- the worker's loops ----------------------------------------------------------------------------------------------
@@ -493,10 +505,8 @@ def _snapshot(requests: Iterable[Any]) -> list[Any]:
 def _on_revoked(sender: Any, request: Any, **_: Any) -> None:
     """Celery's `revoke`, from Flower or the command line, is a way to cancel a job."""
     if isinstance(sender, PlatformTask):
-        try:
+        with _not_fatal(request.id):
             platform().store.cancel(request.id, reason="revoked by Celery's remote control")
-        except TaskPlatformError as fault:
-            log.warning("job %s: cannot record that it was revoked: %s", request.id, fault)
 
 
 def _stop_run(worker: Any, job_id: str, delivery: int) -> None:
@@ -516,7 +526,8 @@ def _terminate(worker: Any, request: PlatformRequest) -> None:
     if worker_state.requests.get(request.id) is request:
         request.terminate(worker.pool)
         worker.hub.call_later(_STOP_GRACE_SECONDS, _kill, worker, request.worker_pid)
-        platform().store.note(request.id, worker=worker_id(worker.hostname), text="stopped")
+        with _not_fatal(request.id):
+            platform().store.note(request.id, worker=worker_id(worker.hostname), text="stopped")
 
 
 def _kill(worker: Any, pid: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -114,7 +113,15 @@ def test_a_wait_is_told_exactly(store: Store, clock: Clock) -> None:
     clock.now_ms = NINE - HORIZON_MS
     leading.advance()
     assert store.occurrences("report")[0].state == "open"
-    assert leading.advance() == timedelta(milliseconds=moment(0, slot("u0", "report"), 60_000))
+    offset_ms = moment(0, slot("u0", "report"), 60_000)
+    assert leading.advance() == timedelta(milliseconds=offset_ms)
+    clock.now_ms += offset_ms - 1
+    assert leading.advance() == timedelta(milliseconds=1)
+    assert jobs(store) == {}
+    # at the very millisecond at which the moment comes within the horizon
+    clock.now_ms += 1
+    assert leading.advance() == timedelta(milliseconds=60_000 - offset_ms)
+    assert len(jobs(store)) == 1
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5])
@@ -652,15 +659,15 @@ def test_changes_while_no_planner_runs(
     found = jobs(store)
     assert {job_id for job_id, job in found.items() if job.state is S.CANCELED} <= both.model.jobs.keys() | found.keys()
     present = {job_id for job_id, job in found.items() if job.user in both.model.lives}
-    later = {job_id for job_id in present if moment_of(found[job_id]) > back_ms + FAR_MS}
+    later = {job_id for job_id in present if moment_of(found[job_id], WINDOW_MS) > back_ms + FAR_MS}
     unsubscribed = {job_id for job_id in present if found[job_id].state is S.CANCELED}
     assert present - later - unsubscribed == wanted - unsubscribed
     assert_consistent(client, store, complete=False)
 
 
-def moment_of(job: Job) -> int:
+def moment_of(job: Job, window_ms: int = 0) -> int:
     assert job.occurrence_ms is not None
-    return moment(job.occurrence_ms, slot(job.user, job.definition), WINDOW_MS)
+    return moment(job.occurrence_ms, slot(job.user, job.definition), window_ms)
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -679,6 +686,69 @@ def test_a_move_in_the_middle_of_a_window(client: redis.Redis, store: Store, clo
     assert found.keys() == set(names)
     assert len(jobs(store)) == len(names)
     assert {name: job.execute_after_ms for name, job in found.items()} == {name: moment(NINE, slot(name, "report"), HOUR) for name in names}
+    assert_consistent(client, store)
+
+
+def test_the_very_moment_of_a_change_belongs_to_what_was(client: redis.Redis, store: Store, clock: Clock) -> None:
+    ten_past = own(type="hourly", at_time={"minute": 10})
+    leading = lead(store, define(interval=HOURLY, window=0))
+    users(store, 3)
+    subscribe_all(store, ["u0", "u1"], "report")
+    subscribe(store, "u1", "report", **ten_past)
+    subscribe(store, "u2", "report")
+    run(clock, [leading], NINE - HORIZON_MS - 1, step_ms=MINUTE)
+    clock.now_ms += 1
+    subscribe(store, "u0", "report", **ten_past)
+    subscribe(store, "u1", "report", own_schedule=False)
+    run(clock, [leading], NINE + HOUR, step_ms=MINUTE)
+    found = sorted((job.user, (cast("int", job.occurrence_ms) - NINE) // MINUTE) for job in jobs(store).values())
+    assert found == [("u0", 0), ("u0", 10), ("u1", 60), ("u2", 0), ("u2", 60)]
+    assert_consistent(client, store)
+
+
+def test_switching_on_again_takes_effect_after_the_horizon(client: redis.Redis, store: Store, clock: Clock) -> None:
+    leading = lead(store, define(interval=HOURLY, window=0))
+    users(store, 2)
+    subscribe_all(store, ["u0", "u1"], "report")
+    leading.advance()
+    for name in ("u0", "u1"):
+        subscribe(store, name, "report", own_schedule=None, enabled=False)
+    clock.now_ms = NINE - HORIZON_MS - 1
+    subscribe(store, "u0", "report", own_schedule=None, enabled=True)
+    clock.now_ms += 1
+    subscribe(store, "u1", "report", own_schedule=None, enabled=True)
+    run(clock, [leading], NINE)
+    assert [job.user for job in jobs(store).values()] == ["u0"]
+    assert_consistent(client, store)
+
+
+def test_a_group_that_went_and_came_back_in_the_middle_of_a_window(client: redis.Redis, store: Store, clock: Clock) -> None:
+    """What was opened stays as it is, what was not opened is opened for who comes."""
+    leading = lead(store, define(interval=DAILY, window="90m"))
+    names = users(store, 30)
+    hourly = own(type="hourly")
+    subscribe(store, "u0", "report", **hourly)
+    run(clock, [leading], NINE + 59 * MINUTE, step_ms=5000)
+    store.unsubscribe("u0", "report", actor=ACTOR)
+    run(clock, [leading], NINE + 65 * MINUTE, step_ms=5000)
+    (gid,) = {one.group for one in store.occurrences("report")}
+    assert store.group(gid) is None
+    before = {one.at_ms: one.planned for one in store.occurrences("report")}
+    since = clock.now_ms + HORIZON_MS
+    for name in names[1:]:
+        subscribe(store, name, "report", **hourly)
+    run(clock, [leading], NINE + 110 * MINUTE, step_ms=5000)
+    wanted = {
+        planned_job_id("report", name, at)
+        for name in names[1:]
+        for at in (NINE, NINE + HOUR)
+        if since < moment(at, slot(name, "report"), 90 * MINUTE) <= clock.now_ms + HORIZON_MS
+    }
+    found = {job.id for job in jobs(store).values() if job.user != "u0"}
+    assert found == wanted
+    assert {job_id.rsplit(":", 1)[1] for job_id in wanted} == {str(NINE), str(NINE + HOUR)}
+    planned = {one.at_ms: one.planned for one in store.occurrences("report")}
+    assert planned[NINE] == before[NINE] + sum(job_id.endswith(str(NINE)) for job_id in found)
     assert_consistent(client, store)
 
 
@@ -702,23 +772,25 @@ def test_a_first_subscriber_in_the_middle_of_a_window_is_as_a_later_one(client: 
 
 def test_a_horizon_that_shrinks_does_not_let_a_change_reach_what_is_planned(client: redis.Redis, store: Store, clock: Clock) -> None:
     """A new leader plans less far ahead; what the old one has planned stands, and the change takes effect after it."""
-    definition = define(interval={"type": "minutely"}, window=0)
-    old = Planner(store, {"report": definition}, horizon=timedelta(minutes=3), batch=10)
+    definition = define(interval={"type": "minutely", "value": 2}, window=0)
+    old = Planner(store, {"report": definition}, horizon=timedelta(minutes=7), batch=10)
     old.lead()
     users(store, 1)
-    store.subscribe([], horizon=timedelta(minutes=3), actor=ACTOR)
     subscribe(store, "u0", "report")
-    clock.advance(240)
-    old.advance()
-    reach = clock.now_ms + 3 * MINUTE
+    run(clock, [old], clock.now_ms + 10 * MINUTE, step_ms=MINUTE)
+    last = max(moment_of(job) for job in jobs(store).values())
+    assert last > clock.now_ms + 4 * MINUTE
     leading = lead(store, definition)
-    subscribe(store, "u0", "report", **own(type="minutely", value=2))
-    run(clock, [leading], clock.now_ms + 10 * MINUTE, step_ms=4000)
+    subscribe(store, "u0", "report", **own(type="minutely", value=3))
+    reach = store.subscription("u0", "report").since_ms
+    assert last <= reach <= clock.now_ms + 7 * MINUTE
+    run(clock, [leading], clock.now_ms + 15 * MINUTE, step_ms=4000)
     at = sorted(cast("int", job.occurrence_ms) for job in jobs(store).values())
-    assert [one for one in at if one > reach] == [one for one in at if one > reach and one % (2 * MINUTE) == 0]
-    assert len([one for one in at if one > reach]) == 4
-    distances = {later - earlier for earlier, later in itertools.pairwise(at)}
-    assert distances == {MINUTE, 2 * MINUTE}
+    planned = list(occurrences(definition.schedule, at[0] - 1, reach))
+    changed = list(occurrences(define(interval={"type": "minutely", "value": 3}).schedule, reach, clock.now_ms + HORIZON_MS))
+    assert at == planned + changed
+    assert len(planned) >= 3
+    assert len(changed) >= 3
     assert_consistent(client, store)
 
 
@@ -1058,8 +1130,10 @@ def test_trigger_reaches_each_subscriber_once(client: redis.Redis, store: Store,
     leading = lead(store, define(interval={"type": "monthly"}, window="60s"))
     names = users(store, 12)
     subscribe_all(store, names, "report")
+    clock.advance(10)
     for name in names[:6]:
         subscribe(store, name, "report", **own(type="weekly"))
+    clock.advance(10)
     for name in names[3:6]:
         # in three groups until their next moments have passed
         subscribe(store, name, "report", **own(type="daily", at_time={"hour": 3}))

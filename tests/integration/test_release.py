@@ -121,20 +121,21 @@ def test_nothing_is_early(client: redis.Redis, store: Store, clock: Clock, early
 
 @pytest.mark.usefixtures("definitions")
 def test_retries_wait_their_turn(client: redis.Redis, store: Store, clock: Clock) -> None:
-    """A retry is ordered by its own time, behind those who came due before it."""
+    """A retry is ordered by its own time, and among equals by when it was decided."""
     offer(store, slots=1)
-    first = enqueue(store, "low_a", "ann", "m1")
+    retried = enqueue(store, "low_a", "ann", "m1")
     take(client)
-    store.start(first, delivery=1, worker="w1")
-    store.cancel(released(client).pop() if released(client) else enqueue(store, "low_a", "ann", "m0"), reason="not wanted")
-    take(client)
-    store.finish(first, delivery=1, worker="w1", state=S.RETRYING, reason="busy", retry_in=timedelta(seconds=2))
+    store.start(retried, delivery=1, worker="w1")
+    before = enqueue(store, "low_b", "ann", "m2", delay_ms=2000)
+    store.finish(retried, delivery=1, worker="w1", state=S.RETRYING, reason="busy", retry_in=timedelta(seconds=2))
+    after = enqueue(store, "low_a", "ann", "m3", delay_ms=2000)
     clock.advance(1)
-    second = enqueue(store, "low_a", "ann", "m2", delay_ms=500)
+    earlier = enqueue(store, "low_a", "ann", "m4", delay_ms=500)
     clock.advance(1)
-    third = enqueue(store, "low_a", "ann", "m3")
+    later = enqueue(store, "low_a", "ann", "m5", delay_ms=1)
+    clock.advance(0.001)
     store.release()
-    assert drain(client, store) == [second, first, third]
+    assert drain(client, store) == [earlier, before, retried, after, later]
 
 
 @pytest.mark.usefixtures("definitions")
