@@ -61,11 +61,17 @@ _RECORD_FOR = timedelta(minutes=10)
 
 @lru_cache(maxsize=1)
 def _catalogue() -> Catalogue:
+    if not _runs_under_celery():
+        return load(Path(settings().tasks_dir))  # only sends jobs, and needs no secrets for that
     catalogue = load(Path(settings().tasks_dir), environment=_environment())
     faults = resolve_calls(catalogue)
     if faults:
         raise CatalogueError(faults)
     return catalogue
+
+
+def _runs_under_celery() -> bool:
+    return Path(sys.argv[0]).name in ("celery", "__main__.py")
 
 
 @lru_cache(maxsize=1)
@@ -506,7 +512,8 @@ def _on_revoked(sender: Any, request: Any, **_: Any) -> None:
     """Celery's `revoke`, from Flower or the command line, is a way to cancel a job."""
     if isinstance(sender, PlatformTask):
         with _not_fatal(request.id):
-            platform().store.cancel(request.id, reason="revoked by Celery's remote control")
+            # of the run that was revoked: the job may have another by now
+            platform().store.cancel(request.id, reason="revoked by Celery's remote control", delivery=request.delivery)
 
 
 def _stop_run(worker: Any, job_id: str, delivery: int) -> None:
@@ -561,11 +568,20 @@ def _register(application: Celery, definition: Definition) -> None:
     application.register_task(type(f"Task_{definition.id}", (PlatformTask,), options)())
 
 
+class _Application(Celery):  # type: ignore[misc]
+    def send_task(self, name: str, args: Any = None, kwargs: Any = None, **options: Any) -> AsyncResult:
+        """By name, as `celery call` does it: a definition's task makes a platform job all the same."""
+        task = self.tasks.get(name)
+        if isinstance(task, PlatformTask):
+            return task.apply_async(args, kwargs, **options)
+        return super().send_task(name, args, kwargs, **options)
+
+
 def _make_app() -> Celery:
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         # celeryconfig.py and tasks/ lie in the current folder, which console scripts do not search
         sys.path.insert(0, str(Path.cwd()))
-    application = Celery("taskplatform")
+    application = _Application("taskplatform")
     application.config_from_object("celeryconfig")
     application.steps["worker"].add(PlatformStep)
     application.conf.task_routes = {definition.id: {"queue": definition.priority.value} for definition in _catalogue().values()}
@@ -579,7 +595,7 @@ def _make_app_or_explain() -> Celery:
     try:
         return _make_app()
     except (SettingsError, CatalogueError, StoreError) as fault:
-        if Path(sys.argv[0]).name not in ("celery", "__main__.py"):
+        if not _runs_under_celery():
             raise
         raise SystemExit(f"taskplatform cannot start:\n{fault}") from None
 

@@ -148,18 +148,32 @@ def check(paths: Sequence[Path], *, environment: Mapping[str, str] | None = None
     entries: dict[str, Entry] = {}
     first_seen: dict[str, str] = {}
     faults: list[Fault] = []
+    needs: list[tuple[_File, int, str, frozenset[str]]] = []
+    files = []
     for path in _files(paths, faults):
         file = _File(path)
+        files.append(file)
+        needs += [(file, *variables) for variables in file.variables]
         for id_, line in file.ids:
             if id_ in first_seen:
                 file.add_at(line, f"{id_}.id", f"is defined twice: the first is at {first_seen[id_]}")
             first_seen.setdefault(id_, f"{file.name}:{line}")
-        if environment is not None:
-            file.check_environment(environment)
         for entry in file.good_entries:
             entries.setdefault(entry.definition.id, entry)
+    if environment is not None:
+        _check_environment(needs, environment)
+    for file in files:
         faults += sorted(file.faults, key=lambda fault: fault.line)
     return Catalogue(entries.values()), faults
+
+
+def _check_environment(needs: Sequence[tuple[_File, int, str, frozenset[str]]], environment: Mapping[str, str]) -> None:
+    """Add a fault for each variable that definitions, even faulty ones, need and `environment` does not have: at the first."""
+    for name in sorted(frozenset().union(*(names for *_, names in needs)) - environment.keys()):
+        users = [(file, line, label) for file, line, label, names in needs if name in names]
+        file, line, label = users[0]
+        others = f", and {len(users) - 1} more definitions need it" if len(users) > 1 else ""
+        file.add_at(line, f"{label}.config", f"${{{name}}} is not in the environment{others}")
 
 
 def resolve_calls(catalogue: Catalogue) -> list[Fault]:
@@ -221,7 +235,7 @@ class _File:
         self.faults: list[Fault] = []
         self.ids: list[tuple[str, int]] = []
         self.good_entries: list[Entry] = []
-        self._variables: list[tuple[int, str, frozenset[str]]] = []
+        self.variables: list[tuple[int, str, frozenset[str]]] = []
         self._root: Any = None
         try:
             self._root, complaints = _read_yaml(_read_text(path))
@@ -233,12 +247,6 @@ class _File:
 
     def add_at(self, line: int, field_: str, message: str) -> None:
         self.faults.append(Fault(self.name, line, field_, message))
-
-    def check_environment(self, environment: Mapping[str, str]) -> None:
-        """Add a fault for each variable that a definition, even a faulty one, needs and `environment` does not have."""
-        for line, label, names in self._variables:
-            for name in sorted(names - environment.keys()):
-                self.add_at(line, f"{label}.config", f"${{{name}}} is not in the environment")
 
     def _read(self) -> None:
         root = self._root
@@ -294,7 +302,7 @@ class _File:
             self.add_at(_line(whole, place), _field_name(self._root, ("tasks", index, *place)), message)
         if definition is not None:
             label = _field_name(self._root, ("tasks", index))
-            self._variables.append((raw.line, label, _environment_names(definition)))
+            self.variables.append((raw.line, label, _environment_names(definition)))
             if not problems:
                 self.good_entries.append(Entry(definition, self.name, raw.line))
 
@@ -447,7 +455,10 @@ def _checked(raw: _Map) -> tuple[Definition | None, list[tuple[Place, str]]]:
 def _mended(raw: _Map, places: Iterable[Place]) -> _Map:
     """A copy of `raw` in which what is at `places` is left out, or replaced by its stand-in."""
     mended = raw
-    for place in dict.fromkeys(_faulty_part(raw, place) for place in places):
+    parts = dict.fromkeys(_faulty_part(raw, place) for place in places)
+    for place in parts:
+        if any(place[:length] in parts for length in range(1, len(place))):
+            continue  # goes with what it is in
         if place:
             mended = cast("_Map", _replaced(mended, place, _STAND_INS.get(place)))
         else:

@@ -57,9 +57,11 @@ class Planner:
         """Take over: finish what the schedules so far made due, then publish this catalogue."""
         self._store.lead(horizon=self._horizon, leader=self._name)
         self._open_due()
+        before = self._store.published()
         for definition in self._catalogue.values():
             if self._store.publish(published(definition), actor=self._name):
                 log.info("published definition %s", definition.id)
+        self._store.log_added(sorted(self._catalogue.keys() - before), actor=self._name)
         for name in sorted(self._store.published() - self._catalogue.keys()):
             self._store.retract(name, actor=self._name)
             log.warning("definition %s is no longer in the catalogue: what waits of it will be rejected", name)

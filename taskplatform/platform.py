@@ -44,7 +44,7 @@ from taskplatform.model import (
 )
 from taskplatform.planner import published
 from taskplatform.settings import Settings, settings
-from taskplatform.store import Change, Enqueue, Page, Store, Subscribe, SubscribeResult, connect
+from taskplatform.store import Change, Enqueue, Occurrence, Page, Store, Subscribe, SubscribeResult, connect
 
 #: The longest that a job may be put off.
 MAX_DELAY = timedelta(days=366)
@@ -106,8 +106,10 @@ class Platform:
 
     def publish_missing(self) -> None:
         """Publish the definitions that Redis does not know; changed ones are published by the beat that leads."""
-        for name in sorted(self.catalogue.keys() - self.store.published()):
+        missing = sorted(self.catalogue.keys() - self.store.published())
+        for name in missing:
             self.store.publish(published(self.catalogue[name]), actor=self._actor, only_new=True)
+        self.store.log_added(missing, actor=self._actor)
 
     def close(self) -> None:
         """Close the connections."""
@@ -387,9 +389,17 @@ class Platform:
 
     # what happened
 
-    def changes(self, *, limit: int = 100) -> list[Change]:
-        """The newest changes that people and beat made to users, subscriptions and definitions."""
-        return self.store.changes(limit=_limit(limit))
+    def occurrences(self, definition: str, *, since: datetime | None = None, limit: int = 100) -> list[Occurrence]:
+        """What became of a definition's occurrences, the newest first: planned, or skipped and why. Raises UnknownDefinition."""
+        since_ms = 0 if since is None else _instant(since, "since")
+        return self.store.occurrences(self.definition(definition).id, since_ms=since_ms, limit=_limit(limit))
+
+    def changes(self, *, about: Sequence[str] = (), limit: int = 100) -> list[Change]:
+        """The newest changes that people and beat made to users, subscriptions and definitions.
+
+        With `about`, those that name each of these users or definitions.
+        """
+        return self.store.changes(about=about, limit=_limit(limit))
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from taskplatform.cli.arguments import connected, definition_argument, duration,
 from taskplatform.cli.output import Columns, counted, moment_text, seconds_text, show_rows
 
 if TYPE_CHECKING:
-    from taskplatform.store import Change, Worker
+    from taskplatform.store import Change, Occurrence, Worker
 
 
 @click.command(epilog=example("trigger daily_user_report --window 5m"))
@@ -60,13 +60,40 @@ _CHANGES: Columns[Change] = {
 }
 
 
-@click.command(epilog=example("changes --limit 20"))
+@click.command(epilog=example("changes u1 daily_user_report"))
+@click.argument("about", metavar="[USER|DEFINITION]...", nargs=-1)
 @limit_option(50)
 @json_option
-def changes(limit: int, *, as_json: bool) -> None:
-    """List who changed what, the newest first."""
+def changes(about: tuple[str, ...], limit: int, *, as_json: bool) -> None:
+    """List who changed what, the newest first.
+
+    With users or definitions, what names all of them.
+    """
     with connected(definitions=False) as platform:
-        show_rows(platform.changes(limit=limit), _CHANGES, as_json=as_json)
+        show_rows(platform.changes(about=about, limit=limit), _CHANGES, as_json=as_json)
+
+
+@click.command(epilog=example("occurrences daily_user_report"))
+@definition_argument
+@limit_option(20)
+@json_option
+def occurrences(definition: str, limit: int, *, as_json: bool) -> None:
+    """List what became of a definition's occurrences.
+
+    How many jobs each made, how many subscribers were paused or disabled, or why it was skipped.
+    """
+    columns: Columns[Occurrence] = {
+        "at": lambda one: moment_text(one.at_ms),
+        "state": lambda one: one.state,
+        "jobs": lambda one: str(one.planned),
+        "paused": lambda one: str(one.paused),
+        "disabled": lambda one: str(one.disabled),
+        "source": lambda one: one.source,
+        "reason": lambda one: one.reason,
+        "schedule": lambda one: "own" if "~" in one.group else "",
+    }
+    with connected() as platform:
+        show_rows(platform.occurrences(definition, limit=limit), columns, as_json=as_json)
 
 
 @click.command(epilog=example("nodes --json"))
@@ -117,4 +144,4 @@ def demo(ctx: click.Context) -> None:
     ctx.exit(run())
 
 
-COMMANDS = (trigger, pause, resume, changes, nodes, up, demo)
+COMMANDS = (trigger, pause, resume, changes, occurrences, nodes, up, demo)

@@ -108,7 +108,11 @@ class Occurrence:
     source: str
     reason: str
     planned: int
+    """Jobs made so far."""
     paused: int
+    """Subscribers without a job because they or their subscription were paused."""
+    disabled: int
+    """Subscribers without a job because their subscription was disabled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +227,7 @@ def read_occurrence(oid: str, fields: Mapping[str, str]) -> Occurrence:
         reason=fields["reason"],
         planned=int(fields.get("planned", 0)),
         paused=int(fields.get("paused", 0)),
+        disabled=int(fields.get("disabled", 0)),
     )
 
 

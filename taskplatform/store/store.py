@@ -104,6 +104,11 @@ class Store:
         schedule = schedule_to_json(definition.schedule)
         return bool(self._scripts.run("publish", definition.id, schedule, int(only_new), actor, self._log_size, *flat))
 
+    def log_added(self, definitions: Sequence[str], *, actor: str) -> None:
+        """One entry of the change log for definitions that were published for the first time."""
+        if definitions:
+            self._log(actor, "definitions added", " ".join(definitions), f"{len(definitions)} definitions")
+
     def retract(self, definition: str, *, actor: str) -> bool:
         """Remove a definition; what waits of it is rejected when its turn comes."""
         return bool(self._scripts.run("retract", definition, actor, self._log_size))
@@ -484,9 +489,12 @@ class Store:
         """The process that ran a delivery died. False when the delivery no longer counted."""
         return bool(self._scripts.run("lose", job_id, delivery, worker, what, max_losses, milliseconds(backoff)))
 
-    def cancel(self, job_id: str, *, reason: str) -> JobState:
-        """Cancel a job that is not finished. Returns the state that it was in. Raises UnknownJob."""
-        return self._state(self._scripts.run("cancel", job_id, reason), job_id)
+    def cancel(self, job_id: str, *, reason: str, delivery: int | None = None) -> JobState:
+        """Cancel a job that is not finished; with `delivery`, only if that is its current one.
+
+        Returns the state that it was in. Raises UnknownJob.
+        """
+        return self._state(self._scripts.run("cancel", job_id, reason, "" if delivery is None else delivery), job_id)
 
     def retry(self, job_id: str, *, reason: str) -> JobState:
         """Run a job again that ended without success. Raises UnknownJob, Conflict."""
@@ -671,10 +679,19 @@ class Store:
         """Forget what ended longer ago than that. Returns how many jobs and occurrences."""
         return int(self._scripts.run("sweep", milliseconds(retention), limit))
 
-    def changes(self, *, limit: int = 100) -> list[Change]:
-        """The change log, the newest first."""
-        rows = cast("list[tuple[str, dict[str, str]]]", self._redis.xrevrange(self._key("changes"), count=limit))
-        return [Change(int(row["at"]), row["actor"], row["kind"], row["subject"], row["detail"]) for _, row in rows]
+    def changes(self, *, about: Sequence[str] = (), limit: int = 100) -> list[Change]:
+        """The change log, the newest first; with `about`, what names all of these users or definitions."""
+        found: list[Change] = []
+        end = "+"
+        while len(found) < limit:
+            rows = cast("list[tuple[str, dict[str, str]]]", self._redis.xrevrange(self._key("changes"), max=end, count=1000))
+            for _, row in rows:
+                if set(about) <= set(row["subject"].split()):
+                    found.append(Change(int(row["at"]), row["actor"], row["kind"], row["subject"], row["detail"]))
+            if len(rows) < 1000:
+                break
+            end = f"({rows[-1][0]}"
+        return found[:limit]
 
     def _log(self, actor: str, kind: str, subject: str, detail: str) -> None:
         entry = {"at": str(self.now_ms()), "actor": actor, "kind": kind, "subject": subject, "detail": detail}

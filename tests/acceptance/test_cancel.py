@@ -73,6 +73,18 @@ def test_a_function_that_refuses_to_stop_is_killed(celery_setup: CeleryTestSetup
     assert site.wait_for(site.platform.enqueue("call", user=user).id).state is JobState.COMPLETED
 
 
+def test_a_run_after_the_canceled_one_is_left_alone(celery_setup: CeleryTestSetup, site: Site, target: Target, user: str) -> None:
+    """The worker stops the old run when the new one has begun, or is about to."""
+    jobs = [site.platform.enqueue("sleeping", user=user, params={"seconds": 1.5}) for _ in range(3)]
+    wait_until(lambda: len(target.calls(user=user)) == 3, message="the jobs do not run")
+    for job in jobs:
+        site.platform.cancel(job.id)
+        site.platform.retry(job.id)
+    assert {job.state for job in site.wait_for_all([job.id for job in jobs])} == {JobState.COMPLETED}
+    for job in jobs:
+        assert "canceled by" not in site.platform.history(job.id)[-1].reason
+
+
 def test_celerys_revoke_cancels(celery_setup: CeleryTestSetup, site: Site, target: Target, user: str) -> None:
     """As Flower's button and `celery control revoke` do it."""
     job = site.platform.enqueue("sleeping", user=user)

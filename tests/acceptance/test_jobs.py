@@ -25,6 +25,7 @@ WAYS: dict[str, Submit] = {
     "apply_async": lambda site, user: str(
         site.app.tasks["call"].apply_async(kwargs={"user": user, "note": "a"}, countdown=0.3, priority=0).id
     ),
+    "send_task": lambda site, user: str(site.app.send_task("call", kwargs={"user": user, "note": "a"}).id),
 }
 
 

@@ -615,6 +615,29 @@ def test_changes(platform: Platform) -> None:
     assert newest == {"actor": "tests", "kind": "definition paused", "subject": "clean", "detail": "a\tb"}
 
 
+def test_changes_about_somebody(platform: Platform) -> None:
+    platform.create_user("u1")
+    platform.create_user("u2")
+    platform.subscribe("u1", "clean")
+    platform.subscribe("u2", "clean")
+    platform.pause_subscription("u1", "clean")
+    kinds = [row[2] for row in rows(run("changes u1 clean").stdout)[1:]]
+    assert kinds == ["subscription paused", "subscribed"]
+
+
+def test_occurrences(platform: Platform) -> None:
+    assert run_json("occurrences clean") == []
+    platform.create_user("u1")
+    platform.subscribe("u1", "clean")
+    platform.pause_definition("clean", why="the API is down")
+    at, _ = platform.trigger("clean")
+    platform.store.plan(f"clean|t{int(at.timestamp() * 1000)}", horizon=timedelta(seconds=5), batch=10)
+    (occurrence,) = run_json("occurrences clean")
+    assert (occurrence["state"], occurrence["reason"]) == ("skipped", "definition paused, the API is down")
+    assert "the API is down" in run("occurrences clean").stdout
+    assert "no definition 'nothing'" in fails("occurrences nothing")
+
+
 def test_nodes(platform: Platform) -> None:
     assert run_json("nodes") == []
     platform.store.heartbeat("w@host", slots=3, queues=["high", "low"], buffer=1.0, info={"host": "host", "pid": "7"})

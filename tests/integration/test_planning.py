@@ -1123,6 +1123,19 @@ def test_a_changed_schedule_counts_from_its_publication(client: redis.Redis, sto
     assert_consistent(client, store)
 
 
+def test_a_new_leader_first_finishes_what_the_old_schedule_made_due(client: redis.Redis, store: Store, clock: Clock) -> None:
+    leading = lead(store, define(interval=HOURLY, window=0, catch_up="all"))
+    users(store, 1)
+    subscribe_all(store, ["u0"], "report")
+    leading.advance()
+    clock.now_ms = NINE + HOUR + 5 * MINUTE
+    leading = lead(store, define(interval={"type": "hourly", "at_time": {"minute": 20}}, window=0, catch_up="all"))
+    run(clock, [leading], NINE + HOUR + 30 * MINUTE, step_ms=5000)
+    minutes = sorted((cast("int", job.occurrence_ms) - NINE) // MINUTE for job in jobs(store).values())
+    assert minutes == [0, 60, 80]
+    assert_consistent(client, store)
+
+
 # --- trigger ---------------------------------------------------------------------------------------------------------
 
 

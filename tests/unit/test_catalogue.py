@@ -639,12 +639,23 @@ def test_names_that_definitions_take_from_the_environment(tmp_path: Path) -> Non
     assert load(write(tmp_path, file=NEEDY)).environment_names == {"BASE", "TOKEN", "KEY", "BODY"}
 
 
-def test_every_missing_name_is_told_at_its_definition(tmp_path: Path) -> None:
+def test_every_missing_name_is_told_at_the_first_definition_that_needs_it(tmp_path: Path) -> None:
     found = faults(tmp_path, {"TOKEN": SECRET, "BODY": ""}, file=NEEDY)
     assert [str(fault) for fault in found] == [
         "file.yaml:2: a.config: ${BASE} is not in the environment",
         "file.yaml:2: a.config: ${KEY} is not in the environment",
     ]
+
+
+def test_two_faults_in_one_mapping_are_two_faults(tmp_path: Path) -> None:
+    content = "tasks:\n  - id: a\n    name: A\n    interval: {type: fortnightly, value: 0}\n    call: 'm:f'\n"
+    assert [fault.field for fault in faults(tmp_path, file=content)] == ["a.interval.type", "a.interval.value"]
+
+
+def test_a_name_that_many_need_is_told_once(tmp_path: Path) -> None:
+    content = 'defaults: {config: {headers: {A: "${TOKEN}"}}}\n' + HEAD + REST
+    found = faults(tmp_path, {}, a=content, b=content.replace("id: a", "id: b"))
+    assert [str(fault) for fault in found] == ["a.yaml:3: a.config: ${TOKEN} is not in the environment, and 1 more definitions need it"]
 
 
 def test_names_from_defaults_are_needed_where_they_apply(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ end
 
 local suffix, source = occurrence.suffix, occurrence.source
 local triggered = source == 'trigger'
-local made, skipped, lane, index = 0, 0, {}, {}
+local made, paused, disabled, lane, index = 0, 0, 0, {}, {}
 local seq = call('INCRBY', K.seq, #found / 2) - #found / 2
 local prefix, ending = definition .. ':', ':' .. suffix
 
@@ -113,7 +113,7 @@ for i = 1, #found, 2 do
     call('ZREM', slots_key, user)
   else
     -- a trigger is for all: who is in two groups, because of a change, has the same job in both
-    local params, wanted, off = '', triggered, values[1] == '1'
+    local params, wanted, off = '', triggered, nil
     -- most subscriptions are plain: {"since":…}
     local since = string.match(raw, '^{"since":(%d+)}$')
     if since and group == definition then
@@ -122,12 +122,13 @@ for i = 1, #found, 2 do
       local subscription = cjson.decode(raw)
       wanted = wanted or applies(subscription, at + offset)
       if not triggered and (subscription.prev or not wanted) then forget(user, subscription, at + offset) end
-      off = off or subscription.off or subscription.paused
+      off = subscription.off and 'disabled' or subscription.paused and 'paused'
       params = subscription.params or ''
     end
+    if values[1] == '1' then off = 'paused' end
     if wanted and off then
       wanted = false
-      skipped = skipped + 1
+      if off == 'paused' then paused = paused + 1 else disabled = disabled + 1 end
     end
     if wanted and base + offset < now - horizon then
       -- late, because the planner was away: what is left is spread from now on, not fired at once
@@ -169,7 +170,8 @@ if made > 0 then call('HINCRBY', K.counts, 'pending', made) end
 
 call('HSET', okey, 'cursor', string.format('%.17g', cursor))
 if made > 0 then call('HINCRBY', okey, 'planned', made) end
-if skipped > 0 then call('HINCRBY', okey, 'paused', skipped) end
+if paused > 0 then call('HINCRBY', okey, 'paused', paused) end
+if disabled > 0 then call('HINCRBY', okey, 'disabled', disabled) end
 
 -- When to look again: for the next subscriber, but not after the end of the window, which new ones may still join.
 local following = after_cursor('+inf', 1)

@@ -36,5 +36,6 @@ if is_new then
   for _, gid in ipairs(call('SMEMBERS', K.groups .. definition)) do call('ZADD', K.due, text(now), 'g|' .. gid) end
 end
 if #changed == 0 then return 0 end
-log_change(now, ARGV[6], ARGV[5], is_new and 'definition added' or 'definition changed', definition, table.concat(changed, ', '))
+-- who publishes tells of the new ones, of all in one
+if not is_new then log_change(now, ARGV[6], ARGV[5], 'definition changed', definition, table.concat(changed, ', ')) end
 return 1

@@ -71,7 +71,9 @@ for i = 5, #ARGV, 7 do
       if before ~= gid then join_group(user, definition, gid, schedule, slot, now, horizon, since) end
       if enabled == 'off' and raw then cancel_waiting(user, definition, now, 'subscription disabled by ' .. actor) end
       if size ~= '' then
-        log_change(now, size, actor, raw and 'subscription changed' or 'subscribed', user .. ' ' .. definition, encoded)
+        log_change(now, size, actor, raw and 'subscription changed' or 'subscribed', user .. ' ' .. definition,
+          (subscription.off and 'disabled, ' or 'enabled, ') .. (gid == definition and 'schedule of the definition' or 'own schedule ' .. call('HGET', K.group .. gid, 'schedule'))
+            .. (params ~= 'keep' and params ~= '' and ', own parameters' or ''))
       end
     end
   end
