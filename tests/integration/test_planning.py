@@ -1064,7 +1064,7 @@ def test_a_paused_definition_says_why_nothing_was_planned(client: redis.Redis, s
     assert_consistent(client, store)
 
 
-def test_paused_users_are_counted(client: redis.Redis, store: Store, clock: Clock) -> None:
+def test_paused_and_disabled_users_are_counted(client: redis.Redis, store: Store, clock: Clock) -> None:
     leading = lead(store, define(interval=HOURLY, window="60s"))
     names = users(store, 10)
     subscribe_all(store, names, "report")
@@ -1074,7 +1074,7 @@ def test_paused_users_are_counted(client: redis.Redis, store: Store, clock: Cloc
     clock.now_ms = NINE - 10_000
     run(clock, [leading], NINE + 61_000)
     (one,) = store.occurrences("report")
-    assert (one.planned, one.paused) == (7, 3)
+    assert (one.planned, one.paused, one.disabled) == (7, 2, 1)
     assert_consistent(client, store)
 
 
