@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 
 from taskplatform.errors import StoreUnavailable
@@ -53,17 +53,22 @@ class Planner:
         self._batch = batch
         self._name = name
 
-    def lead(self) -> None:
-        """Take over: finish what the schedules so far made due, then publish this catalogue."""
-        self._store.lead(horizon=self._horizon, leader=self._name)
+    def lead(self, *, confirm: Callable[[], object] = lambda: None) -> None:
+        """Take over: finish what the schedules so far made due, then publish this catalogue.
+
+        `confirm` is called when the new term has begun, and raises if another leads by then. Raises Conflict if one does later:
+        a leader that slept meanwhile must not publish an old catalogue over a new one.
+        """
+        term = self._store.lead(horizon=self._horizon, leader=self._name)
+        confirm()
         self._open_due()
         before = self._store.published()
         for definition in self._catalogue.values():
-            if self._store.publish(published(definition), actor=self._name):
+            if self._store.publish(published(definition), actor=self._name, term=term):
                 log.info("published definition %s", definition.id)
         self._store.log_added(sorted(self._catalogue.keys() - before), actor=self._name)
         for name in sorted(self._store.published() - self._catalogue.keys()):
-            self._store.retract(name, actor=self._name)
+            self._store.retract(name, actor=self._name, term=term)
             log.warning("definition %s is no longer in the catalogue: what waits of it will be rejected", name)
 
     def advance(self, *, budget: timedelta = timedelta(seconds=2)) -> timedelta:

@@ -28,7 +28,7 @@ NAMES = {
     "open": "open:",  # by <gid>, set of <oid> that are being planned
     "occurrences": "occurrences:",  # by definition, sorted set: <oid> → its time
     "closed": "closed",  # sorted set: <oid> → when it was done, for the retention
-    "planner": "planner",  # hash: horizon, up to where anything was planned, and what the leading planner last did
+    "planner": "planner",  # hash: horizon, term, up to where anything was planned, and what the leading planner last did
     # jobs
     "seq": "seq",  # counter: order of submission
     "job": "job:",  # hash, see store.jobs

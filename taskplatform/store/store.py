@@ -89,8 +89,11 @@ class Store:
 
     # definitions
 
-    def publish(self, definition: PublishedDefinition, *, actor: str, only_new: bool = False) -> bool:
-        """Tell the scripts of a definition. Returns whether that changed something."""
+    def publish(self, definition: PublishedDefinition, *, actor: str, only_new: bool = False, term: int | None = None) -> bool:
+        """Tell the scripts of a definition. Returns whether that changed something.
+
+        With `term`, raises Conflict when another leads by now.
+        """
         rate = "" if definition.rate_per_second is None else repr(definition.rate_per_second)
         fields = {
             "priority": definition.priority.value,
@@ -102,16 +105,23 @@ class Store:
         }
         flat = [part for pair in fields.items() for part in pair]
         schedule = schedule_to_json(definition.schedule)
-        return bool(self._scripts.run("publish", definition.id, schedule, int(only_new), actor, self._log_size, *flat))
+        since = "" if term is None else term
+        return self._led(self._scripts.run("publish", definition.id, schedule, int(only_new), actor, self._log_size, since, *flat))
 
     def log_added(self, definitions: Sequence[str], *, actor: str) -> None:
         """One entry of the change log for definitions that were published for the first time."""
         if definitions:
             self._log(actor, "definitions added", " ".join(definitions), f"{len(definitions)} definitions")
 
-    def retract(self, definition: str, *, actor: str) -> bool:
-        """Remove a definition; what waits of it is rejected when its turn comes."""
-        return bool(self._scripts.run("retract", definition, actor, self._log_size))
+    def retract(self, definition: str, *, actor: str, term: int | None = None) -> bool:
+        """Remove a definition; what waits of it is rejected when its turn comes. With `term`, raises Conflict as `publish` does."""
+        return self._led(self._scripts.run("retract", definition, actor, self._log_size, "" if term is None else term))
+
+    @staticmethod
+    def _led(answer: int) -> bool:
+        if answer == -1:
+            raise Conflict("another planner leads by now")
+        return bool(answer)
 
     def published(self) -> set[str]:
         """Ids of the definitions that the scripts know."""
@@ -352,9 +362,12 @@ class Store:
 
     # planning
 
-    def lead(self, *, horizon: timedelta, leader: str) -> None:
-        """Say who plans, and how far ahead."""
-        self._redis.hset(self._key("planner"), mapping={"horizon": milliseconds(horizon), "leader": leader, "since": self.now_ms()})
+    def lead(self, *, horizon: timedelta, leader: str) -> int:
+        """Say who plans, and how far ahead. Returns the term: a number that tells this leader from all before."""
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.hset(self._key("planner"), mapping={"horizon": milliseconds(horizon), "leader": leader, "since": self.now_ms()})
+        pipe.hincrby(self._key("planner"), "term")
+        return int(pipe.execute()[1])
 
     def planner_tick(self, *, planned: int) -> None:
         """Say that the planner advanced."""
@@ -444,7 +457,7 @@ class Store:
             made += [bool(one) for one in answer[2:]]
         return made
 
-    def release(self, *, limit: int = 200) -> tuple[int, int | None]:
+    def release(self, *, limit: int = 100) -> tuple[int, int | None]:
         """Release what is due. Returns how many jobs, and in how many ms the next could go (None: unknown)."""
         released, wait, _ = self._scripts.run("release", limit)
         return released, int(wait) if wait else None

@@ -16,7 +16,7 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from taskplatform.errors import StoreUnavailable
+from taskplatform.errors import Conflict, StoreUnavailable
 from taskplatform.model import Definition, Job, JobState, Schedule, moment, planned_job_id, schedule_to_json, slot
 from taskplatform.planner import Planner
 from taskplatform.schedule import next_occurrence, occurrences
@@ -323,7 +323,10 @@ def test_an_old_leader_that_was_paused_in_any_call_and_resumes(scenario: Scenari
                 woke = True
 
         old = scenario.planner(Between(scenario.store, sleep))
-        old.lead()
+        try:
+            old.lead()
+        except Conflict:
+            assert woke
         for now_ms in scenario.ticks():
             if not woke:
                 scenario.clock.now_ms = now_ms
@@ -333,6 +336,49 @@ def test_an_old_leader_that_was_paused_in_any_call_and_resumes(scenario: Scenari
             break
         assert_consistent(scenario.client, scenario.store)
     assert pauses > 25
+
+
+def test_a_leader_that_slept_while_it_took_over_publishes_nothing(client: redis.Redis, store: Store, clock: Clock) -> None:
+    """Its catalogue is the old one: it would take back what the new leader published, and reject what waits of it."""
+    kept = define("kept", interval=HOURLY)
+    changed, gone = define("changed", interval=HOURLY, priority="high"), define("gone", interval=HOURLY)
+    new = [kept, define("changed", interval=HOURLY, priority="low"), define("added", interval=HOURLY)]
+    calls = 0
+    while True:
+        calls += 1
+        client.flushall()
+        woke = False
+
+        def sleep(call: int, at: int = calls) -> None:
+            nonlocal woke
+            if call == at:
+                lead(store, *new)
+                woke = True
+
+        catalogue = {definition.id: definition for definition in (kept, changed, gone)}
+        old = Planner(cast("Store", Between(store, sleep)), catalogue, horizon=HORIZON, batch=10)
+        try:
+            old.lead()
+        except Conflict:
+            assert woke
+        if not woke:
+            break
+        assert store.published() == {"kept", "changed", "added"}, f"it slept after call {calls}"
+        assert client.hget("tp:definition:changed", "priority") == "low"
+        assert_consistent(client, store)
+    assert calls >= 6
+
+
+def test_a_leader_that_lost_its_lock_before_its_term_publishes_nothing(client: redis.Redis, store: Store) -> None:
+    class NotOwned(Exception):
+        pass
+
+    def confirm() -> None:
+        raise NotOwned
+
+    with pytest.raises(NotOwned):
+        planner(store, define()).lead(confirm=confirm)
+    assert store.published() == set()
 
 
 def test_the_cursor_moves_only_from_where_it_was_seen(client: redis.Redis, store: Store, clock: Clock) -> None:
@@ -398,25 +444,27 @@ def test_what_cannot_be_planned_holds_back_nobody(
 ) -> None:
     """A group with a zone that this machine does not know, and a subscription that is not JSON."""
     leading = lead(store, define("good", interval=HOURLY, window=0), define("bad", interval=HOURLY, window=0))
-    users(store, 2)
-    subscribe_all(store, ["u0", "u1"], "good")
+    names = users(store, 4)
+    subscribe_all(store, names, "good")
     subscribe(store, "u0", "bad", **own(type="hourly", timezone="Asia/Tokyo"))
     subscribe(store, "u1", "bad")
     gid = next(name for name in cast("set[str]", client.smembers("tp:groups:bad")) if "~" in name)
     whole = client.hget(f"tp:group:{gid}", "schedule")
     client.hset(f"tp:group:{gid}", "schedule", '{"interval":{"type":"hourly","timezone":"Mars/Olympus"}}')
-    raw = client.hget("tp:user:u1", "bad")
-    client.hset("tp:user:u1", "bad", "{")
+    # it stands between two others
+    between = sorted(names, key=lambda name: slot(name, "good"))[1]
+    raw = client.hget(f"tp:user:{between}", "good")
+    client.hset(f"tp:user:{between}", "good", "{")
     with caplog.at_level(logging.ERROR):
         run(clock, [leading], NINE, step_ms=60_000)
-    assert {(job.user, job.definition) for job in jobs(store).values()} == {("u0", "good"), ("u1", "good")}
+    wanted = {(name, "good") for name in names if name != between} | {("u1", "bad")}
+    assert {(job.user, job.definition) for job in jobs(store).values()} == wanted
     assert "cannot plan group bad~" in caplog.text
-    assert "cannot plan occurrence bad|" in caplog.text
     # and heals when it is mended
     client.hset(f"tp:group:{gid}", "schedule", str(whole))
-    client.hset("tp:user:u1", "bad", str(raw))
+    client.hset(f"tp:user:{between}", "good", str(raw))
     run(clock, [leading], NINE + 20_000)
-    assert len(jobs(store)) == 4
+    assert {(job.user, job.definition) for job in jobs(store).values()} == wanted | {("u0", "bad")}
     assert_consistent(client, store)
 
 

@@ -89,7 +89,7 @@ def test_one_call_enqueues_in_its_order(client: redis.Redis, store: Store) -> No
     ids = [f"{name}:{user}:m{number}" for number in range(30) for name in ("low_b", "low_a") for user in ("cyd", "ann")]
     store.enqueue([Enqueue(job_id) for job_id in ids])
     offer(store, slots=1000)
-    store.release()
+    store.release(limit=1000)
     assert released(client) == ids
     assert store.counts()[S.QUEUED] == len(ids)
 

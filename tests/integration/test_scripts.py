@@ -145,6 +145,15 @@ def test_tables_that_the_scripts_get(client: redis.Redis) -> None:
     assert table("K") == {**expected, "unacked": UNACKED, "unacked_index": UNACKED_INDEX}
 
 
+def test_a_server_that_forgot_the_scripts_gets_them_again(client: redis.Redis, store: Store) -> None:
+    """As after its restart."""
+    publish(store, define("report"))
+    client.script_flush()
+    assert store.create_user("u1", actor=ACTOR)
+    client.script_flush()
+    assert store.release() == (0, None)
+
+
 def test_a_store_keeps_to_its_namespace(client: redis.Redis, clock: Clock) -> None:
     """Two namespaces on one server share only the broker's queues."""
     own, other = Store(client, namespace="own", clock=clock), Store(client, namespace="other", clock=clock)

@@ -428,6 +428,23 @@ def test_cancel_after_start(client: redis.Redis, store: Store, clock: Clock) -> 
     assert_consistent(client, store)
 
 
+def test_the_cancel_of_a_delivery_reaches_no_later_one(client: redis.Redis, store: Store, clock: Clock) -> None:
+    """A worker that was told to stop a run says so when the job has been given to another."""
+    job_id = bring(client, store, clock, S.RUNNING)
+    store.cancel(job_id, reason="not wanted")
+    store.retry(job_id, reason="after all")
+    assert store.cancel(job_id, reason="revoked", delivery=1) is S.PENDING
+    offer(store)
+    store.release()
+    assert store.cancel(job_id, reason="revoked", delivery=1) is S.QUEUED
+    start(store, job_id)
+    assert store.cancel(job_id, reason="revoked", delivery=1) is S.RUNNING
+    assert store.job(job_id).state is S.RUNNING
+    assert store.cancel(job_id, reason="revoked", delivery=2) is S.RUNNING
+    assert store.job(job_id).state is S.CANCELED
+    assert_consistent(client, store)
+
+
 @pytest.mark.parametrize("state", [S.PENDING, S.RETRYING, S.QUEUED])
 def test_what_was_canceled_is_not_released(client: redis.Redis, store: Store, clock: Clock, state: JobState) -> None:
     job_id = bring(client, store, clock, state)

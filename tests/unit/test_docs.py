@@ -74,6 +74,11 @@ def test_the_definitions_shown_load_as_they_stand(name: str) -> None:
             assert Definition.model_validate(merged).id == task["id"]
 
 
+def test_nothing_is_left_to_be_filled_in() -> None:
+    for name, text in TEXTS.items():
+        assert not re.search(r"\b(FIGURES|TODO|TBD|FIXME)\b", text), name
+
+
 def test_links_lead_to_files() -> None:
     for name, text in TEXTS.items():
         for target in re.findall(r"\]\(([^)#:]+)\)", text):

@@ -29,6 +29,13 @@ local function log_change(now, size, actor, kind, subject, detail)
   call('XADD', K.changes, 'MAXLEN', '~', size, '*', 'at', text(now), 'actor', actor, 'kind', kind, 'subject', subject, 'detail', detail)
 end
 
+-- Leading --------------------------------------------------------------------------------------------------------
+
+-- Whether the leader of this term still leads: one that slept meanwhile must not publish its old catalogue.
+local function leads(term)
+  return term == '' or term == call('HGET', K.planner, 'term')
+end
+
 -- State and history ----------------------------------------------------------------------------------------------
 
 local function remember(id, now, from, to, attempt, worker, reason, detail)
@@ -199,16 +206,26 @@ local function fill(template, values)
   return (string.gsub(template, '@@(%u+)@@', values))
 end
 
--- Of the lanes whose heads are due at the same millisecond, the one whose head was submitted first.
-local function first_lane(priority, now)
-  local head = call('ZRANGE', K.ready .. priority, 0, 0, 'WITHSCORES')
+-- Of the lanes whose heads are due at the same millisecond, the one whose head was submitted first. `ties` keeps them from
+-- one call to the next, between which only the lane that was given may change: there can be one for each definition.
+local function first_lane(priority, now, ties)
+  local ready = K.ready .. priority
+  local head = call('ZRANGE', ready, 0, 0, 'WITHSCORES')
   if not head[1] or tonumber(head[2]) > now then return nil end
-  local tied = call('ZRANGEBYSCORE', K.ready .. priority, head[2], head[2])
-  local best, best_member = nil, nil
-  for _, definition in ipairs(tied) do
-    local member = call('ZRANGE', K.lane .. priority .. ':' .. definition, 0, 0)[1]
-    if member and (not best_member or member < best_member) then best, best_member = definition, member end
+  local changed = { ties.given }
+  if ties.score ~= head[2] then
+    ties.score, ties.heads = head[2], {}
+    changed = call('ZRANGEBYSCORE', ready, head[2], head[2])
   end
+  for _, definition in ipairs(changed) do
+    local tied = call('ZSCORE', ready, definition) == head[2]
+    ties.heads[definition] = tied and call('ZRANGE', K.lane .. priority .. ':' .. definition, 0, 0)[1] or nil
+  end
+  local best, best_member = nil, nil
+  for definition, member in pairs(ties.heads) do
+    if not best or member < best_member then best, best_member = definition, member end
+  end
+  ties.given = best
   return best, best_member
 end
 
@@ -235,13 +252,13 @@ local function release(now, most)
       unblock_lane(priority, definition)
     end
     in_queue[priority] = call('ZCARD', K.queued .. priority)
-    local depth, before = tonumber(capacity[priority] or '0'), 0
+    local depth, before, ties = tonumber(capacity[priority] or '0'), 0, {}
     for _, higher in ipairs(PRIORITIES) do
       if higher == priority then break end
       before = before + in_queue[higher] * tonumber(capacity[higher .. '>' .. priority] or '0')
     end
     while before + in_queue[priority] < depth do
-      local definition, member = first_lane(priority, now)
+      local definition, member = first_lane(priority, now, ties)
       if not definition then break end
       looked = looked + 1
       if looked > most then return released, now end

@@ -119,7 +119,12 @@ for i = 1, #found, 2 do
     if since and group == definition then
       wanted = wanted or at + offset > tonumber(since)
     else
-      local subscription = cjson.decode(raw)
+      local readable, subscription = pcall(cjson.decode, raw)
+      if not readable then
+        -- one broken record must not stop the others, nor leave their jobs half made
+        redis.log(redis.LOG_WARNING, 'taskplatform: the subscription of ' .. user .. ' to ' .. definition .. ' cannot be read')
+        subscription = { off = 1, since = 0 }
+      end
       wanted = wanted or applies(subscription, at + offset)
       if not triggered and (subscription.prev or not wanted) then forget(user, subscription, at + offset) end
       off = subscription.off and 'disabled' or subscription.paused and 'paused'

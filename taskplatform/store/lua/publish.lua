@@ -1,14 +1,16 @@
 -- Tells the scripts of a definition, and gives its default group its schedule.
 -- ARGV[1] now   ARGV[2] definition   ARGV[3] schedule of the default group   ARGV[4] 1: only if it is not published yet
--- ARGV[5] actor   ARGV[6] size of the change log   ARGV[7…] by twos: fields and their values ('' removes the field)
--- Returns 1 when something changed, else 0.
+-- ARGV[5] actor   ARGV[6] size of the change log   ARGV[7] the term of the leader that says so ('' whoever it is)
+-- ARGV[8…] by twos: fields and their values ('' removes the field)
+-- Returns 1 when something changed, 0 when not, -1 when another leads by now.
 
 local now, definition, schedule = clock(ARGV[1]), ARGV[2], ARGV[3]
 local key = K.definition .. definition
+if not leads(ARGV[7]) then return -1 end
 local is_new = call('SADD', K.definitions, definition) == 1
 if not is_new and ARGV[4] == '1' then return 0 end
 local changed, limit_changed = {}, false
-for i = 7, #ARGV, 2 do
+for i = 8, #ARGV, 2 do
   local field, value = ARGV[i], ARGV[i + 1]
   local before = call('HGET', key, field) or ''
   if before ~= value then

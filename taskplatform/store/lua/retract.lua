@@ -1,8 +1,10 @@
 -- Removes a definition that is no longer in the catalogue. What waits of it is rejected when its turn comes.
 -- ARGV[1] now   ARGV[2] definition   ARGV[3] actor   ARGV[4] size of the change log
--- Returns 1, or 0 when it was not published.
+-- ARGV[5] the term of the leader that says so ('' whoever it is)
+-- Returns 1, 0 when it was not published, -1 when another leads by now.
 
 local now, definition = clock(ARGV[1]), ARGV[2]
+if not leads(ARGV[5]) then return -1 end
 if call('SREM', K.definitions, definition) == 0 then return 0 end
 call('DEL', K.definition .. definition)
 for _, priority in ipairs(PRIORITIES) do unblock_lane(priority, definition) end
