@@ -646,7 +646,7 @@ def steps(verbs: Sequence[str], longest_ms: int) -> st.SearchStrategy[list[tuple
 
 
 SLOW = settings(
-    deadline=None, database=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    deadline=None, database=None, max_examples=70, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 

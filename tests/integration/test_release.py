@@ -569,7 +569,7 @@ STEP = st.one_of(
 )
 
 
-@settings(deadline=None, database=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(deadline=None, database=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     steps=st.lists(STEP, min_size=5, max_size=40),
     limits=st.dictionaries(
