@@ -39,8 +39,15 @@ def _between_two_hours(clock: Clock) -> None:
     clock.now_ms += 10 * MINUTE
 
 
+class Unhurried(Planner):
+    """One whose ticks are whole, also on a machine that stands still for a while."""
+
+    def advance(self, *, budget: timedelta = timedelta(minutes=5)) -> timedelta:
+        return super().advance(budget=budget)
+
+
 def planner(store: Store, *definitions: Definition, batch: int = 250) -> Planner:
-    return Planner(store, {definition.id: definition for definition in definitions}, horizon=HORIZON, batch=batch)
+    return Unhurried(store, {definition.id: definition for definition in definitions}, horizon=HORIZON, batch=batch)
 
 
 def lead(store: Store, *definitions: Definition, batch: int = 250) -> Planner:
@@ -401,6 +408,25 @@ def test_the_cursor_moves_only_from_where_it_was_seen(client: redis.Redis, store
     assert_consistent(client, store)
 
 
+def test_the_cursor_never_moves_back(client: redis.Redis, store: Store, clock: Clock) -> None:
+    """Neither by a clock that was set back nor by a planner that looks less far ahead."""
+    far = Planner(store, {"report": define(interval=HOURLY)}, horizon=timedelta(minutes=30), batch=10)
+    far.lead()
+    users(store, 1)
+    subscribe(store, "u0", "report", horizon=timedelta(minutes=30))
+    clock.now_ms = NINE
+    far.advance()
+    before = store.group("report")
+    assert before is not None
+    assert before.cursor_ms == NINE + 30 * MINUTE
+    clock.now_ms -= 10 * MINUTE
+    lead(store, define(interval={"type": "hourly", "at_time": {"minute": 20}})).advance()
+    assert store.next_due_ms() != clock.now_ms
+    after = store.group("report")
+    assert after is not None
+    assert after.cursor_ms == before.cursor_ms
+
+
 def test_what_was_read_before_a_new_schedule_opens_nothing(client: redis.Redis, store: Store, clock: Clock) -> None:
     """An old leader that read the group before the new one published another schedule."""
     lead(store, define(interval=DAILY))
@@ -465,6 +491,17 @@ def test_what_cannot_be_planned_holds_back_nobody(
     client.hset(f"tp:user:{between}", "good", str(raw))
     run(clock, [leading], NINE + 20_000)
     assert {(job.user, job.definition) for job in jobs(store).values()} == wanted | {("u0", "bad")}
+    assert_consistent(client, store)
+
+
+def test_a_user_with_a_broken_record_can_be_deleted(client: redis.Redis, store: Store) -> None:
+    lead(store, define("good"), define("bad"))
+    users(store, 1)
+    for name in ("bad", "good"):
+        subscribe(store, "u0", name)
+    client.hset("tp:user:u0", "bad", "{")
+    assert store.delete_user("u0", actor=ACTOR) == (0, 2)
+    assert keys_with(client, "u0") == {"tp:changes"}
     assert_consistent(client, store)
 
 
@@ -558,7 +595,7 @@ class Changes:
         client.flushall()
         clock.now_ms = NINE + 17_345
         self.model = Model(planned_ms=clock.now_ms)
-        self.planner = Planner(store, {"report": CHANGING}, horizon=FAR, batch=2)
+        self.planner = Unhurried(store, {"report": CHANGING}, horizon=FAR, batch=2)
         self.planner.lead()
         self.users = ["ann", "bob", "cyd"]
         store.create_users(self.users, actor=ACTOR)

@@ -9,7 +9,8 @@ if not fields['@created'] then return { -1, 0 } end
 local subscriptions, canceled = 0, 0
 for definition, raw in pairs(fields) do
   if string.sub(definition, 1, 1) ~= '@' then
-    leave_groups(user, definition, cjson.decode(raw))
+    local readable, subscription = pcall(cjson.decode, raw)
+    leave_groups(user, definition, readable and subscription or {})
     subscriptions = subscriptions + 1
   end
 end

@@ -179,9 +179,9 @@ end
 -- Limits: GCRA, one number for each (https://en.wikipedia.org/wiki/Generic_cell_rate_algorithm) --------------------
 
 -- How far the theoretical arrival time lies ahead, apart from now: in their sum fractions of a millisecond would get lost,
--- and with them the limit in the long run. It may be forgotten once it lies in the past.
+-- and with them the limit in the long run. It may be forgotten a while after it lies in the past.
 local function take_token(name, ahead, now)
-  call('SET', K.limit .. name, text(now) .. ' ' .. string.format('%.17g', ahead), 'PX', text(math.ceil(ahead) + 1000))
+  call('SET', K.limit .. name, text(now) .. ' ' .. string.format('%.17g', ahead), 'PX', text(math.ceil(ahead) + 60000))
 end
 
 -- In how many ms the limit lets the next job go, and how far ahead its arrival time lies then.
