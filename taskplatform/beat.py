@@ -59,7 +59,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         self.lock.extend(int(self.lock_timeout))
         limit = self._settings.rate_limit
         self._store.set_global_limit(limit.per_second if limit else None, limit.burst if limit else 1)
-        self._planner.lead()
+        self._planner.lead(confirm=lambda: self.lock.extend(int(self.lock_timeout)))
         self._leads = True
         self.setup_schedule()
         log.info("beat leads and plans from now on")
