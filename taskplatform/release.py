@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Protocol
 
 from taskplatform.store import Store
 
@@ -16,14 +15,6 @@ log = logging.getLogger(__name__)
 
 #: The longest sleep in seconds: a job that was put in by another process is seen after this at the latest.
 LONGEST_SLEEP = 0.25
-
-
-class Loop(Protocol):
-    """What runs on a thread until it is stopped."""
-
-    def run(self) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 class ReleaseLoop:
