@@ -37,7 +37,7 @@ from taskplatform import http
 from taskplatform.catalogue import Catalogue, load, resolve_calls
 from taskplatform.errors import CatalogueError, InvalidInput, SettingsError, StoreError, StoreUnavailable, TaskPlatformError
 from taskplatform.message import time_limits
-from taskplatform.model import Definition, JobState, Priority, format_duration
+from taskplatform.model import START_SLACK_MS, Definition, JobState, Priority, format_duration
 from taskplatform.platform import Platform
 from taskplatform.recovery import LOSS_BACKOFF, RecoveryLoop
 from taskplatform.release import ReleaseLoop
@@ -129,7 +129,7 @@ class RunningJob:
     execute_after_ms: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Run:
     """One delivery that was allowed to run."""
 
@@ -137,6 +137,8 @@ class _Run:
     delivery: int
     worker: str
     start: Start
+    asked: float
+    """When the start was asked for, by the monotonic clock in seconds."""
 
 
 @lru_cache(maxsize=1)
@@ -248,11 +250,12 @@ class PlatformTask(Task):  # type: ignore[misc]
             raise InvalidInput(f"{self.name} runs only as a job: use delay(user=…), apply_async or Platform.enqueue")
         worker = worker_id(request.hostname)
         waited_ms = max(0, round((time.time() - request.get("received_at", time.time())) * 1000))
+        asked = time.monotonic()
         start = platform().store.start(request.id, delivery=delivery, worker=worker, waited_ms=waited_ms)
         if not start.go:
             log.info("delivery %s of job %s dropped: the job is %s", delivery, request.id, start.refusal)
             raise Ignore
-        request.platform_run = run = _Run(request.id, delivery, worker, start)
+        request.platform_run = run = _Run(request.id, delivery, worker, start, asked)
         params = {**self.definition.params, **start.params}
         try:
             if self.definition.config is not None:
@@ -272,6 +275,7 @@ class PlatformTask(Task):  # type: ignore[misc]
         except InvalidInput as fault:
             self._finish(run, JobState.FAILED, str(fault), None)
             raise JobFailed(str(fault)) from fault
+        self._check_place(run)
         outcome = _http_client_of(os.getpid()).send(call, deadline=self.definition.work_limit)
         summary = f"{outcome.reason} in {outcome.duration_ms} ms"
         if outcome.kind is http.OutcomeKind.COMPLETED:
@@ -290,10 +294,12 @@ class PlatformTask(Task):  # type: ignore[misc]
         )
 
     def _call_function(self, run: _Run, user: str, params: Mapping[str, Any]) -> str:
+        function = _function(cast("str", self.definition.call))
+        self._check_place(run)
         job = RunningJob(run.job_id, self.definition.id, user, params, run.start.attempt, run.start.execute_after_ms)
         began = time.monotonic()
         try:
-            result = _function(cast("str", self.definition.call))(job)
+            result = function(job)
         except (Retry, Ignore, SoftTimeLimitExceeded, JobFailed):
             raise
         except (Exception, SystemExit) as fault:
@@ -306,6 +312,14 @@ class PlatformTask(Task):  # type: ignore[misc]
         excerpt = json.dumps(result, default=str)[: settings().http_excerpt]
         self._finish(run, JobState.COMPLETED, "returned", {"duration_ms": duration_ms, "excerpt": excerpt})
         return excerpt
+
+    def _check_place(self, run: _Run) -> None:
+        """A process that was stopped or starved since the start must ask again: another may have its job or its place in a limit."""
+        while time.monotonic() - run.asked > START_SLACK_MS / 1000:
+            run.asked = time.monotonic()
+            if not platform().store.renew(run.job_id, delivery=run.delivery, worker=run.worker):
+                log.warning("job %s: delivery %d was held up before its call, and makes it no more", run.job_id, run.delivery)
+                raise Ignore
 
     def _run(self) -> _Run:
         run = self.request.get("platform_run")

@@ -17,6 +17,7 @@ from redbeat.schedulers import RedBeatScheduler
 from taskplatform.app import platform_when_reachable
 from taskplatform.errors import StoreError
 from taskplatform.planner import Planner
+from taskplatform.settings import environment
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +31,14 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         owner = platform_when_reachable()
         self._store = owner.store
         self._settings = owner.settings
+        self._name = f"beat@{socket.gethostname()}#{os.getpid()}"
         self._planner = Planner(
             owner.store,
             owner.catalogue,
             horizon=owner.settings.plan_horizon,
             batch=owner.settings.plan_batch,
-            name=f"beat@{socket.gethostname()}#{os.getpid()}",
+            name=self._name,
+            environment=environment(),
         )
 
     def setup_schedule(self) -> None:
@@ -57,8 +60,8 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
 
     def _take_over(self) -> None:
         self.lock.extend(int(self.lock_timeout))
-        limit = self._settings.rate_limit
-        self._store.set_global_limit(limit.per_second if limit else None, limit.burst if limit else 1)
+        self._store.configure_limits(self._settings.limits, actor=self._name)
+        self._store.set_options(fairness=self._settings.fairness, share=self._settings.lower_share)
         self._planner.lead(confirm=lambda: self.lock.extend(int(self.lock_timeout)))
         self._leads = True
         self.setup_schedule()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import re
 import zoneinfo
@@ -180,6 +181,12 @@ def _refuse(model: BaseModel, faults: Sequence[tuple[Place, str]]) -> None:
         raise ValidationError.from_exception_data(type(model).__name__, details)
 
 
+#: A call is made this long after its start was recorded, at the latest: later its place in the rate limits has passed.
+START_SLACK_MS = 100
+#: The burst of a rate without one is what comes in this time: a burst of 1 would let each start wait for the one before.
+_DEFAULT_BURST_SECONDS = 0.2
+
+
 class RateLimit(_ShortForm):
     """At most `rate`, with bursts of `burst`: in no span of t seconds more than rate × t + burst."""
 
@@ -187,7 +194,17 @@ class RateLimit(_ShortForm):
         description='count per second, minute, hour or day: "10/s", "100/m", "5000/h", "20/d"',
         json_schema_extra={"pattern": f"^{_RATE.pattern}$"},
     )
-    burst: int = Field(default=1, ge=1, le=1_000_000, description="how many may go at once after a quiet time")
+    burst: int = Field(
+        default=1, ge=1, le=1_000_000, description="how many may go at once after a quiet time; default: what comes in 200 ms, at least 1"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_burst(cls, value: object) -> object:
+        given = {"rate": value} if isinstance(value, str) else value
+        if not isinstance(given, dict) or "burst" in given or not _RATE.fullmatch(str(given.get("rate")).strip()):
+            return value
+        return {**given, "burst": max(1, min(1_000_000, math.ceil(_per_second(given["rate"]) * _DEFAULT_BURST_SECONDS)))}
 
     @model_validator(mode="after")
     def _check_rate(self) -> RateLimit:
@@ -200,8 +217,52 @@ class RateLimit(_ShortForm):
     @property
     def per_second(self) -> float:
         """The rate in jobs per second."""
-        count, per = self.rate.split("/")
-        return float(count) / _PER_SECONDS[per]
+        return _per_second(self.rate)
+
+
+def _per_second(rate: str) -> float:
+    count, per = rate.split("/")
+    return float(count) / _PER_SECONDS[per]
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What a limit allows, as the scripts know it. None: no bound."""
+
+    per_second: float | None = None
+    burst: int | None = None
+    """How many may go at once after a quiet time; goes with `per_second`."""
+    concurrency: int | None = None
+    """How many may be released and not ended."""
+
+
+class LimitRule(_ShortForm):
+    """A limit as people write it: a rate, how many at a time, or both."""
+
+    rate: str | None = Field(default=None, description=RateLimit.model_fields["rate"].description)
+    burst: int | None = Field(default=None, ge=1, le=1_000_000, description="how many may go at once after a quiet time; goes with rate")
+    concurrency: int | None = Field(default=None, ge=1, le=1_000_000, description="how many may run at a time, over all workers")
+
+    @model_validator(mode="after")
+    def _check(self) -> LimitRule:
+        if self.rate is None and self.concurrency is None:
+            raise ValueError("takes rate, concurrency, or both")
+        if self.rate is None and self.burst is not None:
+            _refuse(self, [(("burst",), "burst goes with rate")])
+        if self.rate is not None:
+            self._rate_limit()
+        return self
+
+    def _rate_limit(self) -> RateLimit:
+        return RateLimit.model_validate({"rate": self.rate} if self.burst is None else {"rate": self.rate, "burst": self.burst})
+
+    @property
+    def limit(self) -> Limit:
+        """The same with its defaults filled in."""
+        if self.rate is None:
+            return Limit(concurrency=self.concurrency)
+        rate = self._rate_limit()
+        return Limit(rate.per_second, rate.burst, self.concurrency)
 
 
 # --- schedules -------------------------------------------------------------------------------------------------------
@@ -424,6 +485,23 @@ class HttpConfig(_Frozen):
         names = (name for _, text in self._texts() for name in _TEMPLATE.findall(text))
         return frozenset(name.removeprefix("params.") for name in names if name.startswith("params."))
 
+    def host(self, environment: Mapping[str, str]) -> str | None:
+        """The host that is called, with the port where it is not the scheme's own: what a limit of a host goes by.
+
+        None where `environment` does not have what the endpoint needs.
+        """
+        if any(name not in environment for name in _ENVIRONMENT.findall(self.endpoint)):
+            return None
+        endpoint = _ENVIRONMENT.sub(lambda found: environment[found.group(1)], self.endpoint)
+        try:
+            parts = urlsplit(endpoint.partition("{{")[0])
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            return None
+        if not host:
+            return None
+        return host if port in (None, {"http": 80, "https": 443}.get(parts.scheme)) else f"{host}:{port}"
+
     def _texts(self) -> Iterator[tuple[Place, str]]:
         return _texts({"endpoint": self.endpoint, "headers": self.headers, "body": self.body})
 
@@ -466,6 +544,7 @@ class Definition(_Frozen):
     retries: int = Field(default=3, ge=0, le=100, description="how often a failed attempt is tried again")
     backoff: Backoff = Backoff()
     rate_limit: RateLimit | None = Field(default=None, description='over all workers: "10/s" or {rate: "10/s", burst: 15}')
+    concurrency: int | None = Field(default=None, ge=1, le=1_000_000, description="how many of its jobs may run at a time, over all workers")
     window: Duration = Field(default=timedelta(seconds=60), description="the users of an occurrence are spread over it")
     catch_up: CatchUp = CatchUp()
     overlap: Literal["allow", "skip"] = Field(

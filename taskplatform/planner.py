@@ -14,7 +14,7 @@ from datetime import timedelta
 
 from taskplatform.errors import StoreUnavailable
 from taskplatform.message import message_template
-from taskplatform.model import CatchUpPolicy, Definition
+from taskplatform.model import CatchUpPolicy, Definition, Limit
 from taskplatform.schedule import latest_occurrence, next_occurrence, occurrences
 from taskplatform.store import DueItem, Group, Opening, PublishedDefinition, Store
 
@@ -28,9 +28,10 @@ _MOST_CAUGHT_UP = 1000
 _PUT_OFF = timedelta(seconds=10)
 
 
-def published(definition: Definition) -> PublishedDefinition:
-    """What the store must know of a definition."""
+def published(definition: Definition, environment: Mapping[str, str] | None = None) -> PublishedDefinition:
+    """What the store must know of a definition; of its host only with an `environment` that gives it."""
     limit = definition.rate_limit
+    host = "" if definition.config is None else definition.config.host(environment or {})
     return PublishedDefinition(
         id=definition.id,
         schedule=definition.schedule,
@@ -38,20 +39,21 @@ def published(definition: Definition) -> PublishedDefinition:
         overlap=definition.overlap,
         message=message_template(definition),
         window=definition.window,
-        rate_per_second=limit.per_second if limit else None,
-        burst=limit.burst if limit else None,
+        limit=Limit(limit.per_second if limit else None, limit.burst if limit else None, definition.concurrency),
+        host=host,
     )
 
 
 class Planner:
     """Advances the plan of one catalogue."""
 
-    def __init__(self, store: Store, catalogue: Mapping[str, Definition], *, horizon: timedelta, batch: int, name: str = "planner") -> None:
+    def __init__(self, store: Store, catalogue: Mapping[str, Definition], *, horizon: timedelta, batch: int, name: str = "planner", environment: Mapping[str, str] | None = None) -> None:
         self._store = store
         self._catalogue = catalogue
         self._horizon = horizon
         self._batch = batch
         self._name = name
+        self._environment = environment
 
     def lead(self, *, confirm: Callable[[], object] = lambda: None) -> None:
         """Take over: finish what the schedules so far made due, then publish this catalogue.
@@ -64,7 +66,7 @@ class Planner:
         self._open_due()
         before = self._store.published()
         for definition in self._catalogue.values():
-            if self._store.publish(published(definition), actor=self._name, term=term):
+            if self._store.publish(published(definition, self._environment), actor=self._name, term=term):
                 log.info("published definition %s", definition.id)
         self._store.log_added(sorted(self._catalogue.keys() - before), actor=self._name)
         for name in sorted(self._store.published() - self._catalogue.keys()):

@@ -16,6 +16,7 @@ import getpass
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from taskplatform.model import (
     Definition,
     Job,
     JobState,
+    Limit,
+    LimitRule,
     Priority,
     Schedule,
     ScheduleOverride,
@@ -44,11 +47,12 @@ from taskplatform.model import (
 )
 from taskplatform.planner import published
 from taskplatform.settings import Settings, settings
-from taskplatform.store import Change, Enqueue, Occurrence, Page, Store, Subscribe, SubscribeResult, connect
+from taskplatform.store import Change, Enqueue, LimitState, Occurrence, Page, Store, Subscribe, SubscribeResult
 
 #: The longest that a job may be put off.
 MAX_DELAY = timedelta(days=366)
 MAX_KEY_LENGTH = 255
+_HOST = re.compile(r"[a-z0-9._\[\]:-]{1,255}")
 #: The most items of one page of a listing.
 MAX_LIMIT = 10_000
 
@@ -94,7 +98,7 @@ class Platform:
         Raises SettingsError, CatalogueError, StoreError.
         """
         chosen = settings_ or settings()
-        store = Store(connect(chosen.redis_url), namespace=chosen.namespace, change_log_size=chosen.change_log_size)
+        store = Store.connect(chosen.redis_url, namespace=chosen.namespace, change_log_size=chosen.change_log_size)
         try:
             platform = cls(store, catalogue if catalogue is not None else load(Path(chosen.tasks_dir)), chosen, actor=actor)
             store.ping()
@@ -230,6 +234,14 @@ class Platform:
         self.store.retry(job_id, reason=f"retried by {self._actor}")
         return self.job(job_id)
 
+    def set_priority(self, job_id: str, priority: Priority | str) -> Job:
+        """Give a job that waits another priority; it keeps its place among those of its time. Raises UnknownJob, Conflict, InvalidInput."""
+        wanted = _priority(priority)
+        state = self.store.prioritize(job_id, wanted, reason=f"priority {wanted} given by {self._actor}")
+        if state not in (JobState.PENDING, JobState.RETRYING):
+            raise Conflict(f"job {job_id} is {state}: the priority of a job that waits can be changed")
+        return self.job(job_id)
+
     def trigger(self, definition: str, *, window: timedelta | None = None) -> tuple[datetime, int]:
         """An extra occurrence now, for all subscribers, spread over the definition's window or the one given.
 
@@ -257,6 +269,49 @@ class Platform:
     def resume_definition(self, definition: str) -> bool:
         """The reverse of `pause_definition`."""
         return self.store.resume_definition(self.definition(definition).id, actor=self._actor)
+
+    # limits
+
+    def limits(self) -> list[LimitState]:
+        """The limits in force and how they stand, by name."""
+        return self.store.limit_states()
+
+    def set_limit(self, name: str, rate: str | None = None, *, burst: int | None = None, concurrency: int | None = None) -> bool:
+        """Set a limit for all workers, at once. Returns whether that changed something.
+
+        `name` is total, definition:<id>, host:<host>, user (each user) or user:<id>; `rate` is written as "10/s". It holds until
+        `reset_limit`, over restarts and whatever settings and definitions say. With neither rate nor concurrency there is no
+        limit under this name. Raises InvalidInput, UnknownDefinition.
+        """
+        kind = self._limit_kind(name)
+        if rate is None and concurrency is None and burst is None:
+            return self.store.set_limit(name, Limit(), actor=self._actor)
+        given = {"rate": rate, "burst": burst, "concurrency": concurrency}
+        try:
+            rule = LimitRule.model_validate({field: value for field, value in given.items() if value is not None})
+        except ValidationError as fault:
+            faults = (f"{'.'.join(map(str, place))}: {message}" if place else message for place, message in explain(fault, LimitRule))
+            raise InvalidInput(f"limit {name}: {'; '.join(faults)}") from None
+        if kind == "user" and rate is not None:
+            raise InvalidInput(f"limit {name}: takes concurrency; a rate goes with total, definition:… and host:…")
+        if kind == "total" and concurrency is not None:
+            raise InvalidInput(f"limit {name}: takes rate and burst; how many run at a time is what the workers' slots say")
+        return self.store.set_limit(name, rule.limit, actor=self._actor)
+
+    def reset_limit(self, name: str) -> bool:
+        """Take back what `set_limit` set: what settings and definitions say is in force again. Returns whether that changed something."""
+        self._limit_kind(name)
+        return self.store.reset_limit(name, actor=self._actor)
+
+    def _limit_kind(self, name: str) -> str:
+        kind, separator, of = name.partition(":") if isinstance(name, str) else ("", "", "")
+        if kind == "definition" and separator:
+            self.definition(of)
+        elif kind == "user" and separator:
+            check_user_id(of)
+        elif not (kind in ("total", "user") and not separator) and not (kind == "host" and _HOST.fullmatch(of)):
+            raise InvalidInput(f"limit {name!r} is not known: total, definition:ID, host:HOST, user and user:ID are")
+        return kind
 
     # users
 

@@ -30,7 +30,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from taskplatform.errors import SettingsError
 from taskplatform.faults import did_you_mean, explain
-from taskplatform.model import PositiveDuration, RateLimit, format_duration
+from taskplatform.model import Limit, LimitRule, PositiveDuration, RateLimit, format_duration
 
 PREFIX = "TASKPLATFORM_"
 ENV_FILE = ".env"
@@ -77,6 +77,15 @@ class Settings(BaseSettings):
     rate_limit: RateLimit | None = Field(
         default=None, description="all jobs over all workers; for example 10/s, or {rate: 10/s, burst: 15}"
     )
+    host_limits: dict[str, LimitRule] = Field(
+        default_factory=dict,
+        description='by host that is called: "{api.example.com: {rate: 5/s, burst: 10, concurrency: 4}}"',
+    )
+    user_concurrency: int | None = Field(default=None, ge=1, le=1_000_000, description="jobs of one user that may run at a time")
+    fairness: bool = Field(default=False, description="users take turns inside a priority, else first come is first served")
+    lower_share: float = Field(
+        default=0.0, ge=0, le=0.3, description="part of all releases that each lower priority gets at least while it waits; 0.05 is 5 %"
+    )
 
     http_connect_timeout: PositiveDuration = Field(default=timedelta(seconds=10), description="for DNS, TCP and TLS of one call")
     http_max_response: int = Field(default=65_536, ge=1024, description="bytes of an answer that are read")
@@ -96,15 +105,16 @@ class Settings(BaseSettings):
         # pydantic would read true as the number 1
         return str(value).lower() if isinstance(value, bool) else value
 
-    @field_validator("rate_limit", mode="before")
+    @field_validator("rate_limit", "host_limits", mode="before")
     @classmethod
-    def _from_flow(cls, value: object) -> object:
+    def _from_flow(cls, value: object, info: ValidationInfo) -> object:
         if not isinstance(value, str) or not value.lstrip().startswith("{"):
             return value
         try:
             return yaml.load(value, Loader=yaml.BaseLoader)
         except (yaml.YAMLError, RecursionError):
-            raise ValueError(f'{value!r} cannot be read; it takes 10/s or {{"rate": "10/s", "burst": 15}}') from None
+            takes = {"rate_limit": '10/s or {"rate": "10/s", "burst": 15}', "host_limits": '{"api.example.com": {"rate": "10/s"}}'}
+            raise ValueError(f"{value!r} cannot be read; it takes {takes[info.field_name or '']}") from None
 
     @field_validator("redis_url")
     @classmethod
@@ -134,6 +144,16 @@ class Settings(BaseSettings):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    @property
+    def limits(self) -> dict[str, Limit]:
+        """The limits that are set here, by the names that they have in the store."""
+        limits = {f"host:{host.lower()}": rule.limit for host, rule in self.host_limits.items()}
+        if self.rate_limit is not None:
+            limits["total"] = Limit(self.rate_limit.per_second, self.rate_limit.burst)
+        if self.user_concurrency is not None:
+            limits["user"] = Limit(concurrency=self.user_concurrency)
+        return limits
 
     @classmethod
     def settings_customise_sources(

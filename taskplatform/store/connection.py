@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
+from redis.connection import AbstractConnection
 from redis.exceptions import AuthenticationError, ConnectionError, NoScriptError, ResponseError, TimeoutError
 from redis.retry import Retry
 
 from taskplatform.errors import InvalidInput, StoreError, StoreUnavailable
 
 
-def connect(url: str) -> redis.Redis:
-    """A client with a connection pool, that takes short outages (about 2 s) by itself. Raises StoreError for a URL that is none."""
+def connect(url: str, *, greet: Callable[[AbstractConnection], None] | None = None) -> redis.Redis:
+    """A client with a connection pool, that takes short outages (about 2 s) by itself. Raises StoreError for a URL that is none.
+
+    `greet` is called with each new connection before anything else is sent over it.
+    """
+    options: dict[str, Any] = {}
+    if greet is not None:
+
+        def on_connect(connection: AbstractConnection) -> None:
+            connection.on_connect()  # type: ignore[no-untyped-call]
+            greet(connection)
+
+        options["redis_connect_func"] = on_connect
     try:
         client = _Client.from_url(
             url,
@@ -25,6 +37,7 @@ def connect(url: str) -> redis.Redis:
             health_check_interval=30,
             retry=Retry(ExponentialWithJitterBackoff(base=0.1, cap=1), 3),
             retry_on_error=[ConnectionError, TimeoutError],
+            **options,
         )
         # so that an unknown option of the URL comes out here, not with the first command
         client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)

@@ -9,7 +9,7 @@ Instants are milliseconds since the epoch. `<gid>` names a group: a definition's
 
 from __future__ import annotations
 
-from taskplatform.model import TRANSITIONS, Priority
+from taskplatform.model import START_SLACK_MS, TRANSITIONS, Priority
 
 #: Name → what follows the namespace. A name that ends in ":" is a prefix that an id completes.
 NAMES = {
@@ -29,6 +29,7 @@ NAMES = {
     "occurrences": "occurrences:",  # by definition, sorted set: <oid> → its time
     "closed": "closed",  # sorted set: <oid> → when it was done, for the retention
     "planner": "planner",  # hash: horizon, term, up to where anything was planned, and what the leading planner last did
+    "server": "server",  # the run id of the Redis server that this data was last used on
     # jobs
     "seq": "seq",  # counter: order of submission
     "job": "job:",  # hash, see store.jobs
@@ -41,10 +42,24 @@ NAMES = {
     # the waiting set
     "lane": "lane:",  # by "<priority>:<definition>", sorted set: "<seq>:<job id>" → execute_after
     "ready": "ready:",  # by priority, sorted set: definition → execute_after of its lane's head
-    "blocked": "blocked:",  # by priority, sorted set: definition → when its lane may go on (inf: paused)
+    "turn": "turn:",  # with fairness, by "<priority>:<definition>", sorted set: "<seq>:<job id>" that is due → its round
+    "turns": "turns:",  # with fairness, by priority, sorted set: definition → round of its first
+    "rounds": "rounds:",  # with fairness, by priority, sorted set: user → round of the user's last job
+    "round": "round",  # with fairness, hash: priority → the round that is being served
+    "blocked": "blocked:",  # by priority, sorted set: definition → when its lane may go on (inf: paused; see lib.lua)
+    "gates": "gates",  # sorted set: host that has to wait → until when
+    "gated": "gated:",  # by "<priority>:<host>", sorted set: definition that waits for the host → its first job's place
     "held": "held:",  # by user, set of job ids that wait for a pause to end
-    "limit": "limit:",  # by limit, when it was last taken and how far ahead the theoretical arrival time of GCRA lay, in ms
-    "limits": "limits",  # hash: "global" → JSON of its rate and burst
+    "capped": "capped:",  # by "<priority>:<user>", sorted set: "<seq>:<job id>" set aside for the user's cap → execute_after
+    "capped_users": "cappedusers",  # set of users who have such
+    "shares": "shares",  # hash: priority → what it is owed of its guaranteed share, in jobs
+    # limits; a limit's name is "total", "definition:<id>", "host:<host>", "user" or "user:<id>"
+    "limits": "limits",  # hash: limit in force → "<rate per second> <burst> <concurrency>", "-" for none
+    "limits_live": "limits:live",  # hash: the same, as set by API or command line; wins over
+    "limits_configured": "limits:configured",  # hash: the same, from settings and definitions
+    "limit": "limit:",  # by limit, its token bucket: "<at ms> <level> <reserved>"
+    "inflight": "inflight",  # hash: limit with a concurrency → jobs released and not ended
+    "options": "options",  # hash: fairness, share
     # delivery
     "queued": "queued:",  # by priority, sorted set: job id → when it was released
     "active": "active",  # sorted set: job id → when it started
@@ -78,4 +93,5 @@ def lua_table(namespace: str) -> str:
         f"local K = {{{keys}, unacked = '{UNACKED}', unacked_index = '{UNACKED_INDEX}'}}\n"
         f"local PRIORITIES = {{{priorities}}}\n"
         f"local ALLOWED = {{{allowed}}}\n"
+        f"local SLACK = {START_SLACK_MS}\n"
     )

@@ -9,7 +9,7 @@ from datetime import timedelta
 from enum import IntEnum
 from typing import Any, Generic, TypeVar
 
-from taskplatform.model import Job, JobState, Priority, Schedule, Transition
+from taskplatform.model import Job, JobState, Limit, Priority, Schedule, Transition
 
 T = TypeVar("T")
 
@@ -25,8 +25,9 @@ class PublishedDefinition:
     message: str
     """The Celery message with @@ID@@, @@USER@@, @@DELIVERY@@, @@RETRIES@@ and @@QUEUE@@ to be filled in."""
     window: timedelta
-    rate_per_second: float | None = None
-    burst: int | None = None
+    limit: Limit = Limit()
+    host: str | None = None
+    """The host that its jobs call; "" where they call none, None where it is not known here."""
 
 
 class SubscribeResult(IntEnum):
@@ -130,6 +131,26 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
+class LimitState:
+    """A limit and how it stands."""
+
+    name: str
+    """total, definition:<id>, host:<host>, user or user:<id>."""
+    limit: Limit
+    """In force."""
+    configured: Limit | None
+    """By settings or definition; what is in force again when the live one is reset."""
+    live: bool
+    """Whether it was set by API or command line."""
+    tokens: float | None
+    """How many may start now; below 0 when a limit was lowered. None: no rate."""
+    reserved: int
+    """Released jobs that have a token and have not started."""
+    in_flight: int | None
+    """Released and not ended. None: no concurrency limit."""
+
+
+@dataclass(frozen=True, slots=True)
 class Worker:
     """A worker process as its heartbeat describes it."""
 
@@ -229,6 +250,19 @@ def read_occurrence(oid: str, fields: Mapping[str, str]) -> Occurrence:
         paused=int(fields.get("paused", 0)),
         disabled=int(fields.get("disabled", 0)),
     )
+
+
+def write_limit(limit: Limit) -> str:
+    """As the scripts read it."""
+    rate = "-" if limit.per_second is None else repr(float(limit.per_second))
+    burst = "-" if limit.per_second is None else str(limit.burst or 1)
+    return f"{rate} {burst} {'-' if limit.concurrency is None else limit.concurrency}"
+
+
+def read_limit(text: str) -> Limit:
+    """The reverse of `write_limit`."""
+    rate, burst, concurrency = (None if part == "-" else float(part) for part in text.split())
+    return Limit(rate, None if burst is None else int(burst), None if concurrency is None else int(concurrency))
 
 
 def read_worker(name: str, beat: int, fields: Mapping[str, str], jobs: Iterable[str]) -> Worker:

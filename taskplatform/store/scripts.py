@@ -6,12 +6,16 @@ the instant: the store's clock where one was given, else '' for the server's own
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
 import redis
 from redis.commands.core import Script
+from redis.connection import AbstractConnection
+from redis.exceptions import NoScriptError
 
 from taskplatform.store.keys import lua_table
 
@@ -45,3 +49,27 @@ class Scripts:
             script = self._loaded[name] = self._client.register_script(self._prelude + source(name))
         instant = "" if self._clock is None else self._clock()
         return script(args=[instant, *args])
+
+
+def greeting(namespace: str) -> Callable[[AbstractConnection], None]:
+    """What `connect` does with each new connection: notes on which server the data is used, see `lua/arrive.lua`.
+
+    No script runs on a server that restarted, or that took over, before it.
+    """
+    text = lua_table(namespace) + source("lib") + source("arrive")
+    digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+    def ask(connection: AbstractConnection, *command: str | int) -> Any:
+        connection.send_command(*command)  # type: ignore[no-untyped-call]
+        return connection.read_response()
+
+    def greet(connection: AbstractConnection) -> None:
+        answer = ask(connection, "INFO", "server")
+        run_id = re.search(r"^run_id:(\w+)", answer if isinstance(answer, str) else answer.decode(), re.MULTILINE)
+        assert run_id is not None
+        try:
+            ask(connection, "EVALSHA", digest, 0, "", run_id.group(1))
+        except NoScriptError:
+            ask(connection, "EVAL", text, 0, "", run_id.group(1))
+
+    return greet

@@ -13,10 +13,12 @@ import redis
 
 from taskplatform.errors import Conflict, InvalidInput, InvalidTransition, UnknownDefinition, UnknownJob, UnknownSubscription, UnknownUser
 from taskplatform.model import (
+    START_SLACK_MS,
     TRANSITIONS,
     USER_ID,
     Job,
     JobState,
+    Limit,
     Priority,
     Schedule,
     Subscription,
@@ -26,12 +28,14 @@ from taskplatform.model import (
     schedule_to_json,
     slot,
 )
+from taskplatform.store.connection import connect
 from taskplatform.store.keys import key
 from taskplatform.store.records import (
     Change,
     DueItem,
     Enqueue,
     Group,
+    LimitState,
     Occurrence,
     Opening,
     Page,
@@ -43,11 +47,13 @@ from taskplatform.store.records import (
     read_creation,
     read_due_item,
     read_job,
+    read_limit,
     read_occurrence,
     read_transition,
     read_worker,
+    write_limit,
 )
-from taskplatform.store.scripts import Clock, Scripts
+from taskplatform.store.scripts import Clock, Scripts, greeting
 
 T = TypeVar("T")
 
@@ -68,6 +74,11 @@ class Store:
         self._log_size = change_log_size
         self._clock = clock
         self._scripts = Scripts(client, namespace, clock)
+
+    @classmethod
+    def connect(cls, url: str, *, namespace: str = "tp", change_log_size: int = 100_000) -> Store:
+        """The store at a Redis URL. Raises StoreError for a URL that is none."""
+        return cls(connect(url, greet=greeting(namespace)), namespace=namespace, change_log_size=change_log_size)
 
     def _key(self, name: str, part: str = "") -> str:
         return key(self._namespace, name, part)
@@ -94,19 +105,19 @@ class Store:
 
         With `term`, raises Conflict when another leads by now.
         """
-        rate = "" if definition.rate_per_second is None else repr(definition.rate_per_second)
         fields = {
             "priority": definition.priority.value,
             "overlap": definition.overlap,
             "message": definition.message,
             "window": str(milliseconds(definition.window)),
-            "rate": rate,
-            "burst": "" if definition.burst is None else definition.burst,
         }
         flat = [part for pair in fields.items() for part in pair]
         schedule = schedule_to_json(definition.schedule)
         since = "" if term is None else term
-        return self._led(self._scripts.run("publish", definition.id, schedule, int(only_new), actor, self._log_size, since, *flat))
+        limit = "" if definition.limit == Limit() else write_limit(definition.limit)
+        host = "keep" if definition.host is None else definition.host
+        head = (definition.id, schedule, int(only_new), actor, self._log_size, since, limit, host)
+        return self._led(self._scripts.run("publish", *head, *flat))
 
     def log_added(self, definitions: Sequence[str], *, actor: str) -> None:
         """One entry of the change log for definitions that were published for the first time."""
@@ -477,6 +488,10 @@ class Store:
             failures=attempt - 1 - budget,
         )
 
+    def renew(self, job_id: str, *, delivery: int, worker: str) -> bool:
+        """Ask whether a run that was held up between its start and its call may still make it. False: it has ended or was given back."""
+        return bool(self._scripts.run("renew", job_id, delivery, worker) == "go")
+
     def finish(
         self,
         job_id: str,
@@ -508,6 +523,13 @@ class Store:
         Returns the state that it was in. Raises UnknownJob.
         """
         return self._state(self._scripts.run("cancel", job_id, reason, "" if delivery is None else delivery), job_id)
+
+    def prioritize(self, job_id: str, priority: Priority, *, reason: str) -> JobState:
+        """Give a job that waits another priority. Returns the state that it is in; one that does not wait stays as it is.
+
+        Raises UnknownJob.
+        """
+        return self._state(self._scripts.run("prioritize", job_id, priority, reason), job_id)
 
     def retry(self, job_id: str, *, reason: str) -> JobState:
         """Run a job again that ended without success. Raises UnknownJob, Conflict."""
@@ -619,12 +641,15 @@ class Store:
 
     def waiting(self) -> dict[Priority, int]:
         """How many jobs wait, by priority; held ones are not counted."""
-        lanes = [(priority, definition) for priority in Priority for definition in sorted(self.published())]
+        published = sorted(self.published())
+        capped = sorted(cast("set[str]", self._redis.smembers(self._key("capped_users"))))
         pipe = self._redis.pipeline(transaction=False)
-        for priority, definition in lanes:
-            pipe.zcard(self._key("lane", f"{priority}:{definition}"))
+        places = [(priority, lane, part) for priority in Priority for lane in ("lane", "turn") for part in published]
+        places += [(priority, "capped", user) for priority in Priority for user in capped]
+        for priority, lane, part in places:
+            pipe.zcard(self._key(lane, f"{priority}:{part}"))
         totals = dict.fromkeys(Priority, 0)
-        for (priority, _), count in zip(lanes, pipe.execute(), strict=True):
+        for (priority, _, _), count in zip(places, pipe.execute(), strict=True):
             totals[priority] += count
         return totals
 
@@ -638,13 +663,69 @@ class Store:
 
     # limits
 
-    def set_global_limit(self, per_second: float | None, burst: int = 1) -> None:
-        """For all jobs over all workers; None lifts it."""
-        limits = self._key("limits")
-        if per_second is None:
-            self._redis.hdel(limits, "global")
-        else:
-            self._redis.hset(limits, "global", json.dumps({"rate": per_second, "burst": burst}))
+    def limits(self) -> dict[str, Limit]:
+        """Those in force, by name."""
+        raw = cast("dict[str, str]", self._redis.hgetall(self._key("limits")))
+        return {name: read_limit(text) for name, text in sorted(raw.items())}
+
+    def limit_states(self) -> list[LimitState]:
+        """Those in force with how they stand, by name."""
+        pipe = self._redis.pipeline(transaction=True)
+        for name in ("limits", "limits_live", "limits_configured", "inflight"):
+            pipe.hgetall(self._key(name))
+        limits, live, configured, in_flight = pipe.execute()
+        names = sorted(limits)
+        for name in names:
+            pipe.get(self._key("limit", name))
+        buckets = dict(zip(names, pipe.execute(), strict=True))
+        now_ms = self.now_ms()
+        users = [count for name, count in in_flight.items() if name.startswith("user:")]
+        states = []
+        for name in names:
+            limit = read_limit(limits[name])
+            tokens, reserved = _bucket(buckets[name], limit, now_ms)
+            flying = max(map(int, users), default=0) if name == "user" else int(in_flight.get(name, 0))
+            states.append(
+                LimitState(
+                    name=name,
+                    limit=limit,
+                    configured=read_limit(configured[name]) if name in configured else None,
+                    live=name in live,
+                    tokens=tokens,
+                    reserved=reserved,
+                    in_flight=None if limit.concurrency is None else flying,
+                )
+            )
+        return states
+
+    def set_limit(self, name: str, limit: Limit, *, actor: str, configured: bool = False) -> bool:
+        """Set a limit for all workers, at once; a live one wins over what is configured. Returns whether that changed what is in force."""
+        return self._limit(name, write_limit(limit), actor, configured)
+
+    def reset_limit(self, name: str, *, actor: str, configured: bool = False) -> bool:
+        """Take a live limit away: what is configured is in force again. Returns whether that changed something."""
+        return self._limit(name, "", actor, configured)
+
+    def _limit(self, name: str, value: str, actor: str, configured: bool) -> bool:
+        changed = self._scripts.run("limit", name, "configured" if configured else "live", value, actor, self._log_size)
+        if changed and name.startswith("user"):
+            while self._scripts.run("uncap", _BATCH):
+                pass
+        return bool(changed)
+
+    def configure_limits(self, limits: Mapping[str, Limit], *, actor: str) -> None:
+        """What the settings say of limits that are no definition's, all of them."""
+        known = cast("list[str]", self._redis.hkeys(self._key("limits_configured")))
+        for name in known:
+            if not name.startswith("definition:") and name not in limits:
+                self.reset_limit(name, actor=actor, configured=True)
+        for name, limit in limits.items():
+            self.set_limit(name, limit, actor=actor, configured=True)
+
+    def set_options(self, *, fairness: bool, share: float) -> None:
+        """How jobs are released: with turns for the users inside a priority, and what part of all releases each lower one gets."""
+        while self._scripts.run("options", int(fairness), repr(share), _BATCH) == _BATCH:
+            pass
 
     # workers
 
@@ -712,6 +793,18 @@ class Store:
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _bucket(kept: str | None, limit: Limit, now_ms: int) -> tuple[float | None, int]:
+    """Free tokens and reserved ones, as lib.lua counts them."""
+    if limit.per_second is None:
+        return None, 0
+    capacity = max(1.0, (limit.burst or 1) - limit.per_second * START_SLACK_MS / 1000)
+    if kept is None:
+        return capacity, 0
+    at_ms, level, reserved = kept.split()
+    filled = min(capacity, float(level) + max(0, now_ms - int(at_ms)) * limit.per_second / 1000)
+    return filled - int(reserved), int(reserved)
 
 
 def _no_user(user: str) -> UnknownUser:

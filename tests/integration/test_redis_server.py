@@ -15,7 +15,7 @@ import redis
 
 from taskplatform.errors import StoreError
 from taskplatform.local import find_port
-from taskplatform.model import Interval, IntervalType, JobState, Priority, moment, slot
+from taskplatform.model import Interval, IntervalType, JobState, Limit, Priority, moment, slot
 from taskplatform.store import Enqueue, Opening, PublishedDefinition, Store, Subscribe, connect
 from taskplatform.store.keys import lua_table
 from taskplatform.store.scripts import names, source
@@ -73,8 +73,7 @@ def test_a_job_from_subscription_to_its_end(debian_url: str) -> None:
         overlap="skip",
         message='{"id": "@@ID@@", "user": "@@USER@@", "delivery": @@DELIVERY@@, "retries": @@RETRIES@@, "queue": "@@QUEUE@@"}',
         window=timedelta(seconds=10),
-        rate_per_second=100.0,
-        burst=10,
+        limit=Limit(100.0, 10),
     )
     store.publish(definition, actor="test")
     store.create_users(["u1", "u2"], actor="test")

@@ -16,7 +16,7 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from taskplatform.model import Definition, JobState, Priority
+from taskplatform.model import Definition, JobState, Limit, Priority
 from taskplatform.store import Enqueue, Store
 from tests.conftest import Clock
 from tests.integration.harness import ACTOR, assert_consistent, define, enqueue, offer, publish, queue, subscribe, take
@@ -353,7 +353,7 @@ def test_no_window_holds_more_than_the_limit(
     limit = {"rate": rate, "burst": burst}
     publish(store, define("limited", rate_limit=limit if which == "definition" else None))
     if which == "global":
-        store.set_global_limit(per_second, burst)
+        store.set_limit("total", Limit(per_second, burst), actor=ACTOR)
     store.create_users(["ann"], actor=ACTOR)
     store.enqueue([Enqueue(f"limited:ann:m{number}") for number in range(150)])
     offer(store, slots=1000)
@@ -412,7 +412,7 @@ def test_a_job_takes_both_limits_or_none(client: redis.Redis, store: Store, cloc
     """What the one limit holds back uses up nothing of the other."""
     publish(store, define("limited", rate_limit="1/m"), define("free"))
     store.create_users(["ann"], actor=ACTOR)
-    store.set_global_limit(1, 2)
+    store.set_limit("total", Limit(1, 2), actor=ACTOR)
     enqueue(store, "limited", "ann", "m1")
     enqueue(store, "limited", "ann", "m2")
     free = [enqueue(store, "free", "ann", f"m{number}") for number in range(2)]
@@ -450,11 +450,11 @@ def test_a_limit_that_changes(client: redis.Redis, store: Store, clock: Clock) -
 def test_a_global_limit_that_is_lifted(client: redis.Redis, store: Store) -> None:
     publish(store, define("report"))
     store.create_users(["ann"], actor=ACTOR)
-    store.set_global_limit(1 / 60, 1)
+    store.set_limit("total", Limit(1 / 60, 1), actor=ACTOR)
     store.enqueue([Enqueue(f"report:ann:m{number}") for number in range(5)])
     offer(store)
     assert store.release() == (1, 60_000)
-    store.set_global_limit(None)
+    store.reset_limit("total", actor=ACTOR)
     assert store.release() == (4, None)
 
 
@@ -586,7 +586,7 @@ def test_release_agrees_with_the_rules(
         limit = {"rate": f"{1000 / interval:g}/s", "burst": burst} if interval else None
         publish(store, define(name, priority=name.split("_")[0], rate_limit=limit))
     if "global" in limits:
-        store.set_global_limit(1000 / limits["global"][0], limits["global"][1])
+        store.set_limit("total", Limit(1000 / limits["global"][0], limits["global"][1]), actor=ACTOR)
     store.create_users(["ann", "bob"], actor=ACTOR)
     offer(store, slots=2)
     every: list[str] = []

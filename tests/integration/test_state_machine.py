@@ -15,7 +15,7 @@ import redis
 from redis.connection import AbstractConnection
 
 from taskplatform.errors import Conflict, InvalidInput, InvalidTransition, UnknownDefinition, UnknownJob, UnknownUser
-from taskplatform.model import TRANSITIONS, JobState, Priority
+from taskplatform.model import TRANSITIONS, JobState, Limit, Priority
 from taskplatform.store import Enqueue, Store
 from tests.conftest import Clock
 from tests.integration.harness import (
@@ -586,7 +586,7 @@ def test_early_start_when_the_clock_was_set_back(client: redis.Redis, store: Sto
 
 
 def test_a_limit_lets_go_on_when_the_clock_was_set_back(client: redis.Redis, store: Store, clock: Clock) -> None:
-    store.set_global_limit(1, 1)
+    store.set_limit("total", Limit(1, 1), actor=ACTOR)
     offer(store)
     enqueue(store)
     clock.advance(-3600)

@@ -29,6 +29,7 @@ for _, id in ipairs(call('ZRANGE', K.user_jobs .. user, 0, -1)) do
   end
 end
 call('DEL', key, K.held .. user, K.user_jobs .. user)
+call('SREM', K.capped_users, user)
 call('ZREM', K.users, user)
 log_change(now, ARGV[4], ARGV[3], 'user deleted', user, canceled .. ' jobs canceled, ' .. subscriptions .. ' subscriptions removed')
 release(now, 100)

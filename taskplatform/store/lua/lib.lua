@@ -54,15 +54,109 @@ local function move(id, from, to, now, attempt, worker, reason, detail)
   remember(id, now, from, to, attempt, worker, reason, detail)
 end
 
+-- Settings that the scripts follow ------------------------------------------------------------------------------
+
+local settings_read = nil
+-- fairness: users take turns inside a priority; share: what part of all releases each lower priority gets at least.
+local function option(name)
+  if not settings_read then settings_read = pairs_to_table(call('HGETALL', K.options)) end
+  return settings_read[name]
+end
+
+local limits_read = {}
+
+-- The limit in force under a name, or nil.
+local function limit_of(name)
+  local known = limits_read[name]
+  if known == nil then
+    local kept = call('HGET', K.limits, name)
+    known = false
+    if kept then
+      local rate, burst, concurrency = string.match(kept, '^(%S+) (%S+) (%S+)$')
+      known = { rate = tonumber(rate), burst = tonumber(burst), concurrency = tonumber(concurrency) }
+    end
+    limits_read[name] = known
+  end
+  return known or nil
+end
+
+local hosts_read = {}
+-- The host that a definition's jobs call; '' where it calls none.
+local function host_of(definition)
+  local host = hosts_read[definition]
+  if not host then
+    host = call('HGET', K.definition .. definition, 'host') or ''
+    hosts_read[definition] = host
+  end
+  return host
+end
+
 -- Waiting set: one lane for each priority and definition, so that a lane that may not go holds back no other -----
 
-local function refresh_lane(priority, definition)
-  if call('ZSCORE', K.blocked .. priority, definition) then return end
-  local head = call('ZRANGE', K.lane .. priority .. ':' .. definition, 0, 0, 'WITHSCORES')
-  if head[1] then
-    call('ZADD', K.ready .. priority, head[2], definition)
+-- A lane is blocked until a time, or until
+local PAUSED = '+inf'     -- its definition is resumed,
+local EVENT = '8e15'      -- a job of it starts or ends: its limit has no token that time alone would bring, or its cap is reached,
+local GATED = '9e15'      -- its host lets it go: it stands in line with the host's other lanes.
+
+-- A stage is where lanes lie and the index of those that may go. Jobs wait in WAITING; with fairness those that are due go through
+-- TURNS, where the score is not a time but a round.
+local WAITING = { lane = K.lane, ready = K.ready, changed = {} }
+local TURNS = { lane = K.turn, ready = K.turns, changed = {} }
+
+local function served_stage()
+  return option('fairness') and TURNS or WAITING
+end
+
+local function head_of(stage, priority, definition)
+  return call('ZRANGE', stage.lane .. priority .. ':' .. definition, 0, 0, 'WITHSCORES')
+end
+
+-- Notes in the index which lane's head changed, for `first_lane`.
+local function show(stage, priority, definition, score)
+  local changed = stage.changed[priority]
+  if changed then changed[definition] = true end
+  if score then
+    call('ZADD', stage.ready .. priority, score, definition)
   else
-    call('ZREM', K.ready .. priority, definition)
+    call('ZREM', stage.ready .. priority, definition)
+  end
+end
+
+local admit_lane
+
+-- After a lane of it cannot go on: a host that may be called lets the next in its line go.
+local function pass_on(priority, definition)
+  local host = host_of(definition)
+  if host ~= '' and limit_of('host:' .. host) and not call('ZSCORE', K.gates, host) then admit_lane(priority, host) end
+end
+
+-- After the lane that release serves changed: it is shown with its head, unless it is blocked.
+local function refresh_lane(priority, definition)
+  local stage = served_stage()
+  local score = head_of(stage, priority, definition)[2]
+  local blocked = call('ZSCORE', K.blocked .. priority, definition)
+  if not blocked then
+    show(stage, priority, definition, score)
+    if not score then pass_on(priority, definition) end
+  elseif tonumber(blocked) == tonumber(GATED) then
+    local host = host_of(definition)
+    if score and call('ZSCORE', K.gates, host) then
+      call('ZADD', K.gated .. priority .. ':' .. host, score, definition)
+    else
+      -- nothing waits in it, or the host lets one go just now: release looks which
+      call('ZREM', K.gated .. priority .. ':' .. host, definition)
+      call('ZREM', K.blocked .. priority, definition)
+      show(stage, priority, definition, score)
+    end
+  end
+end
+
+-- After jobs were put into a lane, or taken out of it.
+local function lane_changed(priority, definition)
+  if option('fairness') then
+    show(WAITING, priority, definition, head_of(WAITING, priority, definition)[2])
+  else
+    refresh_lane(priority, definition)
   end
 end
 
@@ -73,28 +167,273 @@ end
 local function wait(id, priority, after, seq)
   local definition = parts(id)
   call('ZADD', K.lane .. priority .. ':' .. definition, text(after), lane_member(seq, id))
-  refresh_lane(priority, definition)
+  lane_changed(priority, definition)
 end
 
 -- Takes a job that waits out of the waiting set, wherever it waits.
 local function unwait(id, job)
   local definition, user = parts(id)
-  local removed = call('ZREM', K.lane .. job.priority .. ':' .. definition, lane_member(tonumber(job.seq), id))
-  if removed == 1 then
-    refresh_lane(job.priority, definition)
-  else
-    call('SREM', K.held .. user, id)
+  local priority, member = job.priority, lane_member(tonumber(job.seq), id)
+  if call('ZREM', K.lane .. priority .. ':' .. definition, member) == 1 then
+    lane_changed(priority, definition)
+  elseif call('ZREM', K.turn .. priority .. ':' .. definition, member) == 1 then
+    refresh_lane(priority, definition)
+  elseif call('SREM', K.held .. user, id) == 0 then
+    call('ZREM', K.capped .. priority .. ':' .. user, member)
   end
 end
 
+local function leave_gate(priority, definition)
+  local blocked = call('ZSCORE', K.blocked .. priority, definition)
+  if blocked and tonumber(blocked) == tonumber(GATED) then call('ZREM', K.gated .. priority .. ':' .. host_of(definition), definition) end
+end
+
 local function block_lane(priority, definition, untilms)
-  call('ZREM', K.ready .. priority, definition)
+  leave_gate(priority, definition)
+  show(served_stage(), priority, definition, nil)
   call('ZADD', K.blocked .. priority, untilms, definition)
+  pass_on(priority, definition)
 end
 
 local function unblock_lane(priority, definition)
+  leave_gate(priority, definition)
   call('ZREM', K.blocked .. priority, definition)
   refresh_lane(priority, definition)
+end
+
+-- The same for a lane that waits for a limit or a host, and not for a lane that is paused.
+local function unblock_unless_paused(definition)
+  for _, priority in ipairs(PRIORITIES) do
+    local blocked = call('ZSCORE', K.blocked .. priority, definition)
+    if blocked and tonumber(blocked) ~= math.huge then unblock_lane(priority, definition) end
+  end
+end
+
+-- Puts a lane into the line of its host.
+local function gate_lane(priority, definition)
+  local score = head_of(served_stage(), priority, definition)[2]
+  if not score then return end
+  show(served_stage(), priority, definition, nil)
+  call('ZADD', K.blocked .. priority, GATED, definition)
+  call('ZADD', K.gated .. priority .. ':' .. host_of(definition), score, definition)
+end
+
+-- Lets the first lane in a host's line go.
+function admit_lane(priority, host)
+  local first = call('ZRANGE', K.gated .. priority .. ':' .. host, 0, 0)[1]
+  if first then unblock_lane(priority, first) end
+end
+
+-- Limits ---------------------------------------------------------------------------------------------------------
+
+local buckets = {}
+
+-- A rate is kept by a token bucket (https://en.wikipedia.org/wiki/Token_bucket). A job reserves a token when it is released and takes
+-- it when it starts, so what is counted is the start, whenever that comes: `level - reserved` tokens are free. A call may reach
+-- its target SLACK ms after its start was recorded; so much of the burst is kept back, and who is slower asks again (renew).
+local function bucket_of(name, limit, now)
+  local bucket = buckets[name]
+  if bucket then return bucket end
+  local capacity = math.max(1, limit.burst - limit.rate * SLACK / 1000)
+  local kept = call('GET', K.limit .. name)
+  if kept then
+    local at, level, reserved = string.match(kept, '^(%S+) (%S+) (%S+)$')
+    level = tonumber(level) + math.max(0, now - tonumber(at)) * limit.rate / 1000
+    bucket = { level = math.min(capacity, level), reserved = tonumber(reserved) }
+  else
+    bucket = { level = capacity, reserved = 0 }
+  end
+  bucket.capacity, bucket.per_ms = capacity, limit.rate / 1000
+  buckets[name] = bucket
+  return bucket
+end
+
+local function keep_bucket(name, bucket, now)
+  call('SET', K.limit .. name, text(now) .. ' ' .. string.format('%.17g', bucket.level) .. ' ' .. bucket.reserved)
+end
+
+-- In how many ms there is a free token: 0 now, nil when time alone brings none.
+local function wait_for_token(bucket)
+  local missing = bucket.reserved + 1 - bucket.level
+  if missing <= 0 then return 0 end
+  if bucket.reserved + 1 > bucket.capacity then return nil end
+  return missing / bucket.per_ms
+end
+
+-- Calls `change` for the bucket of each rate that a definition's jobs are under.
+local function each_bucket(definition, now, change)
+  local host = host_of(definition)
+  for _, name in ipairs({ 'total', 'definition:' .. definition, host ~= '' and 'host:' .. host or nil }) do
+    local limit = limit_of(name)
+    if limit and limit.rate then
+      local bucket = bucket_of(name, limit, now)
+      change(bucket)
+      keep_bucket(name, bucket, now)
+    end
+  end
+end
+
+local function reserve(bucket) bucket.reserved = bucket.reserved + 1 end
+local function unreserve(bucket) bucket.reserved = math.max(0, bucket.reserved - 1) end
+local function spend(bucket)
+  unreserve(bucket)
+  bucket.level = bucket.level - 1
+end
+
+-- The limit on a user's jobs in flight: the user's own, or everyone's.
+local function user_limit(user)
+  return limit_of('user:' .. user) or limit_of('user')
+end
+
+-- Names of the concurrency limits that a job is under; the user's is counted under the user's own name.
+local function concurrencies(definition, user)
+  local names, host = {}, host_of(definition)
+  local own, of_host, of_user = limit_of('definition:' .. definition), host ~= '' and limit_of('host:' .. host), user_limit(user)
+  if own and own.concurrency then names[#names + 1] = 'definition:' .. definition end
+  if of_host and of_host.concurrency then names[#names + 1] = 'host:' .. host end
+  if of_user and of_user.concurrency then names[#names + 1] = 'user:' .. user end
+  return names
+end
+
+local function in_flight(name)
+  return tonumber(call('HGET', K.inflight, name) or '0')
+end
+
+local function is_full(name, limit)
+  return limit and limit.concurrency and in_flight(name) >= limit.concurrency
+end
+
+-- Counts again what is released and not ended, for the limit `only` or for all: a limit that is new, or that a definition came
+-- under, was not counted before.
+local function recount(now, only)
+  local reserved, busy = {}, {}
+  local function count(id, waits)
+    local definition, user = parts(id)
+    local host = host_of(definition)
+    for _, name in ipairs({ 'total', 'definition:' .. definition, 'host:' .. host, 'user:' .. user }) do
+      busy[name] = (busy[name] or 0) + 1
+      if waits then reserved[name] = (reserved[name] or 0) + 1 end
+    end
+  end
+  for _, priority in ipairs(PRIORITIES) do
+    for _, id in ipairs(call('ZRANGE', K.queued .. priority, 0, -1)) do count(id, true) end
+  end
+  for _, id in ipairs(call('ZRANGE', K.active, 0, -1)) do count(id, false) end
+  local names = only and { only } or call('HKEYS', K.limits)
+  local users = false
+  for _, name in ipairs(names) do
+    local limit = limit_of(name)
+    if limit and limit.rate then
+      local bucket = bucket_of(name, limit, now)
+      bucket.reserved = reserved[name] or 0
+      keep_bucket(name, bucket, now)
+    end
+    if string.sub(name, 1, 4) == 'user' then
+      users = true
+    elseif limit and limit.concurrency and busy[name] then
+      call('HSET', K.inflight, name, busy[name])
+    else
+      call('HDEL', K.inflight, name)
+    end
+  end
+  if not users then return end
+  for _, name in ipairs(call('HKEYS', K.inflight)) do
+    if string.sub(name, 1, 5) == 'user:' then call('HDEL', K.inflight, name) end
+  end
+  for name, jobs in pairs(busy) do
+    local user = string.match(name, '^user:(.+)$')
+    local limit = user and user_limit(user)
+    if limit and limit.concurrency then call('HSET', K.inflight, name, jobs) end
+  end
+end
+
+-- What waits for a start or an end of the definition's jobs, or its host's, may be looked at again.
+local function wake(definition)
+  if limit_of('definition:' .. definition) then
+    for _, priority in ipairs(PRIORITIES) do
+      local blocked = call('ZSCORE', K.blocked .. priority, definition)
+      if blocked and tonumber(blocked) == tonumber(EVENT) then unblock_lane(priority, definition) end
+    end
+  end
+  local host = host_of(definition)
+  if host ~= '' and limit_of('host:' .. host) then
+    local gate = call('ZSCORE', K.gates, host)
+    if gate and tonumber(gate) == tonumber(EVENT) then call('ZADD', K.gates, 0, host) end
+  end
+end
+
+-- Puts back into their lanes what was set aside for a user's cap, as much as the cap lets go. Returns how many.
+local function uncap(user, most)
+  local limit = user_limit(user)
+  if limit and limit.concurrency then most = math.min(most, limit.concurrency - in_flight('user:' .. user)) end
+  local back, left = 0, 0
+  for _, priority in ipairs(PRIORITIES) do
+    local key = K.capped .. priority .. ':' .. user
+    for _, member in ipairs(most > back and call('ZRANGE', key, 0, most - back - 1) or {}) do
+      local id = string.sub(member, 13)
+      local definition = parts(id)
+      call('ZADD', K.lane .. priority .. ':' .. definition, call('ZSCORE', key, member), member)
+      call('ZREM', key, member)
+      lane_changed(priority, definition)
+      back = back + 1
+    end
+    left = left + call('ZCARD', key)
+  end
+  if left == 0 then call('SREM', K.capped_users, user) end
+  return back
+end
+
+-- A job is released: it counts in its limits.
+local function enter_flight(definition, user, now)
+  each_bucket(definition, now, reserve)
+  for _, name in ipairs(concurrencies(definition, user)) do call('HINCRBY', K.inflight, name, 1) end
+end
+
+-- A job that was queued or running is so no more.
+local function leave_flight(id, job, now)
+  local definition, user = parts(id)
+  if job.state == 'running' then
+    call('ZREM', K.active, id)
+    call('SREM', K.worker_jobs .. job.worker, id)
+  else
+    call('ZREM', K.queued .. (job.queue or job.priority), id)
+    each_bucket(definition, now, unreserve)
+  end
+  for _, name in ipairs(concurrencies(definition, user)) do
+    if call('HINCRBY', K.inflight, name, -1) <= 0 then call('HDEL', K.inflight, name) end
+  end
+  wake(definition)
+  if call('SISMEMBER', K.capped_users, user) == 1 then uncap(user, 10) end
+end
+
+-- What a limit is now follows from what was set live, else from what is configured. Applies a change at once. Returns 1, or 0.
+local function set_limit(name, layer, value, now)
+  if value == '' then call('HDEL', layer, name) else call('HSET', layer, name, value) end
+  local before = call('HGET', K.limits, name)
+  local after = call('HGET', K.limits_live, name) or call('HGET', K.limits_configured, name)
+  if before == after then return 0 end
+  local old = limit_of(name)
+  -- what the bucket holds by the old rate
+  local level = old and old.rate and bucket_of(name, old, now).level
+  limits_read[name], buckets[name] = nil, nil
+  if after then call('HSET', K.limits, name, after) else call('HDEL', K.limits, name) end
+  local new = limit_of(name)
+  if new and new.rate then
+    if level then call('SET', K.limit .. name, text(now) .. ' ' .. string.format('%.17g', level) .. ' 0') end
+  else
+    call('DEL', K.limit .. name)
+  end
+  recount(now, name)
+  local kind, of = string.match(name, '^(%a+):(.+)$')
+  if kind == 'definition' then
+    unblock_unless_paused(of)
+  elseif kind == 'host' then
+    call('ZREM', K.gates, of)
+    for _, priority in ipairs(PRIORITIES) do
+      for _, definition in ipairs(call('ZRANGE', K.gated .. priority .. ':' .. of, 0, -1)) do unblock_lane(priority, definition) end
+    end
+  end
+  return 1
 end
 
 -- Jobs -----------------------------------------------------------------------------------------------------------
@@ -126,12 +465,9 @@ end
 -- Ends a job: a terminal transition and all that follows from it.
 local function conclude(id, job, to, now, worker, reason, detail)
   move(id, job.state, to, now, job.attempt, worker, reason, detail)
-  if job.state == 'running' then
-    call('ZREM', K.active, id)
-    call('SREM', K.worker_jobs .. job.worker, id)
-  elseif job.state == 'queued' then
-    call('ZREM', K.queued .. job.priority, id)
-  elseif job.state == 'pending' or job.state == 'retrying' then
+  if job.state == 'running' or job.state == 'queued' then
+    leave_flight(id, job, now)
+  else
     unwait(id, job)
   end
   call('HSET', K.job .. id, 'finished', text(now))
@@ -143,12 +479,7 @@ end
 -- Puts a job that is queued or running back into the waiting set.
 local function give_back(id, job, to, now, after, worker, reason, detail)
   move(id, job.state, to, now, job.attempt, worker, reason, detail)
-  if job.state == 'running' then
-    call('ZREM', K.active, id)
-    call('SREM', K.worker_jobs .. job.worker, id)
-  elseif job.state == 'queued' then
-    call('ZREM', K.queued .. job.priority, id)
-  end
+  leave_flight(id, job, now)
   local seq = job.seq
   if after > tonumber(job.after) then seq = call('INCR', K.seq) end
   call('HSET', K.job .. id, 'after', text(after), 'seq', seq)
@@ -176,56 +507,32 @@ local function lose(id, job, now, worker, what, most_losses, backoff)
   drop_unacked(id, job)
 end
 
--- Limits: GCRA, one number for each (https://en.wikipedia.org/wiki/Generic_cell_rate_algorithm) --------------------
-
--- How far the theoretical arrival time lies ahead, apart from now: in their sum fractions of a millisecond would get lost,
--- and with them the limit in the long run. It may be forgotten a while after it lies in the past.
-local function take_token(name, ahead, now)
-  call('SET', K.limit .. name, text(now) .. ' ' .. string.format('%.17g', ahead), 'PX', text(math.ceil(ahead) + 60000))
-end
-
--- In how many ms the limit lets the next job go, and how far ahead its arrival time lies then.
-local function next_token(name, per_second, burst, now)
-  local interval, ahead = 1000 / per_second, 0
-  local kept = call('GET', K.limit .. name)
-  if kept then
-    local at, before = string.match(kept, '^(%d+) (.+)$')
-    ahead = math.max(0, tonumber(at) - now + tonumber(before))
-    if ahead > burst * interval + 1 then
-      -- the limit was raised, or the clock set back, since
-      ahead = burst * interval
-      take_token(name, ahead, now)
-    end
-  end
-  return ahead - (burst - 1) * interval, ahead + interval
-end
-
 -- Release --------------------------------------------------------------------------------------------------------
 
 local function fill(template, values)
   return (string.gsub(template, '@@(%u+)@@', values))
 end
 
--- Of the lanes whose heads are due at the same millisecond, the one whose head was submitted first. `ties` keeps them from
--- one call to the next, between which only the lane that was given may change: there can be one for each definition.
-local function first_lane(priority, now, ties)
-  local ready = K.ready .. priority
+-- Of the lanes whose heads have the first place, due by `now`, the one whose head was submitted first. Which heads share that place
+-- is kept from one call to the next, between which `show` notes what changed: there can be one for each definition.
+local function first_lane(stage, priority, now, ties)
+  local ready = stage.ready .. priority
   local head = call('ZRANGE', ready, 0, 0, 'WITHSCORES')
   if not head[1] or tonumber(head[2]) > now then return nil end
-  local changed = { ties.given }
-  if ties.score ~= head[2] then
-    ties.score, ties.heads = head[2], {}
-    changed = call('ZRANGEBYSCORE', ready, head[2], head[2])
+  local changed = stage.changed[priority]
+  if not changed or ties.score ~= head[2] then
+    ties.score, ties.heads, changed = head[2], {}, {}
+    for _, definition in ipairs(call('ZRANGEBYSCORE', ready, head[2], head[2])) do changed[definition] = true end
   end
-  for _, definition in ipairs(changed) do
+  for definition in pairs(changed) do
     local tied = call('ZSCORE', ready, definition) == head[2]
-    ties.heads[definition] = tied and call('ZRANGE', K.lane .. priority .. ':' .. definition, 0, 0)[1] or nil
+    ties.heads[definition] = tied and head_of(stage, priority, definition)[1] or nil
   end
+  stage.changed[priority] = {}
   local best, best_member = nil, nil
   for definition, member in pairs(ties.heads) do
     if not best or member < best_member then best, best_member = definition, member end
   end
-  ties.given = best
   return best, best_member
 end
 
@@ -236,86 +543,219 @@ local function subscription_paused(user, definition)
   return nil
 end
 
--- Moves due jobs to their broker queues, in strict priority, first come first served inside it, within the limits and
--- the queues' depth. Returns how many, and when the next could go (nil: nothing waits for a known time).
-local function release(now, most)
-  local released, looked, definitions, in_queue = 0, 0, {}, {}
-  local capacity = pairs_to_table(call('HGETALL', K.capacity))
-  local overall = call('HGET', K.limits, 'global')
-  overall = overall and cjson.decode(overall)
-  local next_at = nil
-  local function later(at)
-    if at and (not next_at or at < next_at) then next_at = at end
+-- With fairness: gives each job that came due its turn: a round later than its user's last one, and not before the round that is
+-- being served (start-time fair queueing, Goyal, Vin and Cheng 1996, with jobs of equal cost).
+local function take_turns(priority, now, most)
+  local ties, current = {}, nil
+  for _ = 1, most do
+    local definition, member = first_lane(WAITING, priority, now, ties)
+    if not definition then break end
+    if not current then
+      current = tonumber(call('HGET', K.round, priority) or '0')
+      call('ZREMRANGEBYSCORE', K.rounds .. priority, '-inf', current)
+    end
+    local _, user = parts(string.sub(member, 13))
+    local turn = math.max(current, tonumber(call('ZSCORE', K.rounds .. priority, user) or '0')) + 1
+    call('ZADD', K.rounds .. priority, turn, user)
+    call('ZREM', K.lane .. priority .. ':' .. definition, member)
+    show(WAITING, priority, definition, head_of(WAITING, priority, definition)[2])
+    call('ZADD', K.turn .. priority .. ':' .. definition, turn, member)
+    refresh_lane(priority, definition)
   end
+end
+
+-- With a guaranteed share: the highest of the priorities below `priority` that is owed a job and has one.
+local function owed(priority, stage, now)
+  local below, found = false, nil
+  for _, lower in ipairs(PRIORITIES) do
+    if below and not found and tonumber(call('HGET', K.shares, lower) or '0') >= 1 then
+      local head = call('ZRANGE', stage.ready .. lower, 0, 0, 'WITHSCORES')
+      if head[1] and (stage == TURNS or tonumber(head[2]) <= now) then found = lower end
+    end
+    below = below or lower == priority
+  end
+  return found
+end
+
+-- Counts a release of `priority` for the shares: the lower ones that wait are owed a part of it. Nobody saves up while idle.
+local function count_share(priority, stage, now, share)
+  call('HSET', K.shares, priority, math.max(0, tonumber(call('HGET', K.shares, priority) or '0') - 1))
+  for number, other in ipairs(PRIORITIES) do
+    if number > 1 and other ~= priority then
+      local head = call('ZRANGE', stage.ready .. other, 0, 0, 'WITHSCORES')
+      local waits = head[1] and (stage == TURNS or tonumber(head[2]) <= now)
+      local credit = waits and tonumber(call('HGET', K.shares, other) or '0') + share or 0
+      call('HSET', K.shares, other, string.format('%.17g', math.min(2, credit)))
+    end
+  end
+end
+
+-- What keeps the job at the head of a lane from going: nil, or what was done about it.
+--   'gone'    it waits there no more
+--   'blocked' its lane or its host's lanes wait
+--   'total'   nothing may go; then the ms until something may, if time brings it
+local function hold_back(id, member, job, priority, definition, user, now)
+  local stage = served_stage()
+  local function take_out()
+    call('ZREM', stage.lane .. priority .. ':' .. definition, member)
+    refresh_lane(priority, definition)
+  end
+  local why = subscription_paused(user, definition)
+  if why then
+    take_out()
+    call('SADD', K.held .. user, id)
+    remember(id, now, job.state, job.state, job.attempt, '', 'held: ' .. why, '')
+    return 'gone'
+  end
+  if is_full('user:' .. user, user_limit(user)) then
+    take_out()
+    call('ZADD', K.capped .. priority .. ':' .. user, job.after, member)
+    call('SADD', K.capped_users, user)
+    return 'gone'
+  end
+  local total = limit_of('total')
+  if total and total.rate then
+    local delay = wait_for_token(bucket_of('total', total, now))
+    if delay ~= 0 then return 'total', delay end
+  end
+  local own = limit_of('definition:' .. definition)
+  if own then
+    local delay = 0
+    if is_full('definition:' .. definition, own) then
+      delay = nil
+    elseif own.rate then
+      delay = wait_for_token(bucket_of('definition:' .. definition, own, now))
+    end
+    if delay ~= 0 then
+      block_lane(priority, definition, delay and string.format('%.3f', now + delay) or EVENT)
+      return 'blocked'
+    end
+  end
+  local host = host_of(definition)
+  local of_host = host ~= '' and limit_of('host:' .. host)
+  if of_host then
+    local delay = 0
+    if is_full('host:' .. host, of_host) then
+      delay = nil
+    elseif of_host.rate then
+      delay = wait_for_token(bucket_of('host:' .. host, of_host, now))
+    end
+    if delay ~= 0 then
+      call('ZADD', K.gates, delay and string.format('%.3f', now + delay) or EVENT, host)
+      gate_lane(priority, definition)
+      return 'blocked'
+    end
+  end
+  return nil
+end
+
+-- Hands a job over to a broker queue.
+local function hand_over(id, member, job, priority, definition, user, queue, message, now)
+  local stage = served_stage()
+  if stage == TURNS then
+    local turn = tonumber(call('ZSCORE', K.turn .. priority .. ':' .. definition, member))
+    if turn > tonumber(call('HGET', K.round, priority) or '0') then call('HSET', K.round, priority, turn) end
+  end
+  call('ZREM', stage.lane .. priority .. ':' .. definition, member)
+  refresh_lane(priority, definition)
+  local delivery = job.delivery + 1
+  move(id, job.state, 'queued', now, job.attempt, '', queue == priority and 'released' or 'released for its share', '')
+  call('HSET', K.job .. id, 'delivery', delivery)
+  if queue ~= priority then
+    call('HSET', K.job .. id, 'queue', queue)
+  elseif job.queue then
+    call('HDEL', K.job .. id, 'queue')
+  end
+  enter_flight(definition, user, now)
+  call('ZADD', K.queued .. queue, text(now), id)
+  call('LPUSH', queue, fill(message, { ID = id, USER = user, DELIVERY = tostring(delivery), RETRIES = tostring(job.attempt), QUEUE = queue }))
+  local host = host_of(definition)
+  if host ~= '' and call('EXISTS', K.gated .. priority .. ':' .. host) == 1 then
+    -- others stand in the host's line: this lane goes behind them if their jobs are due before its next
+    gate_lane(priority, definition)
+    admit_lane(priority, host)
+  end
+end
+
+-- Lets go what waited until now.
+local function open_gates(now)
   for _, priority in ipairs(PRIORITIES) do
     for _, definition in ipairs(call('ZRANGEBYSCORE', K.blocked .. priority, '-inf', text(now))) do
       unblock_lane(priority, definition)
     end
-    in_queue[priority] = call('ZCARD', K.queued .. priority)
-    local depth, before, ties = tonumber(capacity[priority] or '0'), 0, {}
+  end
+  for _, host in ipairs(call('ZRANGEBYSCORE', K.gates, '-inf', text(now))) do
+    call('ZREM', K.gates, host)
+    for _, priority in ipairs(PRIORITIES) do admit_lane(priority, host) end
+  end
+end
+
+-- Moves due jobs to their broker queues, in strict priority, first come first served inside it (or by turns of the users, or with
+-- a share for the lower ones), within the limits and the queues' depth. Returns how many, and when the next could go
+-- (nil: nothing waits for a known time).
+local function release(now, most)
+  local released, looked, messages, in_queue = 0, 0, {}, {}
+  local capacity = pairs_to_table(call('HGETALL', K.capacity))
+  local stage, share = served_stage(), tonumber(option('share') or '0')
+  local due = stage == TURNS and math.huge or now
+  local ties = {}
+  local next_at = nil
+  local function later(at)
+    if at and (not next_at or at < next_at) then next_at = at end
+  end
+  open_gates(now)
+  for _, priority in ipairs(PRIORITIES) do
+    if stage == TURNS then take_turns(priority, now, 2 * most) end
+    ties[priority] = {}
+  end
+  for _, queue in ipairs(PRIORITIES) do
+    in_queue[queue] = call('ZCARD', K.queued .. queue)
+    local depth, before = tonumber(capacity[queue] or '0'), 0
     for _, higher in ipairs(PRIORITIES) do
-      if higher == priority then break end
-      before = before + in_queue[higher] * tonumber(capacity[higher .. '>' .. priority] or '0')
+      if higher == queue then break end
+      before = before + in_queue[higher] * tonumber(capacity[higher .. '>' .. queue] or '0')
     end
-    while before + in_queue[priority] < depth do
-      local definition, member = first_lane(priority, now, ties)
+    while before + in_queue[queue] < depth do
+      local priority = share > 0 and owed(queue, stage, now) or queue
+      local definition, member = first_lane(stage, priority, due, ties[priority])
       if not definition then break end
       looked = looked + 1
       if looked > most then return released, now end
       local id = string.sub(member, 13)
-      local known = definitions[definition]
-      if not known then
-        local values = call('HMGET', K.definition .. definition, 'message', 'rate', 'burst')
-        known = { message = values[1], rate = tonumber(values[2]), burst = tonumber(values[3]) }
-        definitions[definition] = known
+      local message = messages[definition]
+      if message == nil then
+        message = call('HGET', K.definition .. definition, 'message')
+        messages[definition] = message
       end
       local job = load_job(id)
       local _, user = parts(id)
       if not job then
-        call('ZREM', K.lane .. priority .. ':' .. definition, member)
+        call('ZREM', stage.lane .. priority .. ':' .. definition, member)
         refresh_lane(priority, definition)
-      elseif not known.message then
+      elseif not message then
         conclude(id, job, 'rejected', now, '', 'definition ' .. definition .. ' does not exist any more', '')
       else
-        local why = subscription_paused(user, definition)
-        if why then
-          call('ZREM', K.lane .. priority .. ':' .. definition, member)
-          refresh_lane(priority, definition)
-          call('SADD', K.held .. user, id)
-          remember(id, now, job.state, job.state, job.attempt, '', 'held: ' .. why, '')
-        else
-          local delay, ahead, own_delay, own_ahead = 0, nil, 0, nil
-          if overall then
-            delay, ahead = next_token('global', overall.rate, overall.burst, now)
-            if delay > 0 then later(now + delay) return released, next_at end
-          end
-          if known.rate then own_delay, own_ahead = next_token('definition:' .. definition, known.rate, known.burst, now) end
-          if own_delay > 0 then
-            block_lane(priority, definition, string.format('%.3f', now + own_delay))
-          else
-            if ahead then take_token('global', ahead, now) end
-            if own_ahead then take_token('definition:' .. definition, own_ahead, now) end
-            call('ZREM', K.lane .. priority .. ':' .. definition, member)
-            refresh_lane(priority, definition)
-            local delivery = job.delivery + 1
-            move(id, job.state, 'queued', now, job.attempt, '', 'released', '')
-            call('HSET', K.job .. id, 'delivery', delivery)
-            call('ZADD', K.queued .. priority, text(now), id)
-            call('LPUSH', priority, fill(known.message,
-              { ID = id, USER = user, DELIVERY = tostring(delivery), RETRIES = tostring(job.attempt), QUEUE = priority }))
-            released = released + 1
-            in_queue[priority] = in_queue[priority] + 1
-          end
+        local what, delay = hold_back(id, member, job, priority, definition, user, now)
+        if what == 'total' then
+          if delay then later(now + delay) end
+          return released, next_at
+        elseif not what then
+          hand_over(id, member, job, priority, definition, user, queue, message, now)
+          released = released + 1
+          in_queue[queue] = in_queue[queue] + 1
+          if share > 0 then count_share(priority, stage, now, share) end
         end
       end
     end
-    if before + in_queue[priority] < depth then
-      local head = call('ZRANGE', K.ready .. priority, 0, 0, 'WITHSCORES')
+    if before + in_queue[queue] < depth then
+      local head = call('ZRANGE', K.ready .. queue, 0, 0, 'WITHSCORES')
       if head[1] then later(tonumber(head[2])) end
-      local blocked = call('ZRANGE', K.blocked .. priority, 0, 0, 'WITHSCORES')
-      if blocked[1] and blocked[2] ~= 'inf' then later(tonumber(blocked[2])) end
+      local blocked = call('ZRANGE', K.blocked .. queue, 0, 0, 'WITHSCORES')
+      if blocked[1] and tonumber(blocked[2]) < tonumber(EVENT) then later(tonumber(blocked[2])) end
     end
   end
+  local gate = call('ZRANGE', K.gates, 0, 0, 'WITHSCORES')
+  if gate[1] and tonumber(gate[2]) < tonumber(EVENT) then later(tonumber(gate[2])) end
   return released, next_at
 end
 

@@ -9,7 +9,7 @@ local paused = call('HGET', key, 'paused')
 if why ~= '' then
   if paused then return 0 end
   call('HSET', key, 'paused', why)
-  for _, priority in ipairs(PRIORITIES) do block_lane(priority, definition, '+inf') end
+  for _, priority in ipairs(PRIORITIES) do block_lane(priority, definition, PAUSED) end
 else
   if not paused then return 0 end
   call('HDEL', key, 'paused')

@@ -169,7 +169,7 @@ end
 add_all(K.definition_jobs .. definition, index)
 if #lane > 0 then
   add_all(K.lane .. priority .. ':' .. definition, lane)
-  refresh_lane(priority, definition)
+  lane_changed(priority, definition)
 end
 if made > 0 then call('HINCRBY', K.counts, 'pending', made) end
 

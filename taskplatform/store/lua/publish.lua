@@ -1,7 +1,8 @@
 -- Tells the scripts of a definition, and gives its default group its schedule.
 -- ARGV[1] now   ARGV[2] definition   ARGV[3] schedule of the default group   ARGV[4] 1: only if it is not published yet
 -- ARGV[5] actor   ARGV[6] size of the change log   ARGV[7] the term of the leader that says so ('' whoever it is)
--- ARGV[8…] by twos: fields and their values ('' removes the field)
+-- ARGV[8] its limit ('' none)   ARGV[9] the host that it calls ('' none, 'keep' not known here)
+-- ARGV[10…] by twos: fields and their values ('' removes the field)
 -- Returns 1 when something changed, 0 when not, -1 when another leads by now.
 
 local now, definition, schedule = clock(ARGV[1]), ARGV[2], ARGV[3]
@@ -9,20 +10,24 @@ local key = K.definition .. definition
 if not leads(ARGV[7]) then return -1 end
 local is_new = call('SADD', K.definitions, definition) == 1
 if not is_new and ARGV[4] == '1' then return 0 end
-local changed, limit_changed = {}, false
-for i = 8, #ARGV, 2 do
+local changed = {}
+for i = 10, #ARGV, 2 do
   local field, value = ARGV[i], ARGV[i + 1]
   local before = call('HGET', key, field) or ''
   if before ~= value then
     changed[#changed + 1] = field
-    limit_changed = limit_changed or field == 'rate' or field == 'burst'
     if value == '' then call('HDEL', key, field) else call('HSET', key, field, value) end
   end
 end
-if limit_changed and call('HEXISTS', key, 'paused') == 0 then
-  -- the old limit may have blocked a lane for longer than the new one does
-  for _, priority in ipairs(PRIORITIES) do unblock_lane(priority, definition) end
+if ARGV[9] ~= 'keep' and ARGV[9] ~= host_of(definition) then
+  if host_of(definition) ~= '' then changed[#changed + 1] = 'host' end
+  -- out of the line of the old host, and out of its counts
+  unblock_unless_paused(definition)
+  call('HSET', key, 'host', ARGV[9])
+  hosts_read[definition] = nil
+  recount(now)
 end
+if set_limit('definition:' .. definition, K.limits_configured, ARGV[8], now) == 1 then changed[#changed + 1] = 'limit' end
 local group_key = K.group .. definition
 if call('HGET', key, 'schedule') ~= schedule then
   changed[#changed + 1] = 'schedule'

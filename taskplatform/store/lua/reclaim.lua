@@ -25,5 +25,7 @@ for _, priority in ipairs(PRIORITIES) do
     end
   end
 end
+-- should a change of a user's cap have stopped halfway
+for _, user in ipairs(call('SRANDMEMBER', K.capped_users, 10)) do uncap(user, 100) end
 if #found > 0 then release(now, 100) end
 return found

@@ -17,12 +17,15 @@ if tonumber(job.after) > now then
   give_back(id, job, job.attempt > 0 and 'retrying' or 'pending', now, tonumber(job.after), worker, 'given back: it is early', '')
   return { 'early' }
 end
+local definition = parts(id)
 local attempt = job.attempt + 1
-local released_at = tonumber(call('ZSCORE', K.queued .. job.priority, id) or now)
+local released_at = tonumber(call('ZSCORE', K.queued .. (job.queue or job.priority), id) or now)
 move(id, 'queued', 'assigned', math.min(now, math.max(now - tonumber(ARGV[5]), released_at)), attempt, worker, 'received', '')
 move(id, 'assigned', 'running', now, attempt, worker, 'started', '')
 call('HSET', K.job .. id, 'attempt', attempt, 'worker', worker, 'started', text(now), 'mark', ARGV[6])
-call('ZREM', K.queued .. job.priority, id)
+call('ZREM', K.queued .. (job.queue or job.priority), id)
+each_bucket(definition, now, spend)
+wake(definition)
 call('ZADD', K.active, text(now), id)
 call('SADD', K.worker_jobs .. worker, id)
 -- a worker that was declared lost and came back counts again

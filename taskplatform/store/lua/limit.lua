@@ -1,0 +1,12 @@
+-- Sets a limit or takes it away, at once for all that waits.
+-- ARGV[1] now   ARGV[2] limit   ARGV[3] 'live' or 'configured'   ARGV[4] "<rate per second> <burst> <concurrency>", '-' for none;
+-- '' takes it away, and what is configured is in force again   ARGV[5] actor   ARGV[6] size of the change log
+-- Returns 1 when that changed what is in force, else 0.
+
+local now, name, layer, value = clock(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
+local changed = set_limit(name, layer == 'live' and K.limits_live or K.limits_configured, value, now)
+if changed == 1 then
+  log_change(now, ARGV[6], ARGV[5], 'limit changed', name, call('HGET', K.limits, name) or 'none')
+  release(now, 100)
+end
+return changed

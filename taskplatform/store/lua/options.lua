@@ -1,0 +1,41 @@
+-- Sets how jobs are released: with turns for the users, and with which share for the lower priorities.
+-- ARGV[1] now   ARGV[2] fairness: 1 or 0   ARGV[3] share, 0 none   ARGV[4] how many jobs to move at the most
+-- Returns how many jobs went back from their turns into their lanes; as many as ARGV[4]: there may be more.
+
+local now, fair, most, moved = clock(ARGV[1]), ARGV[2] == '1', tonumber(ARGV[4]), 0
+call('HSET', K.options, 'share', ARGV[3])
+local switched = fair ~= (option('fairness') ~= nil)
+for _, priority in ipairs(PRIORITIES) do
+  local definitions = {}
+  for _, index in ipairs({ K.ready, K.turns, K.blocked }) do
+    for _, definition in ipairs(call('ZRANGE', index .. priority, 0, -1)) do definitions[definition] = true end
+  end
+  for definition in pairs(definitions) do
+    -- out of the line of its host: the places there are of the other stage
+    if switched then unblock_unless_paused(definition) end
+  end
+end
+if fair then call('HSET', K.options, 'fairness', 1) else call('HDEL', K.options, 'fairness') end
+settings_read = nil
+for _, priority in ipairs(PRIORITIES) do
+  local definitions = {}
+  for _, index in ipairs({ K.ready, K.turns, K.blocked }) do
+    for _, definition in ipairs(call('ZRANGE', index .. priority, 0, -1)) do definitions[#definitions + 1] = definition end
+  end
+  for _, definition in ipairs(definitions) do
+    local key = K.turn .. priority .. ':' .. definition
+    for _, member in ipairs(not fair and moved < most and call('ZRANGE', key, 0, most - moved - 1) or {}) do
+      call('ZREM', key, member)
+      call('ZADD', K.lane .. priority .. ':' .. definition, load_job(string.sub(member, 13)).after, member)
+      moved = moved + 1
+    end
+    if not fair then show(TURNS, priority, definition, head_of(TURNS, priority, definition)[2]) end
+    if switched or moved > 0 then lane_changed(priority, definition) end
+  end
+  if not fair and call('ZCARD', K.turns .. priority) == 0 then
+    call('DEL', K.rounds .. priority)
+    call('HDEL', K.round, priority)
+  end
+end
+release(now, 100)
+return moved

@@ -1,0 +1,20 @@
+-- A run that was held up between its start and its call asks whether it may still make it: its token was for the time of its start.
+-- ARGV[1] now   ARGV[2] job id   ARGV[3] delivery   ARGV[4] worker
+-- Returns 'go', 'given back' (to its old place), or the job's state when this delivery no longer counts, or 'unknown'.
+
+local now, id, delivery, worker = clock(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local job = load_job(id)
+if not job then return 'unknown' end
+if job.state ~= 'running' or job.delivery ~= delivery then return job.state end
+local definition = parts(id)
+local free = true
+each_bucket(definition, now, function(bucket) free = free and wait_for_token(bucket) == 0 end)
+if free then
+  each_bucket(definition, now, function(bucket) bucket.level = bucket.level - 1 end)
+  return 'go'
+end
+give_back(id, job, 'retrying', now, tonumber(job.after), worker, 'held up before its call, and its place in the limit has passed', '')
+-- the run that was broken off does not use up the job's budget
+call('HSET', K.job .. id, 'budget', tonumber(job.budget or '0') + 1)
+release(now, 10)
+return 'given back'
