@@ -95,7 +95,7 @@ end
 
 -- A lane is blocked until a time, or until
 local PAUSED = '+inf'     -- its definition is resumed,
-local EVENT = '8e15'      -- a job of it starts or ends: its limit has no token that time alone would bring, or its cap is reached,
+local EVENT = '8e15'      -- a job ends: so many run as may, of the definition or, for a gate, of the host,
 local GATED = '9e15'      -- its host lets it go: it stands in line with the host's other lanes.
 
 -- A stage is where lanes lie and the index of those that may go. Jobs wait in WAITING; with fairness those that are due go through
@@ -252,12 +252,11 @@ local function keep_bucket(name, bucket, now)
   call('SET', K.limit .. name, text(now) .. ' ' .. string.format('%.17g', bucket.level) .. ' ' .. bucket.reserved)
 end
 
--- In how many ms there is a free token: 0 now, nil when time alone brings none.
+-- In how many ms there is a free token. A full bucket whose tokens are all reserved has one only after a start, which comes soon.
 local function wait_for_token(bucket)
   local missing = bucket.reserved + 1 - bucket.level
   if missing <= 0 then return 0 end
-  if bucket.reserved + 1 > bucket.capacity then return nil end
-  return missing / bucket.per_ms
+  return math.max(missing / bucket.per_ms, bucket.reserved + 1 > bucket.capacity and 20 or 0)
 end
 
 -- Calls `change` for the bucket of each rate that a definition's jobs are under.
@@ -306,6 +305,9 @@ end
 -- Counts again what is released and not ended, for the limit `only` or for all: a limit that is new, or that a definition came
 -- under, was not counted before.
 local function recount(now, only)
+  local flying = call('ZCARD', K.active) + call('HLEN', K.inflight)
+  for _, priority in ipairs(PRIORITIES) do flying = flying + call('ZCARD', K.queued .. priority) end
+  if flying == 0 then return end
   local reserved, busy = {}, {}
   local function count(id, waits)
     local definition, user = parts(id)
@@ -347,7 +349,7 @@ local function recount(now, only)
   end
 end
 
--- What waits for a start or an end of the definition's jobs, or its host's, may be looked at again.
+-- A job of the definition ended: what waits for that may be looked at again.
 local function wake(definition)
   if limit_of('definition:' .. definition) then
     for _, priority in ipairs(PRIORITIES) do
@@ -593,7 +595,7 @@ end
 -- What keeps the job at the head of a lane from going: nil, or what was done about it.
 --   'gone'    it waits there no more
 --   'blocked' its lane or its host's lanes wait
---   'total'   nothing may go; then the ms until something may, if time brings it
+--   'total'   nothing may go; then the ms until something may
 local function hold_back(id, member, job, priority, definition, user, now)
   local stage = served_stage()
   local function take_out()
@@ -616,7 +618,7 @@ local function hold_back(id, member, job, priority, definition, user, now)
   local total = limit_of('total')
   if total and total.rate then
     local delay = wait_for_token(bucket_of('total', total, now))
-    if delay ~= 0 then return 'total', delay end
+    if delay > 0 then return 'total', delay end
   end
   local own = limit_of('definition:' .. definition)
   if own then
@@ -737,7 +739,7 @@ local function release(now, most)
       else
         local what, delay = hold_back(id, member, job, priority, definition, user, now)
         if what == 'total' then
-          if delay then later(now + delay) end
+          later(now + delay)
           return released, next_at
         elseif not what then
           hand_over(id, member, job, priority, definition, user, queue, message, now)

@@ -25,7 +25,6 @@ move(id, 'assigned', 'running', now, attempt, worker, 'started', '')
 call('HSET', K.job .. id, 'attempt', attempt, 'worker', worker, 'started', text(now), 'mark', ARGV[6])
 call('ZREM', K.queued .. (job.queue or job.priority), id)
 each_bucket(definition, now, spend)
-wake(definition)
 call('ZADD', K.active, text(now), id)
 call('SADD', K.worker_jobs .. worker, id)
 -- a worker that was declared lost and came back counts again
