@@ -544,7 +544,9 @@ class Definition(_Frozen):
     retries: int = Field(default=3, ge=0, le=100, description="how often a failed attempt is tried again")
     backoff: Backoff = Backoff()
     rate_limit: RateLimit | None = Field(default=None, description='over all workers: "10/s" or {rate: "10/s", burst: 15}')
-    concurrency: int | None = Field(default=None, ge=1, le=1_000_000, description="how many of its jobs may run at a time, over all workers")
+    concurrency: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="how many of its jobs may run at a time, over all workers"
+    )
     window: Duration = Field(default=timedelta(seconds=60), description="the users of an occurrence are spread over it")
     catch_up: CatchUp = CatchUp()
     overlap: Literal["allow", "skip"] = Field(

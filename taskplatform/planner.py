@@ -47,7 +47,16 @@ def published(definition: Definition, environment: Mapping[str, str] | None = No
 class Planner:
     """Advances the plan of one catalogue."""
 
-    def __init__(self, store: Store, catalogue: Mapping[str, Definition], *, horizon: timedelta, batch: int, name: str = "planner", environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        catalogue: Mapping[str, Definition],
+        *,
+        horizon: timedelta,
+        batch: int,
+        name: str = "planner",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._store = store
         self._catalogue = catalogue
         self._horizon = horizon
@@ -68,6 +77,7 @@ class Planner:
         for definition in self._catalogue.values():
             if self._store.publish(published(definition, self._environment), actor=self._name, term=term):
                 log.info("published definition %s", definition.id)
+                self._store.follow_priority(definition.id, definition.priority)
         self._store.log_added(sorted(self._catalogue.keys() - before), actor=self._name)
         for name in sorted(self._store.published() - self._catalogue.keys()):
             self._store.retract(name, actor=self._name, term=term)

@@ -25,7 +25,7 @@ class PublishedDefinition:
     message: str
     """The Celery message with @@ID@@, @@USER@@, @@DELIVERY@@, @@RETRIES@@ and @@QUEUE@@ to be filled in."""
     window: timedelta
-    limit: Limit = Limit()
+    limit: Limit = field(default_factory=Limit)
     host: str | None = None
     """The host that its jobs call; "" where they call none, None where it is not known here."""
 

@@ -531,6 +531,18 @@ class Store:
         """
         return self._state(self._scripts.run("prioritize", job_id, priority, reason), job_id)
 
+    def follow_priority(self, definition: str, priority: Priority) -> int:
+        """Give what waits of a definition its new priority, but for jobs that were given one of their own. Returns how many."""
+        total = 0
+        for former in [one for one in Priority if one is not priority]:
+            for turns in (0, 1):
+                looked, kept = _BATCH, 0
+                while looked == _BATCH:
+                    looked, changed = self._scripts.run("follow", definition, former, turns, kept, _BATCH)
+                    kept += looked - changed
+                    total += changed
+        return total
+
     def retry(self, job_id: str, *, reason: str) -> JobState:
         """Run a job again that ended without success. Raises UnknownJob, Conflict."""
         before = self._state(self._scripts.run("retry", job_id, reason), job_id)

@@ -17,11 +17,14 @@ for i = 2, #ARGV, 5 do
   if call('EXISTS', K.job .. id) == 1 then
     answer[#answer + 1] = 0
   else
-    if priority == '' then priority = call('HGET', K.definition .. definition, 'priority') end
+    local own = priority ~= ''
+    if not own then priority = call('HGET', K.definition .. definition, 'priority') end
     if string.sub(after, 1, 1) == '+' then after = now + tonumber(string.sub(after, 2)) end
     after = text(math.max(now, tonumber(after)))
     local seq = call('INCR', K.seq)
     create(id, user, now, priority, after, seq, source, params)
+    -- a change of the definition's priority leaves it as it is
+    if own then call('HSET', K.job .. id, 'own', 1) end
     call('HINCRBY', K.counts, 'pending', 1)
     call('ZADD', K.definition_jobs .. definition, text(now), id)
     count_unfinished(id, 1)

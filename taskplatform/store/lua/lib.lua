@@ -364,6 +364,8 @@ local function wake(definition)
   end
 end
 
+local load_job
+
 -- Puts back into their lanes what was set aside for a user's cap, as much as the cap lets go. Returns how many.
 local function uncap(user, most)
   local limit = user_limit(user)
@@ -373,10 +375,9 @@ local function uncap(user, most)
     local key = K.capped .. priority .. ':' .. user
     for _, member in ipairs(most > back and call('ZRANGE', key, 0, most - back - 1) or {}) do
       local id = string.sub(member, 13)
-      local definition = parts(id)
-      call('ZADD', K.lane .. priority .. ':' .. definition, call('ZSCORE', key, member), member)
+      local job = load_job(id)
       call('ZREM', key, member)
-      lane_changed(priority, definition)
+      if job then wait(id, job.priority, tonumber(job.after), tonumber(job.seq)) end
       back = back + 1
     end
     left = left + call('ZCARD', key)
@@ -440,7 +441,7 @@ end
 
 -- Jobs -----------------------------------------------------------------------------------------------------------
 
-local function load_job(id)
+function load_job(id)
   local list = call('HGETALL', K.job .. id)
   if #list == 0 then return nil end
   local job = pairs_to_table(list)
@@ -478,13 +479,30 @@ local function conclude(id, job, to, now, worker, reason, detail)
   job.state = to
 end
 
+-- Gives a job that is nowhere in the waiting set another priority.
+local function change_priority(id, job, priority, now, reason)
+  remember(id, now, job.state, job.state, job.attempt, '', reason, '')
+  call('HSET', K.job .. id, 'priority', priority)
+  job.priority = priority
+end
+
+-- The same where its definition's changed meanwhile, unless it was given one of its own.
+local function follow_definition(id, job, now)
+  local priority = job.own ~= '1' and call('HGET', K.definition .. parts(id), 'priority')
+  if priority and priority ~= job.priority then
+    change_priority(id, job, priority, now, 'priority ' .. priority .. ', as its definition has it')
+  end
+end
+
 -- Puts a job that is queued or running back into the waiting set.
 local function give_back(id, job, to, now, after, worker, reason, detail)
   move(id, job.state, to, now, job.attempt, worker, reason, detail)
   leave_flight(id, job, now)
+  job.state = to
   local seq = job.seq
   if after > tonumber(job.after) then seq = call('INCR', K.seq) end
   call('HSET', K.job .. id, 'after', text(after), 'seq', seq)
+  follow_definition(id, job, now)
   wait(id, job.priority, after, tonumber(seq))
 end
 
@@ -887,6 +905,7 @@ local function unhold(user, now)
     elseif not subscription_paused(user, definition) then
       call('SREM', K.held .. user, id)
       remember(id, now, job.state, job.state, job.attempt, '', 'no longer held', '')
+      follow_definition(id, job, now)
       wait(id, job.priority, tonumber(job.after), tonumber(job.seq))
     end
   end

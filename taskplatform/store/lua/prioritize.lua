@@ -7,10 +7,10 @@ local job = load_job(id)
 if not job then return 'unknown' end
 if (job.state ~= 'pending' and job.state ~= 'retrying') or job.priority == priority then return job.state end
 local _, user = parts(id)
-remember(id, now, job.state, job.state, job.attempt, '', ARGV[4], '')
 local held = call('SISMEMBER', K.held .. user, id) == 1
 if not held then unwait(id, job) end
-call('HSET', K.job .. id, 'priority', priority)
+change_priority(id, job, priority, now, ARGV[4])
+call('HSET', K.job .. id, 'own', 1)
 if not held then wait(id, priority, tonumber(job.after), tonumber(job.seq)) end
 release(now, 10)
 return job.state

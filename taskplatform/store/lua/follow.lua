@@ -1,0 +1,19 @@
+-- Gives what waits of a definition the priority that it has by now; what was given one of its own keeps that.
+-- ARGV[1] now   ARGV[2] definition   ARGV[3] from which priority   ARGV[4] 1: those that have their turns
+-- ARGV[5] how many to pass over   ARGV[6] how many to look at
+-- Returns {looked at, changed}.
+
+local now, definition, from, changed = clock(ARGV[1]), ARGV[2], ARGV[3], 0
+local key = (ARGV[4] == '1' and K.turn or K.lane) .. from .. ':' .. definition
+local members = call('ZRANGE', key, ARGV[5], ARGV[5] + ARGV[6] - 1)
+for _, member in ipairs(members) do
+  local id = string.sub(member, 13)
+  local job = load_job(id)
+  if job and job.own ~= '1' then
+    unwait(id, job)
+    follow_definition(id, job, now)
+    wait(id, job.priority, tonumber(job.after), tonumber(job.seq))
+    changed = changed + 1
+  end
+end
+return { #members, changed }
