@@ -15,6 +15,7 @@ from __future__ import annotations
 import getpass
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -45,9 +46,11 @@ from taskplatform.model import (
     check_definition_id,
     check_user_id,
 )
-from taskplatform.planner import published
-from taskplatform.settings import Settings, settings
+from taskplatform.planner import Due, Window, Windows, published
+from taskplatform.settings import Settings, environment, settings
 from taskplatform.store import Change, Enqueue, LimitState, Occurrence, Page, Store, Subscribe, SubscribeResult
+
+log = logging.getLogger(__name__)
 
 #: The longest that a job may be put off.
 MAX_DELAY = timedelta(days=366)
@@ -245,13 +248,27 @@ class Platform:
     def trigger(self, definition: str, *, window: timedelta | None = None) -> tuple[datetime, int]:
         """An extra occurrence now, for all subscribers, spread over the definition's window or the one given.
 
+        The window is wider where limits cannot carry so many jobs in it.
+
         Returns its time and how many subscribers there are. Raises UnknownDefinition.
         """
         known = self.definition(definition)
         if window is not None and not timedelta() <= window <= MAX_DELAY:
             raise InvalidInput(f"window {window} is not accepted: 0 to 366 days is")
-        at_ms, subscribers = self.store.trigger(known.id, window=known.window if window is None else window, actor=self._actor)
+        asked = known.window if window is None else window
+        used = self._window(known, asked)
+        if used.note:
+            log.info("%s, triggered: %s", known.id, used.note)
+        at_ms, subscribers = self.store.trigger(
+            known.id, window=asked, actor=self._actor, window_ms=used.window_ms, delay_ms=used.delay_ms, note=used.note
+        )
         return datetime.fromtimestamp(at_ms / 1000, UTC), subscribers
+
+    def _window(self, definition: Definition, asked: timedelta) -> Window:
+        windows = Windows(self.store, self.catalogue, horizon=self.settings.plan_horizon, environment=environment())
+        rates = windows.rates()
+        jobs = self.store.count_subscribers(definition.id) if rates and definition.id not in self.store.definition_pauses() else 0
+        return windows.fit([Due(definition, jobs, self.store.now_ms(), round(asked / timedelta(milliseconds=1)))], rates)[0]
 
     # definitions
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from taskplatform.cli.arguments import connected, definition_argument, duration, example, json_option, limit_option
-from taskplatform.cli.output import Columns, counted, moment_text, seconds_text, show_rows
+from taskplatform.cli.output import Columns, counted, moment_text, plain, seconds_text, show_rows
 
 if TYPE_CHECKING:
     from taskplatform.store import Change, Occurrence, Worker
@@ -22,13 +22,14 @@ def trigger(definition: str, window: timedelta | None) -> None:
 
     It is an extra occurrence; those of the schedules stay as they are.
     """
-    from taskplatform.model import format_duration
-
     with connected() as platform:
         at, subscribers = platform.trigger(definition, window=window)
-        span = platform.definition(definition).window if window is None else window
-    when = moment_text(round(at.timestamp() * 1000))
-    click.echo(f"{definition} triggered at {when} for {counted(subscribers, 'subscriber')}, over {format_duration(span)}")
+        at_ms = round(at.timestamp() * 1000)
+        found = platform.store.occurrences(definition, since_ms=at_ms)
+        opened = [one for one in found if (one.at_ms, one.source) == (at_ms, "trigger")]
+        asked = platform.definition(definition).window if window is None else window
+    over = _window_text(opened[0]) if opened else _span_text(round(asked / timedelta(milliseconds=1)))
+    click.echo(f"{definition} triggered at {moment_text(at_ms)} for {counted(subscribers, 'subscriber')}, over {over}")
 
 
 @click.command(epilog=example('pause daily_user_report --why "the report API is down"'))
@@ -49,6 +50,23 @@ def resume(definition: str) -> None:
     """End the pause of a definition."""
     with connected() as platform:
         click.echo(f"{definition} {'resumed' if platform.resume_definition(definition) else 'was not paused'}")
+
+
+def _window_text(one: Occurrence) -> str:
+    """How long its window is, and what it would be without limits where that is another."""
+    used, asked = _span_text(one.window_ms), _span_text(one.asked_ms)
+    return used if used == asked else f"{used} (asked {asked})"
+
+
+def _occurrence_record(one: Occurrence) -> dict[str, object]:
+    """In JSON its windows are durations, not instants like all else in ms."""
+    return {**plain(one), "window": _span_text(one.window_ms), "asked": _span_text(one.asked_ms)}
+
+
+def _span_text(span_ms: int) -> str:
+    from taskplatform.model import format_duration
+
+    return format_duration(timedelta(milliseconds=span_ms))
 
 
 _CHANGES: Columns[Change] = {
@@ -80,11 +98,12 @@ def changes(about: tuple[str, ...], limit: int, *, as_json: bool) -> None:
 def occurrences(definition: str, limit: int, *, as_json: bool) -> None:
     """List what became of a definition's occurrences.
 
-    How many jobs each made, how many subscribers were paused or disabled, or why it was skipped.
+    Over how long each is spread, how many jobs it made, how many subscribers were paused or disabled, or why it was skipped.
     """
     columns: Columns[Occurrence] = {
         "at": lambda one: moment_text(one.at_ms),
         "state": lambda one: one.state,
+        "window": _window_text,
         "jobs": lambda one: str(one.planned),
         "paused": lambda one: str(one.paused),
         "disabled": lambda one: str(one.disabled),
@@ -93,7 +112,7 @@ def occurrences(definition: str, limit: int, *, as_json: bool) -> None:
         "schedule": lambda one: "own" if "~" in one.group else "",
     }
     with connected() as platform:
-        show_rows(platform.occurrences(definition, limit=limit), columns, as_json=as_json)
+        show_rows(platform.occurrences(definition, limit=limit), columns, as_json=as_json, record=_occurrence_record)
 
 
 @click.command(epilog=example("nodes --json"))

@@ -7,6 +7,7 @@ never disagree, whatever dies between two calls. Times are milliseconds since th
 from taskplatform.store.connection import connect
 from taskplatform.store.records import (
     Change,
+    Commitment,
     DueItem,
     Enqueue,
     Group,
@@ -24,6 +25,7 @@ from taskplatform.store.store import Store
 
 __all__ = [
     "Change",
+    "Commitment",
     "DueItem",
     "Enqueue",
     "Group",

@@ -26,9 +26,10 @@ NAMES = {
     "due": "due",  # sorted set: "g|<gid>" or "o|<oid>" → when the planner must look at it
     "occurrence": "occurrence:",  # by <oid>, hash: an opened or skipped occurrence and how far it is planned
     "open": "open:",  # by <gid>, set of <oid> that are being planned
+    "committed": "committed",  # hash: <oid> of an open occurrence → "<start of its window> <window> <subscribers>"
     "occurrences": "occurrences:",  # by definition, sorted set: <oid> → its time
     "closed": "closed",  # sorted set: <oid> → when it was done, for the retention
-    "planner": "planner",  # hash: horizon, term, up to where anything was planned, and what the leading planner last did
+    "planner": "planner",  # hash: horizon, term, up to where anything was planned, what the leading planner last did, widened windows
     "server": "server",  # the run id of the Redis server that this data was last used on
     # jobs
     "seq": "seq",  # counter: order of submission

@@ -91,6 +91,22 @@ class Opening:
     source: str
     reason: str
     last_ms: int | None = None
+    window_ms: int | None = None
+    """Its window, where limits need another than the definition's."""
+    delay_ms: int = 0
+    """How much later its window begins than it would without limits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commitment:
+    """Jobs that come evenly from `start_ms` to `end_ms`, or wait already where these are equal."""
+
+    definition: str
+    priority: Priority | None
+    """None: the definition's."""
+    start_ms: int
+    end_ms: int
+    jobs: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +119,10 @@ class Occurrence:
     at_ms: int
     last_ms: int
     base_ms: int
-    """Where its window begins: its time, or later when it was caught up."""
+    """Where its window begins: its time, or later when it was caught up or limits were taken until then."""
     window_ms: int
+    asked_ms: int
+    """The window that it would have had without limits."""
     state: str
     source: str
     reason: str
@@ -243,6 +261,7 @@ def read_occurrence(oid: str, fields: Mapping[str, str]) -> Occurrence:
         last_ms=int(fields["last"]),
         base_ms=int(fields["base"]),
         window_ms=int(fields["window"]),
+        asked_ms=int(fields.get("asked", fields["window"])),
         state=fields["state"],
         source=fields["source"],
         reason=fields["reason"],
@@ -263,6 +282,21 @@ def read_limit(text: str) -> Limit:
     """The reverse of `write_limit`."""
     rate, burst, concurrency = (None if part == "-" else float(part) for part in text.split())
     return Limit(rate, None if burst is None else int(burst), None if concurrency is None else int(concurrency))
+
+
+def read_commitment(oid: str, committed: str, *, now_ms: int, next_ms: float | None, patience_ms: int) -> Commitment:
+    """What is still to come of an open occurrence.
+
+    `next_ms`: the moment of the next subscriber without a job, if one is left. Where that passed longer ago than `patience_ms`, because
+    no planner was there, what is left will be spread from now on.
+    """
+    start, window, jobs = map(int, committed.split())
+    end = start + window
+    late = 0.0 if next_ms is None or next_ms >= now_ms - patience_ms else now_ms - next_ms
+    left_from = max(start, now_ms - late)
+    left = jobs * max(0.0, end - left_from) / window if window else jobs * (start >= left_from)
+    definition = oid.partition("|")[0].partition("~")[0]
+    return Commitment(definition, None, round(left_from + late), max(round(left_from + late), round(end + late)), left)
 
 
 def read_worker(name: str, beat: int, fields: Mapping[str, str], jobs: Iterable[str]) -> Worker:

@@ -32,6 +32,7 @@ from taskplatform.store.connection import connect
 from taskplatform.store.keys import key
 from taskplatform.store.records import (
     Change,
+    Commitment,
     DueItem,
     Enqueue,
     Group,
@@ -44,6 +45,7 @@ from taskplatform.store.records import (
     Subscribe,
     SubscribeResult,
     Worker,
+    read_commitment,
     read_creation,
     read_due_item,
     read_job,
@@ -389,7 +391,10 @@ class Store:
         pipe.execute()
 
     def planner(self) -> dict[str, str]:
-        """What the planner last said of itself: horizon (ms), leader, since, tick (ms), planned."""
+        """What the planner last said of itself: horizon (ms), leader, since, tick (ms), planned, widened, widened_ms.
+
+        `widened` counts the windows that limits made wider or later, `widened_ms` by how much in all.
+        """
         return cast("dict[str, str]", self._redis.hgetall(self._key("planner")))
 
     def due(self, now_ms: int, *, limit: int = 100) -> list[DueItem]:
@@ -416,10 +421,14 @@ class Store:
     def open_occurrences(
         self, group: Group, openings: Sequence[Opening], *, cursor_ms: int, next_due_ms: int | None, window_ms: int, horizon: timedelta
     ) -> int | None:
-        """Open or skip what came due and move the group's cursor. None when the group is not as it was seen."""
+        """Open or skip what came due and move the group's cursor. None when the group is not as it was seen.
+
+        `window_ms` is the definition's window, for openings without another.
+        """
         flat: list[str | int] = []
         for opening in openings:
             flat += [opening.at_ms, opening.at_ms if opening.last_ms is None else opening.last_ms, opening.source, opening.reason]
+            flat += [window_ms if opening.window_ms is None else opening.window_ms, opening.delay_ms]
         again = "" if next_due_ms is None else next_due_ms
         seen = schedule_to_json(group.schedule)
         answer = self._scripts.run("open", group.id, group.cursor_ms, cursor_ms, again, window_ms, milliseconds(horizon), seen, *flat)
@@ -430,9 +439,17 @@ class Store:
         _, made, again = self._scripts.run("plan", milliseconds(horizon), oid, batch)
         return made, int(again) if again else None
 
-    def trigger(self, definition: str, *, window: timedelta, actor: str) -> tuple[int, int]:
-        """Open an extra occurrence now. Returns its time and how many subscribers there are. Raises UnknownDefinition."""
-        at_ms, subscribers = self._scripts.run("trigger", definition, milliseconds(window), actor, self._log_size, self.now_ms())
+    def trigger(
+        self, definition: str, *, window: timedelta, actor: str, window_ms: int | None = None, delay_ms: int = 0, note: str = ""
+    ) -> tuple[int, int]:
+        """Open an extra occurrence now. Returns its time and how many subscribers there are. Raises UnknownDefinition.
+
+        `window` is what was asked for; `window_ms` and `delay_ms` are as of `Opening`, `note` says why they are.
+        """
+        asked = milliseconds(window)
+        used = asked if window_ms is None else window_ms
+        answer = self._scripts.run("trigger", definition, asked, actor, self._log_size, self.now_ms(), used, delay_ms, note)
+        at_ms, subscribers = answer
         if at_ms == -1:
             raise UnknownDefinition(f"no definition {definition!r} is published")
         return at_ms, subscribers
@@ -738,6 +755,46 @@ class Store:
         """How jobs are released: with turns for the users inside a priority, and what part of all releases each lower one gets."""
         while self._scripts.run("options", int(fairness), repr(share), _BATCH) == _BATCH:
             pass
+
+    def sizes(self, groups: Sequence[tuple[str, str]]) -> list[int]:
+        """How many subscribers an occurrence of (group, its definition) has; none while the definition is paused."""
+        pipe = self._redis.pipeline(transaction=False)
+        for gid, definition in groups:
+            pipe.zcard(self._key("slots", gid))
+            pipe.hexists(self._key("definition", definition), "paused")
+        return [0 if paused else size for size, paused in _batches(pipe.execute(), 2)]
+
+    def commitments(self, *, horizon: timedelta) -> list[Commitment]:
+        """What limits must carry already: what is to come of open occurrences, and what is due and waits."""
+        now_ms, horizon_ms = self.now_ms(), milliseconds(horizon)
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hgetall(self._key("committed"))
+        for priority in Priority:
+            pipe.zrange(self._key("ready", priority), "-inf", now_ms, byscore=True)
+            pipe.zrange(self._key("blocked", priority), "-inf", "(inf", byscore=True)
+            pipe.zrange(self._key("turns", priority), 0, -1)
+        committed, *lanes = pipe.execute()
+        waiting = [
+            (priority, definition)
+            for priority, indexes in zip(Priority, _batches(lanes, 3), strict=True)
+            for definition in dict.fromkeys(definition for index in indexes for definition in index)
+        ]
+        for priority, definition in waiting:
+            pipe.zcount(self._key("lane", f"{priority}:{definition}"), "-inf", now_ms)
+            pipe.zcard(self._key("turn", f"{priority}:{definition}"))
+        if committed:
+            pipe.zmscore(self._key("due"), [f"o|{oid}" for oid in committed])
+        answers = pipe.execute()
+        dues = answers.pop() if committed else ()
+        found = [
+            Commitment(definition, priority, now_ms, now_ms, due + taking_turns)
+            for (priority, definition), (due, taking_turns) in zip(waiting, _batches(answers, 2), strict=True)
+            if due + taking_turns
+        ]
+        for (oid, text), due_ms in zip(committed.items(), dues, strict=True):
+            next_ms = None if due_ms is None else due_ms + horizon_ms
+            found.append(read_commitment(oid, text, now_ms=now_ms, next_ms=next_ms, patience_ms=horizon_ms))
+        return found
 
     # workers
 

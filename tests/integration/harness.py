@@ -294,6 +294,9 @@ def _check_plan(db: _Database) -> None:
     is_open = {oid for oid, fields in occurrences.items() if fields["state"] == "open"}
     assert {oid for members in db.under("open").values() for oid in members} == is_open
     assert all(occurrences[oid]["group"] == gid for gid, members in db.under("open").items() for oid in members)
+    assert db.one("committed").keys() == is_open
+    for oid, text in db.one("committed").items():
+        assert text.split()[:2] == [occurrences[oid]["base"], occurrences[oid]["window"]], f"{oid} is committed as {text}"
     assert db.one("closed").keys() == occurrences.keys() - is_open
     indexed = {oid: at for members in db.under("occurrences").values() for oid, at in members.items()}
     assert indexed == {oid: float(fields["at"]) for oid, fields in occurrences.items()}

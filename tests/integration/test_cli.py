@@ -591,6 +591,22 @@ def test_trigger(platform: Platform) -> None:
     assert "is not a duration" in fails("trigger daily_report --window wide", code=2)
 
 
+def test_trigger_says_what_the_limits_need(platform: Platform) -> None:
+    platform.create_users(["u1", "u2", "u3"])
+    for user in ("u1", "u2", "u3"):
+        platform.subscribe(user, "clean")
+    server = redis.Redis.from_url(platform.settings.redis_url)
+    server.hset(f"{platform.settings.namespace}:limits", "total", "0.01 1 -")
+    server.close()
+    assert run("trigger clean").stdout.endswith("for 3 subscribers, over 5m (asked 1m)\n")
+    cells = dict(zip(*rows(run("occurrences clean").stdout), strict=True))
+    assert cells["window"] == "5m (asked 1m)"
+    assert cells["reason"].endswith("window widened from 1m to 5m: limit total 0.01/s, 3 jobs")
+    (occurrence,) = run_json("occurrences clean")
+    assert (occurrence["window"], occurrence["asked"]) == ("5m", "1m")
+    assert run("trigger clean --window 20m").stdout.endswith("over 20m\n")
+
+
 def test_pause_and_resume_a_definition(platform: Platform) -> None:
     assert run("pause daily_report --why 'the report API is down'").stdout == "daily_report paused\n"
     assert run("pause daily_report").stdout == "daily_report was paused already\n"

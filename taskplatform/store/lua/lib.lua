@@ -779,6 +779,27 @@ local function release(now, most)
   return released, next_at
 end
 
+-- Occurrences ----------------------------------------------------------------------------------------------------
+
+-- Opens an occurrence whose record is there: when the planner looks at it, and what limits must carry until its window ends.
+-- It is `extra` ms longer or later than it would be without limits.
+local function open_occurrence(oid, gid, due, base, window, extra)
+  call('SADD', K.open .. gid, oid)
+  call('ZADD', K.due, due, 'o|' .. oid)
+  call('HSET', K.committed, oid, base .. ' ' .. window .. ' ' .. call('ZCARD', K.slots .. gid))
+  if extra > 0 then
+    call('HINCRBY', K.planner, 'widened', 1)
+    call('HINCRBY', K.planner, 'widened_ms', text(extra))
+  end
+end
+
+-- An open occurrence's window begins at another time than it did.
+local function move_window(oid, base, window)
+  call('HSET', K.occurrence .. oid, 'base', base)
+  local jobs = string.match(call('HGET', K.committed, oid) or '', '%d+$')
+  if jobs then call('HSET', K.committed, oid, base .. ' ' .. window .. ' ' .. jobs) end
+end
+
 -- Making jobs ----------------------------------------------------------------------------------------------------
 
 -- The record of a job that waits, and its place among the user's jobs; the caller puts it into its lane. The record says when

@@ -23,6 +23,7 @@ local function close(state, reason)
   call('HSET', okey, 'state', state, 'reason', reason, 'done', text(now))
   call('ZREM', K.due, 'o|' .. oid)
   call('SREM', K.open .. group, oid)
+  call('HDEL', K.committed, oid)
   call('ZADD', K.closed, text(now), oid)
 end
 
@@ -138,7 +139,7 @@ for i = 1, #found, 2 do
     if wanted and base + offset < now - horizon then
       -- late, because the planner was away: what is left is spread from now on, not fired at once
       base = now - offset
-      call('HSET', okey, 'base', text(base))
+      move_window(oid, text(base), text(window))
     end
     local id = prefix .. user .. ending
     if wanted and call('EXISTS', K.job .. id) == 0 then
@@ -183,7 +184,8 @@ local following = after_cursor('+inf', 1)
 local again = base + window
 if following[2] then again = base + math.floor(tonumber(following[2]) * window) end
 if not following[2] and base + window <= now + horizon then
-  close('done', 'planned')
+  -- what was unusual about it stays
+  close('done', occurrence.reason == 'due' and 'planned' or 'planned: ' .. occurrence.reason)
   return { 'done', made, '' }
 end
 call('ZADD', K.due, text(again - horizon), 'o|' .. oid)

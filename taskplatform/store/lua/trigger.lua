@@ -1,20 +1,21 @@
 -- Opens an extra occurrence of a definition, now, for all its subscribers whatever their schedules.
--- ARGV[1] now   ARGV[2] definition   ARGV[3] window in ms   ARGV[4] actor   ARGV[5] size of the change log
+-- ARGV[1] now   ARGV[2] definition   ARGV[3] the window that was asked for, in ms   ARGV[4] actor   ARGV[5] size of the change log
 -- ARGV[6] its time, from the caller, so that a call that is sent again because its answer was lost is the same occurrence
+-- ARGV[7] its window in ms   ARGV[8] how many ms after its time that begins   ARGV[9] why, if it is not what was asked for
 -- Returns {time, subscribers}, or {-1, 0} when the definition is not published.
 
-local now, definition, window = clock(ARGV[1]), ARGV[2], ARGV[3]
+local now, definition, asked, window, delay = clock(ARGV[1]), ARGV[2], ARGV[3], ARGV[7], tonumber(ARGV[8])
 if call('SISMEMBER', K.definitions, definition) == 0 then return { -1, 0 } end
 local at, opened = ARGV[6], 0
+local base, reason = text(tonumber(at) + delay), 'triggered by ' .. ARGV[4] .. (ARGV[9] ~= '' and '; ' .. ARGV[9] or '')
 for _, gid in ipairs(call('SMEMBERS', K.groups .. definition)) do
   local oid = gid .. '|t' .. at
   if call('EXISTS', K.occurrence .. oid) == 0 then
     opened = opened + 1
-    call('HSET', K.occurrence .. oid, 'definition', definition, 'group', gid, 'at', at, 'last', at, 'base', at, 'window', window,
-      'cursor', '-1', 'suffix', 't' .. at, 'source', 'trigger', 'state', 'open', 'reason', 'triggered by ' .. ARGV[4], 'opened', text(now))
+    call('HSET', K.occurrence .. oid, 'definition', definition, 'group', gid, 'at', at, 'last', at, 'base', base, 'window', window,
+      'asked', asked, 'cursor', '-1', 'suffix', 't' .. at, 'source', 'trigger', 'state', 'open', 'reason', reason, 'opened', text(now))
     call('ZADD', K.occurrences .. definition, at, oid)
-    call('SADD', K.open .. gid, oid)
-    call('ZADD', K.due, at, 'o|' .. oid)
+    open_occurrence(oid, gid, at, base, window, window - asked + delay)
   end
 end
 if opened > 0 then log_change(now, ARGV[5], ARGV[4], 'trigger', definition, '') end
