@@ -1,7 +1,8 @@
 """`make demo`: the main job, run for real, and a report that is made from what was recorded.
 
-Four users with ten subscriptions; jobs of mixed priority that wait for one slot; an extra occurrence of every subscription, spread
-over a window. It ends with what the platform recorded, and with a check of each promise. The exit code is 0 only if all hold.
+Four users with ten subscriptions; jobs of mixed priority that wait for one slot; more jobs at once than the limit lets go; an extra
+occurrence of every subscription, spread over a window. It ends with what the platform recorded, and with a check of each promise. The
+exit code is 0 only if all hold.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from taskplatform.errors import TaskPlatformError
-from taskplatform.local import Stack
-from taskplatform.model import Job, JobState, Priority, moment, slot
+from taskplatform.local import CALLS_PATH, Stack
+from taskplatform.model import Job, JobState, Limit, Priority, RateLimit, format_rate, moment, slot
 from taskplatform.platform import JobRequest, Platform
 from taskplatform.settings import Settings, load_settings
 
@@ -35,7 +37,13 @@ SUBSCRIPTIONS = {
 }
 MIX = (Priority.HIGH, Priority.MEDIUM, Priority.LOW, Priority.MEDIUM, Priority.HIGH)
 EXPECTED = (Priority.HIGH, Priority.HIGH, Priority.MEDIUM, Priority.MEDIUM, Priority.LOW)
+#: What goes over all workers where no other limit is set.
+LIMIT = RateLimit(rate="10/s", burst=15)
+#: So many jobs are submitted at once, to see the limit.
+CROWD = 40
 WINDOW = timedelta(seconds=20)
+#: Of more jobs than this, not each is shown on its way.
+_MOST_SHOWN = 20
 #: How late a job may start on a busy laptop, after its moment.
 LATE = timedelta(seconds=3)
 
@@ -59,6 +67,8 @@ class Report:
 def run(*, workers: int = 2, slots: int = 3, console: Console | None = None) -> int:
     """Run the demo. Returns the exit code. The platform's own log goes to `<data_dir>/demo/demo.log`."""
     settings = load_settings()
+    if settings.rate_limit is None:
+        settings = settings.model_copy(update={"rate_limit": LIMIT})
     # a pipe has no width of its own
     out = console or Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     data_dir = Path(settings.data_dir) / "demo"
@@ -98,12 +108,14 @@ class _Demo:
         try:
             self._set_up()
             mixed = self._mixed_priorities()
+            crowd = self._crowd()
             planned = self._extra_occurrences()
             self._flower()
             self._heartbeats()
-            self._show_history(planned[0])
+            self._show_history(next((job for job in planned if job.attempt == 1), planned[0]))
             self._counts()
-            self._check_all_jobs([*mixed, *planned])
+            self._check_all_jobs([*mixed, *crowd, *planned])
+            self._check_calls([*mixed, *crowd, *planned])
         finally:
             self._platform.close()
         self._out.print()
@@ -156,6 +168,24 @@ class _Demo:
         self._report.check(
             self._all(holds[:-1], JobState.CANCELED), f"{len(holds) - 1} running jobs were canceled, and stopped by their workers"
         )
+        return jobs
+
+    def _crowd(self) -> list[Job]:
+        """More jobs at once than the limit lets go: how many started in each second, after the first."""
+        self._heading(f"{CROWD} jobs at once, within the limits")
+        limits = Table("limit", "rate", "burst", "concurrency", box=None, pad_edge=False)
+        slowest = float("inf")
+        for state in self._platform.limits():
+            limit = state.limit
+            slowest = min(slowest, limit.per_second or slowest)
+            cells = (limit.per_second and format_rate(limit.per_second), limit.burst, limit.concurrency)
+            limits.add_row(state.name, *("" if cell is None else str(cell) for cell in cells))
+        self._out.print(limits)
+        submitted = self._platform.enqueue_many([JobRequest(definition="hourly_cache_refresh", user="user1")] * CROWD)
+        jobs = self._follow([job.id for job in submitted], 40 + CROWD / slowest)
+        starts = sorted(self._started(job) for job in jobs)
+        seconds = Counter((at - starts[0]) // 1000 for at in starts)
+        self._out.print("started in each second: " + ", ".join(str(seconds[second]) for second in range(max(seconds) + 1)))
         return jobs
 
     def _extra_occurrences(self) -> list[Job]:
@@ -249,8 +279,23 @@ class _Demo:
     def _check_all_jobs(self, jobs: Sequence[Job]) -> None:
         completed = [job for job in jobs if job.state is JobState.COMPLETED]
         self._report.check(len(completed) == len(jobs), f"{len(completed)} of {len(jobs)} jobs completed")
-        once = all(sum(one.to_state is JobState.RUNNING for one in self._platform.history(job.id)) == 1 for job in jobs)
-        self._report.check(once, "each ran exactly once")
+
+    def _check_calls(self, jobs: Sequence[Job]) -> None:
+        """What the target saw. A run that was held up before its call is given back, so there can be more runs than calls."""
+        calls = sorted(requests.get(f"{self._stack.mock_url}{CALLS_PATH}", timeout=5).json())
+        if not calls:
+            return  # API_BASE_URL names another target
+        by_job = Counter(job_id for _, job_id in calls)
+        self._report.check(all(by_job[job.id] == 1 for job in jobs), "each called its target exactly once")
+        limit = next((state.limit for state in self._platform.limits() if state.name == "total"), Limit())
+        if limit.per_second is None or limit.burst is None:
+            return  # another's beat leads on that server, and has none
+        windows = call_windows([at for at, _ in calls])
+        within = all(count <= limit.burst + limit.per_second * seconds for seconds, count in windows)
+        busiest = max(count for seconds, count in windows if seconds <= 1)
+        allowed = f"{limit.burst} + {format_rate(limit.per_second)}"
+        text = f"the target saw no more than {allowed} in any window of its {len(calls)} calls; {busiest} in the busiest second"
+        self._report.check(within, text)
 
     # helpers
 
@@ -289,6 +334,11 @@ class _Demo:
                 time.sleep(0.1)
 
 
+def call_windows(times: Sequence[float]) -> list[tuple[float, int]]:
+    """Every span of time that begins and ends with a call, in seconds, and how many calls it holds. `times` are in order."""
+    return [(last - first, count) for begin, first in enumerate(times) for count, last in enumerate(times[begin:], 1)]
+
+
 @contextmanager
 def _view(out: Console, total: int) -> Iterator[Callable[[Sequence[Job]], None]]:
     """A progress bar and a table on a terminal; elsewhere a line for each job that changed."""
@@ -308,7 +358,8 @@ def _view(out: Console, total: int) -> Iterator[Callable[[Sequence[Job]], None]]
 
 def _frame(jobs: Sequence[Job], total: int, progress: Progress) -> RenderableType:
     table = Table("job", "priority", "due (UTC)", "state", "reason", box=None, pad_edge=False)
-    for job in jobs:
+    shown = jobs if total <= _MOST_SHOWN else [job for job in jobs if not job.state.terminal][:_MOST_SHOWN]
+    for job in shown:
         table.add_row(job.id, job.priority, _time(job.execute_after_ms), job.state, job.reason)
     ahead = total - len(jobs)
     return Group(table, f"{ahead} not planned yet: that is done 5 s ahead" if ahead else "", progress)
@@ -327,6 +378,8 @@ class _PlainView:
             self._seen[job.id] = job.state
             if job.state.terminal:
                 done = sum(state.terminal for state in self._seen.values())
+                if self._total > _MOST_SHOWN and done % 10:
+                    continue
                 self._out.print(f"  {done}/{self._total} {job.id} ({job.priority}): {job.state}, {job.reason}", soft_wrap=True)
 
 

@@ -22,6 +22,8 @@ def explain(error: ValidationError, model: type[BaseModel], *, hidden: Collectio
     faults = []
     for detail in error.errors(include_url=False, include_context=False):
         place = detail["loc"]
+        if place[-1:] == ("[key]",):  # the key of a mapping is at fault, not what it leads to
+            place = place[:-1]
         quoted = not any(place[: len(secret)] == secret for secret in hidden)
         faults.append((place, _explained(detail["type"], detail["msg"], detail["input"], place, model, quoted=quoted)))
     return faults
@@ -82,7 +84,8 @@ def _options(schema: dict[str, Any], parts: Mapping[str, dict[str, Any]]) -> lis
     if "$ref" in schema:
         return _options(parts[schema["$ref"].removeprefix("#/$defs/")], parts)
     if "anyOf" in schema:
-        return [option for alternative in schema["anyOf"] for option in _options(alternative, parts)]
+        said = {"description": schema["description"]} if "description" in schema else {}
+        return [{**said, **option} for alternative in schema["anyOf"] for option in _options(alternative, parts)]
     return [schema]
 
 
@@ -106,7 +109,7 @@ def _in_words(schema: Mapping[str, Any]) -> str:
             needed = schema.get("required", ())
             return "a mapping with " + ", ".join(f"{name} (needed)" if name in needed else name for name in schema["properties"])
         case "object":
-            return "a mapping"
+            return f"a mapping ({schema['description']})" if "description" in schema else "a mapping"
     return ""
 
 

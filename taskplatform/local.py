@@ -17,6 +17,7 @@ import errno
 import fcntl
 import http.client
 import importlib.util
+import json
 import os
 import random
 import re
@@ -31,23 +32,21 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, TextIO
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel
-
 from taskplatform import guardian
 from taskplatform.errors import TaskPlatformError
-from taskplatform.model import format_duration
 from taskplatform.settings import PREFIX, Settings, environment
 
 VALKEY_PORT = 6380
 MOCK_PORT = 8000
 FLOWER_PORT = 5555
+CALLS_PATH = "/calls-of-jobs"
+"""Of the mock API: the last 10,000 calls that came from jobs, as a JSON list of [seconds of its monotonic clock, job id]."""
 HOST = "127.0.0.1"
 
 SUPERVISOR = "up"
@@ -407,9 +406,9 @@ class Stack:
 
     def _environment(self) -> dict[str, str]:
         """What the children get over what they inherit: the settings that this stack was given, and the mock API."""
-        own = {name: _as_text(getattr(self._settings, name)) for name in self._settings.model_fields_set - {"config"}}
-        own |= {"redis_url": self.redis_url, "data_dir": str(self.data_dir), "worker_slots": str(self.slots)}
-        variables = {PREFIX + name.upper(): text for name, text in own.items() if text is not None}
+        own = self._settings.model_dump(mode="json", include=self._settings.model_fields_set - {"config"}, exclude_none=True)
+        own |= {"redis_url": self.redis_url, "data_dir": str(self.data_dir), "worker_slots": self.slots}
+        variables = {PREFIX + name.upper(): json.dumps(value) if isinstance(value, dict) else str(value) for name, value in own.items()}
         given = environment()
         variables["API_BASE_URL"] = given.get("API_BASE_URL") or f"{self.mock_url}/anything"
         variables["API_TOKEN"] = given.get("API_TOKEN") or "demo-token"
@@ -955,16 +954,29 @@ def _valkey_spec(directory: Path, port: int, *, restart: bool = True) -> Process
 def _mock_spec(url: str) -> ProcessSpec:
     if not (importlib.util.find_spec("waitress") and importlib.util.find_spec("httpbin")):
         raise StartError("the mock API needs the packages httpbin and waitress: install taskplatform[local]")
-    argv = [sys.executable, "-c", _MOCK_PROGRAM, url.removeprefix("http://")]
+    argv = [sys.executable, "-c", _MOCK_PROGRAM, url.removeprefix("http://"), CALLS_PATH]
     return ProcessSpec(name="mock", argv=argv, ready=lambda: _answers_http(f"{url}/status/200"), stage=1)
 
 
+#: httpbin, which also tells when the last calls of jobs arrived: as JSON, under `CALLS_PATH`.
 _MOCK_PROGRAM = """
-import logging, sys
+import collections, json, logging, sys, time
 logging.disable(logging.WARNING)  # of a queue that is deep for a moment; of documentation pages that are not there
 from httpbin import app
 from waitress import serve
-serve(app, listen=sys.argv[1], threads=32, connection_limit=1000)
+
+calls = collections.deque(maxlen=10_000)
+
+def counting(environ, start_response):
+    if environ["PATH_INFO"] == sys.argv[2]:
+        start_response("200 OK", [("Content-Type", "application/json")])
+        return [json.dumps(list(calls)).encode()]
+    job = environ.get("HTTP_X_JOB_ID")
+    if job:
+        calls.append((time.monotonic(), job))
+    return app(environ, start_response)
+
+serve(counting, listen=sys.argv[1], threads=32, connection_limit=1000)
 """
 
 
@@ -1047,15 +1059,6 @@ def _require_reachable(url: str) -> None:
 def _without_password(url: str) -> str:
     parts = urlsplit(url)
     return url.replace(f":{parts.password}@", ":***@", 1) if parts.password else url
-
-
-def _as_text(value: object) -> str | None:
-    """A setting's value as its environment variable would have it."""
-    if value is None:
-        return None
-    if isinstance(value, BaseModel):
-        return value.model_dump_json()
-    return format_duration(value) if isinstance(value, timedelta) else str(value)
 
 
 def _is_free(port: int) -> bool:

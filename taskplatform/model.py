@@ -183,8 +183,6 @@ def _refuse(model: BaseModel, faults: Sequence[tuple[Place, str]]) -> None:
 
 #: A call is made this long after its start was recorded, at the latest: later its place in the rate limits has passed.
 START_SLACK_MS = 100
-#: The burst of a rate without one is what comes in this time: a burst of 1 would let each start wait for the one before.
-_DEFAULT_BURST_SECONDS = 0.2
 
 
 class RateLimit(_ShortForm):
@@ -195,7 +193,10 @@ class RateLimit(_ShortForm):
         json_schema_extra={"pattern": f"^{_RATE.pattern}$"},
     )
     burst: int = Field(
-        default=1, ge=1, le=1_000_000, description="how many may go at once after a quiet time; default: what comes in 200 ms, at least 1"
+        default=1,
+        ge=1,
+        le=1_000_000,
+        description="how many may go at once after a quiet time; default 1, from 1/s on 1 more than in 100 ms",
     )
 
     @model_validator(mode="before")
@@ -204,7 +205,9 @@ class RateLimit(_ShortForm):
         given = {"rate": value} if isinstance(value, str) else value
         if not isinstance(given, dict) or "burst" in given or not _RATE.fullmatch(str(given.get("rate")).strip()):
             return value
-        return {**given, "burst": max(1, min(1_000_000, math.ceil(_per_second(given["rate"]) * _DEFAULT_BURST_SECONDS)))}
+        per_second = min(_HIGHEST_RATE, _per_second(given["rate"]))
+        # what `Limit.tokens_per_start` needs, so that the whole rate can be used
+        return {**given, "burst": 1 if per_second < 1 else 1 + math.ceil(per_second * START_SLACK_MS / 1000)}
 
     @model_validator(mode="after")
     def _check_rate(self) -> RateLimit:
@@ -221,8 +224,17 @@ class RateLimit(_ShortForm):
 
 
 def _per_second(rate: str) -> float:
-    count, per = rate.split("/")
+    count, per = rate.strip().split("/")
     return float(count) / _PER_SECONDS[per]
+
+
+def format_rate(per_second: float) -> str:
+    """A rate as `RateLimit` takes it, by the shortest unit that gives a whole number: 0.5 is "30/m"."""
+    for unit, seconds in _PER_SECONDS.items():
+        count = per_second * seconds
+        if count >= 1 and abs(count - round(count)) < 1e-9 * count:
+            return f"{round(count)}/{unit}"
+    return f"{per_second:g}/s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +246,28 @@ class Limit:
     """How many may go at once after a quiet time; goes with `per_second`."""
     concurrency: int | None = None
     """How many may be released and not ended."""
+
+    @property
+    def tokens_per_start(self) -> float:
+        """Tokens of the bucket that a start takes: more than 1 where the burst is below 1 + rate × slack.
+
+        Two calls can come closer together than their starts, by the slack. What the burst does not allow for that, the rate has to.
+        """
+        return 1 + max(0.0, 1 - self._kept)
+
+    @property
+    def capacity(self) -> float:
+        """Tokens of a full bucket."""
+        return max(self.tokens_per_start, self._kept)
+
+    @property
+    def sustained(self) -> float | None:
+        """Starts per second in the long run; None: no bound."""
+        return None if self.per_second is None else self.per_second / self.tokens_per_start
+
+    @property
+    def _kept(self) -> float:
+        return (self.burst or 1) - (self.per_second or 0) * START_SLACK_MS / 1000
 
 
 class LimitRule(_ShortForm):
@@ -248,7 +282,7 @@ class LimitRule(_ShortForm):
         if self.rate is None and self.concurrency is None:
             raise ValueError("takes rate, concurrency, or both")
         if self.rate is None and self.burst is not None:
-            _refuse(self, [(("burst",), "burst goes with rate")])
+            _refuse(self, [(("burst",), "goes with rate")])
         if self.rate is not None:
             self._rate_limit()
         return self
@@ -264,6 +298,33 @@ class LimitRule(_ShortForm):
         rate = self._rate_limit()
         return Limit(rate.per_second, rate.burst, self.concurrency)
 
+
+_HOST = re.compile(r"(?:[a-z0-9._-]{1,253}|\[[0-9a-f:.]+\])(?::\d{1,5})?", re.ASCII)
+
+
+def check_host(host: object) -> str:
+    """Return `host` if it is written as `HttpConfig.host` gives it, else raise InvalidInput."""
+    if isinstance(host, str) and _HOST.fullmatch(host):
+        return host
+    meant = _host_of(host.strip() if "//" in host else f"//{host.strip()}") if isinstance(host, str) else None
+    hint = f' (did you mean "{meant}"?)' if meant and _HOST.fullmatch(meant) else ""
+    rule = 'without scheme and path, in lower case, with its port where that is not the scheme\'s own: "api.example.com", "localhost:8000"'
+    raise InvalidInput(f"host {host!r} is not accepted{hint}; a host is given {rule}")
+
+
+def _host_of(url: str) -> str | None:
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return None
+    if not host:
+        return None
+    name = f"[{host}]" if ":" in host else host
+    return name if port in (None, {"http": 80, "https": 443}.get(parts.scheme)) else f"{name}:{port}"
+
+
+Host = Annotated[str, AfterValidator(check_host)]
 
 # --- schedules -------------------------------------------------------------------------------------------------------
 
@@ -486,21 +547,13 @@ class HttpConfig(_Frozen):
         return frozenset(name.removeprefix("params.") for name in names if name.startswith("params."))
 
     def host(self, environment: Mapping[str, str]) -> str | None:
-        """The host that is called, with the port where it is not the scheme's own: what a limit of a host goes by.
+        """The host that is called, in lower case, with the port where it is not the scheme's own: what a limit of a host goes by.
 
-        None where `environment` does not have what the endpoint needs.
+        None where `environment` does not have what the endpoint needs, or it does not give a URL.
         """
         if any(name not in environment for name in _ENVIRONMENT.findall(self.endpoint)):
             return None
-        endpoint = _ENVIRONMENT.sub(lambda found: environment[found.group(1)], self.endpoint)
-        try:
-            parts = urlsplit(endpoint.partition("{{")[0])
-            host, port = parts.hostname, parts.port
-        except ValueError:
-            return None
-        if not host:
-            return None
-        return host if port in (None, {"http": 80, "https": 443}.get(parts.scheme)) else f"{host}:{port}"
+        return _host_of(_ENVIRONMENT.sub(lambda found: environment[found.group(1)], self.endpoint).partition("{{")[0])
 
     def _texts(self) -> Iterator[tuple[Place, str]]:
         return _texts({"endpoint": self.endpoint, "headers": self.headers, "body": self.body})

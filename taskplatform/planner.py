@@ -95,7 +95,7 @@ class Windows:
 
     def rates(self) -> dict[str, float]:
         """Jobs per second that each limit allows, where it allows any: no window is wide enough for none."""
-        return {name: limit.per_second for name, limit in self._store.limits().items() if limit.per_second}
+        return {name: limit.sustained for name, limit in self._store.limits().items() if limit.sustained}
 
     def fit(self, due: Sequence[Due], rates: Mapping[str, float]) -> list[Window]:
         """The windows of what comes due together, in this order. Without a limit that applies they are what was asked for."""

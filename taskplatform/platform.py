@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from pydantic import ValidationError
 
 from taskplatform.catalogue import Catalogue, load
 from taskplatform.errors import Conflict, InvalidInput, UnknownDefinition
-from taskplatform.faults import explain
+from taskplatform.faults import did_you_mean, explain
 from taskplatform.model import (
     MAX_PARAMS_BYTES,
     Definition,
@@ -44,6 +43,7 @@ from taskplatform.model import (
     Transition,
     User,
     check_definition_id,
+    check_host,
     check_user_id,
 )
 from taskplatform.planner import Due, Window, Windows, published
@@ -55,7 +55,6 @@ log = logging.getLogger(__name__)
 #: The longest that a job may be put off.
 MAX_DELAY = timedelta(days=366)
 MAX_KEY_LENGTH = 255
-_HOST = re.compile(r"[a-z0-9._\[\]:-]{1,255}")
 #: The most items of one page of a listing.
 MAX_LIMIT = 10_000
 
@@ -294,13 +293,15 @@ class Platform:
         return self.store.limit_states()
 
     def set_limit(self, name: str, rate: str | None = None, *, burst: int | None = None, concurrency: int | None = None) -> bool:
-        """Set a limit for all workers, at once. Returns whether that changed something.
+        """Set a limit for all workers, at once. Returns whether that changed what is in force.
 
         `name` is total, definition:<id>, host:<host>, user (each user) or user:<id>; `rate` is written as "10/s". It holds until
         `reset_limit`, over restarts and whatever settings and definitions say. With neither rate nor concurrency there is no
         limit under this name. Raises InvalidInput, UnknownDefinition.
         """
-        kind = self._limit_kind(name)
+        kind, of = _limit_name(name)
+        if kind == "definition":
+            self.catalogue.require(of)
         if rate is None and concurrency is None and burst is None:
             return self.store.set_limit(name, Limit(), actor=self._actor)
         given = {"rate": rate, "burst": burst, "concurrency": concurrency}
@@ -316,19 +317,13 @@ class Platform:
         return self.store.set_limit(name, rule.limit, actor=self._actor)
 
     def reset_limit(self, name: str) -> bool:
-        """Take back what `set_limit` set: what settings and definitions say is in force again. Returns whether that changed something."""
-        self._limit_kind(name)
-        return self.store.reset_limit(name, actor=self._actor)
+        """Take back what `set_limit` set: what settings and definitions say is in force again.
 
-    def _limit_kind(self, name: str) -> str:
-        kind, separator, of = name.partition(":") if isinstance(name, str) else ("", "", "")
-        if kind == "definition" and separator:
-            self.definition(of)
-        elif kind == "user" and separator:
-            check_user_id(of)
-        elif not (kind in ("total", "user") and not separator) and not (kind == "host" and _HOST.fullmatch(of)):
-            raise InvalidInput(f"limit {name!r} is not known: total, definition:ID, host:HOST, user and user:ID are")
-        return kind
+        Returns whether that changed what is in force. Raises InvalidInput.
+        """
+        # also of a definition that is no longer in the catalogue
+        _limit_name(name)
+        return self.store.reset_limit(name, actor=self._actor)
 
     # users
 
@@ -551,6 +546,18 @@ def _states(value: JobState | str | Iterable[JobState | str] | None) -> frozense
         return frozenset(JobState(state) for state in wanted)
     except ValueError:
         raise InvalidInput(f"state {', '.join(map(str, wanted))} is not accepted: {', '.join(JobState)} are") from None
+
+
+def _limit_name(name: str) -> tuple[str, str]:
+    """The kind of the limit, and of what it is."""
+    kind, separator, of = name.partition(":") if isinstance(name, str) else ("", "", "")
+    alone, checks = ("total", "user"), {"definition": check_definition_id, "host": check_host, "user": check_user_id}
+    if separator and kind in checks:
+        return kind, checks[kind](of)
+    if separator or kind not in alone:
+        hint = did_you_mean(kind, checks if separator else alone)
+        raise InvalidInput(f"limit {name!r} is not known{hint}: total, definition:ID, host:HOST, user and user:ID are")
+    return kind, ""
 
 
 def _override(value: ScheduleOverride | Mapping[str, Any], definition: Definition) -> Schedule:

@@ -30,7 +30,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from taskplatform.errors import SettingsError
 from taskplatform.faults import did_you_mean, explain
-from taskplatform.model import Limit, LimitRule, PositiveDuration, RateLimit, format_duration
+from taskplatform.model import Host, Limit, LimitRule, PositiveDuration, RateLimit, format_duration
 
 PREFIX = "TASKPLATFORM_"
 ENV_FILE = ".env"
@@ -77,9 +77,8 @@ class Settings(BaseSettings):
     rate_limit: RateLimit | None = Field(
         default=None, description="all jobs over all workers; for example 10/s, or {rate: 10/s, burst: 15}"
     )
-    host_limits: dict[str, LimitRule] = Field(
-        default_factory=dict,
-        description='by host that is called: "{api.example.com: {rate: 5/s, burst: 10, concurrency: 4}}"',
+    host_limits: dict[Host, LimitRule] = Field(
+        default_factory=dict, description="by host that is called; for example {api.example.com: {rate: 5/s, burst: 10, concurrency: 4}}"
     )
     user_concurrency: int | None = Field(default=None, ge=1, le=1_000_000, description="jobs of one user that may run at a time")
     fairness: bool = Field(default=False, description="users take turns inside a priority, else first come is first served")
@@ -148,7 +147,7 @@ class Settings(BaseSettings):
     @property
     def limits(self) -> dict[str, Limit]:
         """The limits that are set here, by the names that they have in the store."""
-        limits = {f"host:{host.lower()}": rule.limit for host, rule in self.host_limits.items()}
+        limits = {f"host:{host}": rule.limit for host, rule in self.host_limits.items()}
         if self.rate_limit is not None:
             limits["total"] = Limit(self.rate_limit.per_second, self.rate_limit.burst)
         if self.user_concurrency is not None:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from taskplatform.cli import jobs, operations, subscriptions, tasks, users
+from taskplatform.cli import jobs, limits, operations, subscriptions, tasks, users
 from taskplatform.cli.output import complain, counted, remark
 from taskplatform.errors import CatalogueError, StoreUnavailable, TaskPlatformError
 
@@ -58,7 +58,7 @@ def cli() -> None:
     """
 
 
-for command in (tasks.tasks, users.users, subscriptions.subscriptions, jobs.jobs, *operations.COMMANDS):
+for command in (tasks.tasks, users.users, subscriptions.subscriptions, jobs.jobs, limits.limits, *operations.COMMANDS):
     cli.add_command(command)
 
 

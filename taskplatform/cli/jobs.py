@@ -208,7 +208,7 @@ def cancel(ctx: click.Context, ids: tuple[str, ...]) -> None:
     One that waits never starts; one that runs is stopped, or its result discarded.
     """
     with connected(definitions=False) as platform:
-        _each(ctx, ids, platform.cancel)
+        _each(ctx, ids, lambda job_id: platform.cancel(job_id).state)
 
 
 @jobs.command(epilog=example("jobs retry daily_user_report:u1:1800000000000"))
@@ -217,15 +217,28 @@ def cancel(ctx: click.Context, ids: tuple[str, ...]) -> None:
 def retry(ctx: click.Context, ids: tuple[str, ...]) -> None:
     """Run jobs again that ended without success."""
     with connected(definitions=False) as platform:
-        _each(ctx, ids, platform.retry)
+        _each(ctx, ids, lambda job_id: platform.retry(job_id).state)
 
 
-def _each(ctx: click.Context, ids: tuple[str, ...], act: Callable[[str], Job]) -> None:
-    """One that cannot be done holds back no other."""
+@jobs.command("priority", epilog=example("jobs priority daily_user_report:u1:1800000000000 high"))
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.argument("wanted", metavar="PRIORITY", type=click.Choice(PRIORITIES))
+@click.pass_context
+def set_priority(ctx: click.Context, ids: tuple[str, ...], wanted: str) -> None:
+    """Give jobs that wait another priority: high, medium or low.
+
+    Each keeps its place among those of its time.
+    """
+    with connected(definitions=False) as platform:
+        _each(ctx, ids, lambda job_id: platform.set_priority(job_id, wanted).priority)
+
+
+def _each(ctx: click.Context, ids: tuple[str, ...], act: Callable[[str], str]) -> None:
+    """Do it to each and say what came of it; one that cannot be done holds back no other."""
     failed = False
     for job_id in ids:
         try:
-            click.echo(f"{job_id} {act(job_id).state}")
+            click.echo(f"{job_id} {act(job_id)}")
         except (UnknownJob, Conflict) as fault:
             complain(str(fault))
             failed = True

@@ -106,6 +106,13 @@ def seconds_text(span_ms: int | None) -> str:
     return "" if span_ms is None else f"{span_ms / 1000:.1f} s"
 
 
+def rate_text(per_second: float | None) -> str:
+    """A rate as definitions have it; nothing for None."""
+    from taskplatform.model import format_rate
+
+    return "" if per_second is None else format_rate(per_second)
+
+
 def counted(number: int, thing: str) -> str:
     """`1 job`, `2 jobs`."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"

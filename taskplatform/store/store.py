@@ -13,7 +13,6 @@ import redis
 
 from taskplatform.errors import Conflict, InvalidInput, InvalidTransition, UnknownDefinition, UnknownJob, UnknownSubscription, UnknownUser
 from taskplatform.model import (
-    START_SLACK_MS,
     TRANSITIONS,
     USER_ID,
     Job,
@@ -868,12 +867,11 @@ def _bucket(kept: str | None, limit: Limit, now_ms: int) -> tuple[float | None, 
     """Free tokens and reserved ones, as lib.lua counts them."""
     if limit.per_second is None:
         return None, 0
-    capacity = max(1.0, (limit.burst or 1) - limit.per_second * START_SLACK_MS / 1000)
     if kept is None:
-        return capacity, 0
+        return limit.capacity / limit.tokens_per_start, 0
     at_ms, level, reserved = kept.split()
-    filled = min(capacity, float(level) + max(0, now_ms - int(at_ms)) * limit.per_second / 1000)
-    return filled - int(reserved), int(reserved)
+    filled = min(limit.capacity, float(level) + max(0, now_ms - int(at_ms)) * limit.per_second / 1000)
+    return filled / limit.tokens_per_start - int(reserved), int(reserved)
 
 
 def _no_user(user: str) -> UnknownUser:

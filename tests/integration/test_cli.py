@@ -25,7 +25,8 @@ from taskplatform.cli import cli, main
 from taskplatform.cli.arguments import PRIORITIES, STATES, example, moment, past
 from taskplatform.cli.output import moment_text, schedule_text, seconds_text
 from taskplatform.local import EmbeddedServer
-from taskplatform.model import Cron, Interval, JobState, Priority
+from taskplatform.model import Cron, Definition, Interval, JobState, Limit, Priority
+from taskplatform.planner import published
 from taskplatform.platform import Platform
 from taskplatform.settings import Settings, settings
 from tests.conftest import ROOT
@@ -136,7 +137,7 @@ def test_each_command_has_an_example_that_it_accepts(path: str, command: click.C
     command.make_context(path, [str(tmp_path / word) if word == "subscriptions.csv" else word for word in arguments]).close()
 
 
-@pytest.mark.parametrize("path", ["", "tasks", "users", "subscriptions", "jobs"])
+@pytest.mark.parametrize("path", ["", "tasks", "users", "subscriptions", "jobs", "limits"])
 def test_lists_of_commands_say_whole_sentences(path: str) -> None:
     listed = run(f"{path} --help").stdout.partition("Commands:\n")[2].splitlines()
     assert listed
@@ -534,6 +535,21 @@ def test_one_job_that_cannot_be_canceled_holds_back_no_other(platform: Platform)
     assert result.stderr.startswith("error: no job 'no-such-job'")
 
 
+def test_jobs_get_another_priority(platform: Platform) -> None:
+    platform.create_user("u1")
+    later = [platform.enqueue("clean", user="u1", countdown=60) for _ in range(2)]
+    ended = platform.enqueue("clean", user="u1", countdown=60)
+    platform.cancel(ended.id)
+    assert run(f"jobs priority {later[0].id} {later[1].id} high").stdout == f"{later[0].id} high\n{later[1].id} high\n"
+    assert platform.store.waiting() == {Priority.HIGH: 2, Priority.MEDIUM: 0, Priority.LOW: 0}
+    assert "given by" in run(f"jobs show {later[0].id}").stdout
+    result = run(f"jobs priority no-such-job {ended.id} {later[0].id} medium", code=1)
+    assert result.stdout == f"{later[0].id} medium\n"
+    assert result.stderr.splitlines()[0].startswith("error: no job 'no-such-job'")
+    assert result.stderr.splitlines()[1] == f"error: job {ended.id} is canceled: the priority of a job that waits can be changed"
+    assert "'urgent' is not one of 'high', 'medium', 'low'" in fails(f"jobs priority {later[0].id} urgent", code=2)
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -683,6 +699,96 @@ def test_up_and_demo_are_run(monkeypatch: pytest.MonkeyPatch, answer: int) -> No
         (Path("tasks"), {"workers": 2, "slots": None, "flower": True}),
     ]
     assert "is not in the range" in fails("up --workers 0", code=2)
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+LIMIT_COLUMNS = ["limit", "rate", "burst", "concurrency", "free now", "reserved", "in flight", "from", "configured"]
+
+
+def test_limits(platform: Platform) -> None:
+    assert rows(run("limits list").stdout) == [LIMIT_COLUMNS]
+    assert run_json("limits list") == []
+    configured = {"total": Limit(10, 15), "user": Limit(concurrency=2)}
+    platform.store.configure_limits(configured, actor="beat")
+    limited = Definition.model_validate({"id": "clean", "name": "x", "call": "a:b", "interval": {"type": "daily"}, "rate_limit": "90/m"})
+    platform.store.publish(published(limited), actor="beat")
+    assert run("limits set host:api.example.com --rate 5/s --burst 4 --concurrency 3").stdout == (
+        "host:api.example.com 5/s burst 4 concurrency 3\n"
+    )
+    assert run("limits set user --concurrency 1").stdout == "user concurrency 1\n"
+    # so much of a burst is kept back as comes in the time that a start may take to reach its target
+    assert rows(run("limits list").stdout)[1:] == [
+        ["definition:clean", "90/m", "1", "", "1", "0", "", "definition", ""],
+        ["host:api.example.com", "5/s", "4", "3", "3", "0", "0", "live", "none"],
+        ["total", "10/s", "15", "", "14", "0", "", "settings", ""],
+        ["user", "", "", "1", "", "", "0", "live", "concurrency 2"],
+    ]
+    assert run_json("limits list")[1] == {
+        "name": "host:api.example.com",
+        "limit": {"per_second": 5.0, "burst": 4, "concurrency": 3},
+        "configured": None,
+        "live": True,
+        "tokens": 3.5,
+        "reserved": 0,
+        "in_flight": 0,
+        "source": "live",
+    }
+
+    assert run("limits reset user").stdout == "user concurrency 2\n"
+    assert run("limits reset host:api.example.com").stdout == "host:api.example.com none\n"
+    assert run("limits set total --none").stdout == "total none\n"
+    assert rows(run("limits list").stdout)[2:] == [
+        ["total", "", "", "", "", "", "", "live", "10/s burst 15"],
+        ["user", "", "", "2", "", "", "0", "settings", ""],
+    ]
+    again = run("limits reset user")
+    assert (again.stdout, again.stderr) == ("user concurrency 2\n", "user was not set live\n")
+    assert [row[2:] for row in rows(run("changes --limit 2").stdout)[1:]] == [
+        ["limit changed", "total", "- - -"],
+        ["limit changed", "host:api.example.com", "none"],
+    ]
+
+
+def test_a_limit_shows_what_it_holds_back(platform: Platform) -> None:
+    platform.create_user("u1")
+    run("limits set definition:clean --rate 1/h --burst 3")
+    run("limits set user:u1 --concurrency 2")
+    platform.store.heartbeat("w@host", slots=9, queues=list(Priority), buffer=1.0)
+    for _ in range(3):
+        platform.enqueue("clean", user="u1")
+    cells = {row[0]: row[4:7] for row in rows(run("limits list").stdout)[1:]}
+    assert cells == {"definition:clean": ["0", "2", ""], "user:u1": ["", "", "2"]}
+    run("limits set definition:clean --rate 1/h --burst 1")
+    assert rows(run("limits list").stdout)[1][4:6] == ["0", "2"]
+    assert run_json("limits list")[0]["tokens"] < 0
+
+
+@pytest.mark.parametrize(
+    ("line", "said", "code"),
+    [
+        ("set total", "give --rate, --concurrency or both, or --none", 2),
+        ("set total --none --rate 5/s", "give --rate, --concurrency or both, or --none", 2),
+        ("set total --rate 5/s --burst 0", "0 is not in the range 1<=x<=1000000", 2),
+        ("set total --burst 5", "limit total: takes rate, concurrency, or both", 1),
+        ("set total --rate fast", """limit total: rate: 'fast' is not a rate such as "10/s\"""", 1),
+        ("set total --concurrency 5", "limit total: takes rate and burst", 1),
+        ("set user --rate 5/s", "limit user: takes concurrency", 1),
+        ("set host:a --burst 5 --concurrency 1", "limit host:a: burst: goes with rate", 1),
+        (
+            "set totl --rate 5/s",
+            """limit 'totl' is not known (did you mean "total"?): total, definition:ID, host:HOST, user and user:ID are""",
+            1,
+        ),
+        ("reset hosts:a", """limit 'hosts:a' is not known (did you mean "host"?)""", 1),
+        ("set host:API.example.com --rate 5/s", """(did you mean "api.example.com"?)""", 1),
+        ("set definition:daily_repot --rate 5/s", """there is no definition 'daily_repot' (did you mean "daily_report"?)""", 1),
+        ("set 'user:a b' --concurrency 5", "user id 'a b' is not accepted", 1),
+    ],
+)
+def test_what_is_wrong_with_a_limit_is_said(platform: Platform, line: str, said: str, code: int) -> None:
+    assert said in fails(f"limits {line}", code=code)
+    assert platform.limits() == []
 
 
 # --- the process -----------------------------------------------------------------------------------------------------

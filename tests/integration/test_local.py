@@ -573,7 +573,14 @@ def test_the_children_read_the_settings_that_the_stack_was_given(tmp_path: Path,
     monkeypatch.setenv("API_TOKEN", "given")
     limit = {"rate": "10/s", "burst": 15}
     given = load_settings(
-        namespace="other", heartbeat_interval="1500ms", rate_limit=limit, queue_buffer=0.5, tasks_dir="elsewhere", worker_slots=7
+        namespace="other",
+        heartbeat_interval="1500ms",
+        rate_limit=limit,
+        host_limits={"localhost:8000": {"rate": "5/s", "concurrency": 2}, "api.example.com": {"concurrency": 1}},
+        fairness=True,
+        queue_buffer=0.5,
+        tasks_dir="elsewhere",
+        worker_slots=7,
     )
     stack = local.Stack(given, slots=2, sink=local.silent, data_dir=tmp_path / "data")
     stack.redis_url, stack.mock_url = "redis://127.0.0.1:1/0", "http://127.0.0.1:2"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from taskplatform.errors import InvalidInput
 from taskplatform.faults import did_you_mean, explain
@@ -24,17 +24,22 @@ from taskplatform.model import (
     CatchUp,
     Cron,
     Definition,
+    Host,
     HttpConfig,
     Interval,
     IntervalType,
     JobState,
+    Limit,
+    LimitRule,
     RateLimit,
     Schedule,
     ScheduleOverride,
     Weekday,
     check_definition_id,
+    check_host,
     check_user_id,
     format_duration,
+    format_rate,
     moment,
     parse_duration,
     planned_job_id,
@@ -169,14 +174,134 @@ def test_duration_is_written(duration: timedelta, text: str) -> None:
 )
 def test_rate_per_second(rate: str, per_second: float) -> None:
     assert RateLimit.model_validate(rate).per_second == pytest.approx(per_second)
-    assert RateLimit.model_validate(rate) == RateLimit(rate=rate, burst=1)
+    assert RateLimit.model_validate(format_rate(per_second)).per_second == pytest.approx(per_second)
 
 
-@pytest.mark.parametrize("rate", ["", "10", "10/w", "10 / s", "-1/s", "1e3/s", "٣/s", "10/s/s", "0/s", "0.0/d", "1000001/s", "0.001/d"])
-def test_rate_is_refused(rate: str) -> None:
-    [(place, message)] = faults(RateLimit, {"rate": rate})
+@pytest.mark.parametrize(
+    ("rate", "burst"),
+    [("10/s", 2), (" 10/s ", 2), ("11/s", 3), ("1/s", 2), ("0.5/s", 1), ("100/m", 2), ("600/m", 2), ("20/d", 1), ("1000000/s", 100_001)],
+)
+def test_the_burst_of_a_rate_without_one_lets_the_whole_rate_be_used(rate: str, burst: int) -> None:
+    assert RateLimit.model_validate(rate).burst == RateLimit.model_validate({"rate": rate}).burst == burst
+    limit = LimitRule.model_validate(rate).limit
+    assert limit.burst == burst
+    # a rate below 1/s with a burst of 2 would let two go at once that shall be minutes apart
+    assert limit.sustained == pytest.approx(limit.per_second, rel=1e-9 if (limit.per_second or 0) >= 1 else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("limit", "tokens_per_start", "capacity", "sustained"),
+    [
+        (Limit(10, 15), 1, 14, 10),
+        (Limit(10, 2), 1, 1, 10),
+        (Limit(10, 1), 2, 2, 5),
+        (Limit(100, 1), 11, 11, 100 / 11),
+        (Limit(1 / 3600, 1), 1.0000278, 1.0000278, 1 / 3600.1),
+        (Limit(concurrency=3), 1, 1, None),
+    ],
+)
+def test_what_a_burst_keeps_back_for_late_calls(limit: Limit, tokens_per_start: float, capacity: float, sustained: float | None) -> None:
+    assert limit.tokens_per_start == pytest.approx(tokens_per_start)
+    assert limit.capacity == pytest.approx(capacity)
+    assert limit.sustained == pytest.approx(sustained)
+
+
+def test_a_burst_that_is_given_stays() -> None:
+    assert RateLimit.model_validate({"rate": "10/s", "burst": 1}).burst == 1
+    assert RateLimit.model_validate_json(RateLimit(rate="10/s", burst=15).model_dump_json()).burst == 15
+
+
+@pytest.mark.parametrize(
+    ("per_second", "text"),
+    [(10, "10/s"), (1, "1/s"), (0.5, "30/m"), (100 / 60, "100/m"), (1 / 3600, "1/h"), (20 / 86_400, "20/d"), (2.5, "150/m")],
+)
+def test_a_rate_is_written_by_the_shortest_unit_that_fits(per_second: float, text: str) -> None:
+    assert format_rate(per_second) == text
+
+
+@pytest.mark.parametrize(
+    "rate", ["", "10", "10/w", "10 / s", "-1/s", "1e3/s", "٣/s", "10/s/s", "0/s", "0.0/d", "1000001/s", "0.001/d", "9" * 400 + "/s"]
+)
+@pytest.mark.parametrize("model", [RateLimit, LimitRule])
+def test_rate_is_refused(model: type[BaseModel], rate: str) -> None:
+    [(place, message)] = faults(model, {"rate": rate})
     assert place == "rate"
     assert repr(rate) in message
+
+
+@pytest.mark.parametrize(
+    ("rule", "limit"),
+    [
+        ("10/s", Limit(10, 2)),
+        ({"rate": "90/m"}, Limit(1.5, 2)),
+        ({"rate": "10/s", "burst": 15}, Limit(10, 15)),
+        ({"rate": "10/s", "burst": "15", "concurrency": "4"}, Limit(10, 15, 4)),
+        ({"concurrency": 4}, Limit(concurrency=4)),
+    ],
+)
+def test_a_limit_as_people_write_it(rule: object, limit: Limit) -> None:
+    assert LimitRule.model_validate(rule).limit == limit
+
+
+@pytest.mark.parametrize(
+    ("rule", "place", "problem"),
+    [
+        ({}, "", "takes rate, concurrency, or both"),
+        ({"burst": 3}, "", "takes rate, concurrency, or both"),
+        ({"burst": 3, "concurrency": 2}, "burst", "goes with rate"),
+        ({"rate": "10/s", "burst": 0}, "burst", "got 0; it takes a whole number from 1 to 1000000"),
+        ({"concurrency": 0}, "concurrency", "got 0; it takes a whole number from 1 to 1000000"),
+        ({"concurrency": 1.5}, "concurrency", "got 1.5; it takes a whole number"),
+        ({"rate": 10}, "rate", "got 10; it takes text (count per second, minute, hour or day"),
+        ({"rate": "10/s", "concurency": 4}, "concurency", 'is not a known field (did you mean "concurrency"?)'),
+    ],
+)
+def test_a_limit_is_refused(rule: dict[str, Any], place: str, problem: str) -> None:
+    [(found, message)] = faults(LimitRule, rule)
+    assert found == place
+    assert problem in message
+
+
+def test_a_fault_inside_a_mapping_of_limits_is_told_where_it_is() -> None:
+    class Limits(BaseModel):
+        by_host: dict[Host, LimitRule] = Field(default_factory=dict, description="a limit for each host")
+
+    values = {"Api": "5/s", "b": {"rate": "5/s", "burst": 0}, "c": [], "d": {"rate": "fast"}}
+    found = dict(faults(Limits, {"by_host": values}))
+    assert list(found) == ["by_host.Api", "by_host.b.burst", "by_host.c", "by_host.d.rate"]
+    assert """host 'Api' is not accepted (did you mean "api"?); a host is given without scheme""" in found["by_host.Api"]
+    assert found["by_host.c"].endswith("or a mapping with rate, burst, concurrency")
+    assert faults(Limits, {"by_host": "5/s"}) == [("by_host", 'got "5/s"; it takes a mapping (a limit for each host)')]
+
+
+@pytest.mark.parametrize("host", ["api.example.com", "localhost:8000", "my_api", "127.0.0.1", "[::1]", "[::1]:8080"])
+def test_host_is_accepted(host: str) -> None:
+    assert check_host(host) == host
+
+
+@pytest.mark.parametrize(
+    ("host", "meant"),
+    [
+        ("Api.Example.com", "api.example.com"),
+        (" api.example.com", "api.example.com"),
+        ("https://api.example.com", "api.example.com"),
+        ("https://api.example.com:443/v1", "api.example.com"),
+        ("http://user@api.example.com:8080/", "api.example.com:8080"),
+        ("api.example.com/v1", "api.example.com"),
+        ("a b", None),
+        ("*.example.com", None),
+        ("api:port", None),
+        ("ü", None),
+        ("", None),
+        (None, None),
+        (7, None),
+    ],
+)
+def test_host_is_refused(host: object, meant: str | None) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        check_host(host)
+    hint = f' (did you mean "{meant}"?)' if meant else ""
+    assert str(caught.value).startswith(f"host {host!r} is not accepted{hint}; a host is given without scheme and path, in lower case")
 
 
 # --- schedules -------------------------------------------------------------------------------------------------------
@@ -528,6 +653,37 @@ def test_method_in_any_case() -> None:
     assert HttpConfig(endpoint="http://h/", method="get").method == "GET"
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "host"),
+    [
+        ("https://api.example.com/v1", "api.example.com"),
+        ("https://API.Example.com:443/v1", "api.example.com"),
+        ("http://api.example.com:80", "api.example.com"),
+        ("http://api.example.com:443/", "api.example.com:443"),
+        ("https://api.example.com:8443?u={{user}}", "api.example.com:8443"),
+        ("https://user:secret@api.example.com/", "api.example.com"),
+        ("http://[::1]/x", "[::1]"),
+        ("http://[2001:DB8::1]:8080/x", "[2001:db8::1]:8080"),
+        ("https://h/{{ params.a }}/{{user}}", "h"),
+        ("${BASE}/{{user}}", "api.example.com:8080"),
+        ("${BASE}", "api.example.com:8080"),
+        ("http://${HOST}:${PORT}/x", "h:81"),
+        ("http://${HOST}.${HOST}/x", "h.h"),
+        # not known here, or no URL
+        ("${UNKNOWN}/x", None),
+        ("http://${HOST}:${UNKNOWN}/x", None),
+        ("http://${HOST}:${HOST}/x", None),
+        ("${HOST}/x", None),
+        ("${EMPTY}/x", None),
+    ],
+)
+def test_the_host_that_is_called(endpoint: str, host: str | None) -> None:
+    environment = {"BASE": "http://Api.example.com:8080/v1", "HOST": "h", "PORT": "81", "EMPTY": ""}
+    found = HttpConfig(endpoint=endpoint).host(environment)
+    assert found == host
+    assert found is None or check_host(found) == found
+
+
 # --- definitions -----------------------------------------------------------------------------------------------------
 
 HTTP = {"id": "x", "name": "X", "interval": {"type": "daily"}, "config": {"endpoint": "http://h/"}}
@@ -561,6 +717,8 @@ CALL = {"id": "x", "name": "X", "cron": "0 9 * * *", "call": "tasks.module:funct
         (HTTP, {"catch_up": 5}, "catch_up", "it takes one of skip, latest, all or a mapping with policy, window"),
         (HTTP, {"rate_limit": 5}, "rate_limit", "or a mapping with rate (needed), burst"),
         (HTTP, {"rate_limit": {"burst": 5}}, "rate_limit.rate", "is missing"),
+        (HTTP, {"concurrency": 0}, "concurrency", "got 0; it takes a whole number from 1 to 1000000"),
+        (HTTP, {"concurrency": "some"}, "concurrency", 'got "some"; it takes a whole number from 1 to 1000000'),
         (HTTP, {"params": {"a": "x" * MAX_PARAMS_BYTES}}, "params", f"larger than {MAX_PARAMS_BYTES} bytes"),
         (HTTP, {"params": []}, "params", "got a list; it takes a mapping"),
         (HTTP, {"timout": "5m"}, "timout", 'did you mean "timeout"?'),
@@ -581,6 +739,7 @@ def test_defaults_of_a_definition() -> None:
     assert definition.catch_up == CatchUp(policy="latest", window="1d")
     assert definition.overlap == "allow"
     assert definition.rate_limit is None
+    assert definition.concurrency is None
     assert definition.config is not None
     assert definition.config.method == "POST"
 
@@ -611,7 +770,7 @@ def test_missing_params() -> None:
     assert Definition.model_validate(CALL).missing_params({}) == []
 
 
-@pytest.mark.parametrize("definition", [HTTP, CALL, {**CALL, "rate_limit": "10/s", "timeout": "90s", "catch_up": "all"}])
+@pytest.mark.parametrize("definition", [HTTP, CALL, {**CALL, "rate_limit": "10/s", "concurrency": 4, "timeout": "90s", "catch_up": "all"}])
 def test_definition_survives_json(definition: dict[str, Any]) -> None:
     whole = Definition.model_validate(definition)
     text = whole.model_dump_json()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from taskplatform.errors import SettingsError
-from taskplatform.model import RateLimit
+from taskplatform.model import Limit, LimitRule, RateLimit
 from taskplatform.settings import Settings, environment, load_settings, settings
 
 SECRET = "s3cret"
@@ -112,6 +112,17 @@ TEXTS = [
     ("rate_limit", "10/s", RateLimit(rate="10/s")),
     ("rate_limit", '{"rate": "10/s", "burst": 15}', RateLimit(rate="10/s", burst=15)),
     ("rate_limit", "{rate: 10/s, burst: 15}", RateLimit(rate="10/s", burst=15)),
+    ("host_limits", "{}", {}),
+    ("host_limits", "{api.example.com: 5/s}", {"api.example.com": LimitRule(rate="5/s")}),
+    (
+        "host_limits",
+        '{"localhost:8000": {"rate": "5/s", "burst": 10, "concurrency": 4}, a: {concurrency: 1}}',
+        {"localhost:8000": LimitRule(rate="5/s", burst=10, concurrency=4), "a": LimitRule(concurrency=1)},
+    ),
+    ("user_concurrency", "2", 2),
+    ("fairness", "on", True),
+    ("fairness", "false", False),
+    ("lower_share", "0.05", 0.05),
     ("plan_horizon", "90s", timedelta(seconds=90)),
     ("plan_horizon", "90", timedelta(seconds=90)),
     ("plan_horizon", "0.5", timedelta(seconds=0.5)),
@@ -148,7 +159,18 @@ def test_yaml_on_several_lines() -> None:
 def test_a_source_replaces_a_setting_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     Path(YAML).write_text("rate_limit: {rate: 5/s, burst: 50}\n")
     monkeypatch.setenv("TASKPLATFORM_RATE_LIMIT", '{"rate": "10/s"}')
-    assert load_settings().rate_limit == RateLimit(rate="10/s", burst=1)
+    assert load_settings().rate_limit == RateLimit(rate="10/s", burst=2)
+
+
+def test_limits_of_hosts_on_several_lines() -> None:
+    Path(YAML).write_text("host_limits:\n  api.example.com:\n    rate: 5/s\n    burst: 10\n  '[::1]:8000':\n    concurrency: 2\n")
+    assert load_settings().limits == {"host:api.example.com": Limit(5, 10), "host:[::1]:8000": Limit(concurrency=2)}
+
+
+def test_the_limits_by_their_names() -> None:
+    assert load_settings().limits == {}
+    given = load_settings(rate_limit="10/s", host_limits={"a": {"rate": "90/m", "concurrency": 3}}, user_concurrency=2)
+    assert given.limits == {"total": Limit(10, 2), "host:a": Limit(1.5, 2, 3), "user": Limit(concurrency=2)}
 
 
 @pytest.mark.parametrize("content", ["", "# nothing\n", "---\n"])
@@ -188,6 +210,23 @@ BAD = [
     ("rate_limit", "fast", "rate: 'fast' is not a rate such as \"10/s\""),
     ("rate_limit", "{rate: 10/s, brst: 1}", 'brst: is not a known field (did you mean "burst"?)'),
     ("rate_limit", "{rate: 10/s, burst: 0}", 'burst: got "0"; it takes a whole number from 1 to 1000000'),
+    ("host_limits", "5/s", 'got "5/s"; it takes a mapping (by host that is called; for example {api.example.com: {rate: 5/s,'),
+    ("host_limits", "{a: fast}", "a: rate: 'fast' is not a rate such as \"10/s\""),
+    ("host_limits", "{a: {}}", "a: takes rate, concurrency, or both"),
+    (
+        "host_limits",
+        "{a: {rate: 5/s, brst: 1}}",
+        'a: brst: is not a known field (did you mean "burst"?); known are rate, burst, concurrency',
+    ),
+    ("host_limits", "{a: {burst: 2, concurrency: 1}}", "a: burst: goes with rate"),
+    ("host_limits", "{a: {concurrency: many}}", 'a: concurrency: got "many"; it takes a whole number from 1 to 1000000'),
+    ("host_limits", "{a: [5/s]}", "a: got a list; it takes text (count per second"),
+    ("host_limits", "{A.b: 5/s}", """A.b: host 'A.b' is not accepted (did you mean "a.b"?); a host is given without scheme"""),
+    ("host_limits", '{"https://a.b/c": 5/s}', """https://a.b/c: host 'https://a.b/c' is not accepted (did you mean "a.b"?)"""),
+    ("user_concurrency", "0", 'got "0"; it takes a whole number from 1 to 1000000'),
+    ("fairness", "maybe", 'got "maybe"; it takes true or false'),
+    ("lower_share", "5%", 'got "5%"; it takes a number from 0 to 0.3'),
+    ("lower_share", "0.5", 'got "0.5"; it takes a number from 0 to 0.3'),
 ]
 
 
@@ -211,10 +250,14 @@ def test_a_bad_value_of_any_source_is_told(source: str, name: str, text: str, me
     assert line.startswith(f"{places[source]}: {message}")
 
 
-def test_a_flow_that_cannot_be_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TASKPLATFORM_RATE_LIMIT", "{rate: 10/s")
+@pytest.mark.parametrize(
+    ("name", "text", "takes"),
+    [("RATE_LIMIT", "{rate: 10/s", '10/s or {"rate": '), ("HOST_LIMITS", "{a: {rate: 10/s}", '{"api.example.com": {"rate": "10/s"}}')],
+)
+def test_a_flow_that_cannot_be_read_is_told(name: str, text: str, takes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"TASKPLATFORM_{name}", text)
     [line] = faults()
-    assert line.startswith("TASKPLATFORM_RATE_LIMIT (environment): '{rate: 10/s' cannot be read; it takes 10/s or {")
+    assert line.startswith(f"TASKPLATFORM_{name} (environment): {text!r} cannot be read; it takes {takes}")
 
 
 def test_all_bad_values_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

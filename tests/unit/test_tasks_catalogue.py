@@ -105,6 +105,8 @@ def test_it_is_as_large_and_as_various_as_promised(catalogue: Catalogue) -> None
     assert len({definition.schedule.timezone for definition in definitions}) >= 12
     assert {definition.config.method for definition in http(catalogue) if definition.config} == {"GET", "POST", "PUT", "PATCH", "DELETE"}
     assert len(python(catalogue)) >= 8
+    assert sum(definition.rate_limit is not None for definition in definitions) >= 10
+    assert sum(definition.concurrency is not None for definition in definitions) >= 3
     windows = {definition.window for definition in definitions}
     assert min(windows) <= timedelta(seconds=30)
     assert max(windows) == timedelta(hours=2)

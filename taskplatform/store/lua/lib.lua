@@ -230,11 +230,14 @@ local buckets = {}
 
 -- A rate is kept by a token bucket (https://en.wikipedia.org/wiki/Token_bucket). A job reserves a token when it is released and takes
 -- it when it starts, so what is counted is the start, whenever that comes: `level - reserved` tokens are free. A call may reach
--- its target SLACK ms after its start was recorded; so much of the burst is kept back, and who is slower asks again (renew).
+-- its target SLACK ms after its start was recorded; so much of the burst is kept back, and who is slower asks again (renew). Where
+-- the burst is too small for that, each start costs more than one token (model.Limit).
 local function bucket_of(name, limit, now)
   local bucket = buckets[name]
   if bucket then return bucket end
-  local capacity = math.max(1, limit.burst - limit.rate * SLACK / 1000)
+  local left = limit.burst - limit.rate * SLACK / 1000
+  local cost = 1 + math.max(0, 1 - left)
+  local capacity = math.max(cost, left)
   local kept = call('GET', K.limit .. name)
   if kept then
     local at, level, reserved = string.match(kept, '^(%S+) (%S+) (%S+)$')
@@ -243,7 +246,7 @@ local function bucket_of(name, limit, now)
   else
     bucket = { level = capacity, reserved = 0 }
   end
-  bucket.capacity, bucket.per_ms = capacity, limit.rate / 1000
+  bucket.capacity, bucket.cost, bucket.per_ms = capacity, cost, limit.rate / 1000
   buckets[name] = bucket
   return bucket
 end
@@ -254,9 +257,9 @@ end
 
 -- In how many ms there is a free token. A full bucket whose tokens are all reserved has one only after a start, which comes soon.
 local function wait_for_token(bucket)
-  local missing = bucket.reserved + 1 - bucket.level
-  if missing <= 0 then return 0 end
-  return math.max(missing / bucket.per_ms, bucket.reserved + 1 > bucket.capacity and 20 or 0)
+  local needed = (bucket.reserved + 1) * bucket.cost
+  if needed <= bucket.level then return 0 end
+  return math.max((needed - bucket.level) / bucket.per_ms, needed > bucket.capacity and 20 or 0)
 end
 
 -- Calls `change` for the bucket of each rate that a definition's jobs are under.
@@ -276,7 +279,7 @@ local function reserve(bucket) bucket.reserved = bucket.reserved + 1 end
 local function unreserve(bucket) bucket.reserved = math.max(0, bucket.reserved - 1) end
 local function spend(bucket)
   unreserve(bucket)
-  bucket.level = bucket.level - 1
+  bucket.level = bucket.level - bucket.cost
 end
 
 -- The limit on a user's jobs in flight: the user's own, or everyone's.

@@ -10,7 +10,7 @@ local definition = parts(id)
 local free = true
 each_bucket(definition, now, function(bucket) free = free and wait_for_token(bucket) == 0 end)
 if free then
-  each_bucket(definition, now, function(bucket) bucket.level = bucket.level - 1 end)
+  each_bucket(definition, now, function(bucket) bucket.level = bucket.level - bucket.cost end)
   return 'go'
 end
 give_back(id, job, 'retrying', now, tonumber(job.after), worker, 'held up before its call, and its place in the limit has passed', '')
