@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from bench import execute, plan
+from bench import execute, http, plan
 
-BENCHMARKS: dict[str, Callable[[float], dict[str, Any]]] = {"execute": execute.run, "plan": plan.run}
+BENCHMARKS: dict[str, Callable[[float], dict[str, Any]]] = {"execute": execute.run, "http": http.run, "plan": plan.run}
 
 
 def main() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-import requests
 from celery import Celery
+
+from bench.peers.client import get
 
 app = Celery("plain", broker=os.environ.get("BENCH_BROKER", "redis://127.0.0.1:6379/0"))
 app.conf.update(
@@ -28,4 +29,4 @@ def noop(user: str) -> str:
 @app.task(name="fetch")  # type: ignore[untyped-decorator]
 def fetch(url: str) -> int:
     """One GET."""
-    return requests.get(url, timeout=30).status_code
+    return get(url)
