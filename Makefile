@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
+SCALE ?= 1
 
 .PHONY: help venv demo up test check format bench clean
 
@@ -42,8 +43,8 @@ $(PEERS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	@touch $@
 
-bench: $(PEERS) ## all benchmarks, one table; installs the task queues that they run beside
-	$(BIN)/python -m bench
+bench: $(PEERS) ## all benchmarks, one table, SCALE=0.1 for a tenth of the work; installs the task queues that they run beside
+	$(BIN)/python -m bench --scale $(SCALE)
 
 clean: ## remove .venv, caches and the data of `up`
 	rm -rf $(VENV) .taskplatform .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,3 +12,8 @@ if TYPE_CHECKING:
 def noop(job: RunningJob) -> str:
     """Nothing."""
     return job.user
+
+
+def lag_ms(job: RunningJob) -> float:
+    """How long ago it was due. The server's clock, by which it was due, is this machine's."""
+    return time.time() * 1000 - job.execute_after_ms
