@@ -55,6 +55,6 @@ def test_a_bar_may_have_two_sides(value: float, verdict: str) -> None:
     assert Figure("ratio", at_least=0.98, at_most=1.0).verdict(value) == verdict
 
 
-@pytest.mark.parametrize("name", [name for name in FIGURES])
+@pytest.mark.parametrize("name", list(FIGURES))
 def test_every_name_is_a_benchmark(name: str) -> None:
     assert importlib.util.find_spec(f"bench.{name}") is not None
