@@ -52,6 +52,9 @@ worker_disable_prefetch = True
 worker_concurrency = _settings.worker_slots
 worker_cancel_long_running_tasks_on_connection_loss = False
 
+# Keeps no notes of unacknowledged jobs in Redis, and sends events in bundles.
+worker_consumer = "taskplatform.consumer:PlatformConsumer"
+
 # What Flower shows.
 worker_send_task_events = True
 task_send_sent_event = False

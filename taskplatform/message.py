@@ -69,3 +69,8 @@ def message_template(definition: Definition) -> str:
     for number in (DELIVERY, RETRIES):
         text = text.replace(f'"{number}"', number)
     return text
+
+
+def is_job(delivery_tag: str) -> bool:
+    """Whether a message is a job's, by the tag that the template gives it; kombu's own are UUIDs."""
+    return "#" in delivery_tag

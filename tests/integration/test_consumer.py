@@ -1,0 +1,137 @@
+"""What a worker's channel keeps of the messages that it holds, with the installed kombu and a real server."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from kombu import Connection
+
+from taskplatform.consumer import JobQoS
+from taskplatform.local import EmbeddedServer, embedded_server
+from taskplatform.store import Store, connect
+from tests.conftest import Clock
+from tests.integration.harness import ACTOR, define, enqueue, offer, publish
+
+QUEUE = "high"
+DEFINITION = define("report", priority=QUEUE)
+
+
+def release_jobs(store: Store, clock: Clock, count: int) -> list[str]:
+    """Job ids, in the order in which their messages are to be taken."""
+    publish(store, DEFINITION)
+    store.create_user("u1", actor=ACTOR)
+    offer(store, slots=10)
+    jobs = []
+    for number in range(count):
+        jobs.append(enqueue(store, DEFINITION.id, "u1", f"m{number}"))
+        clock.advance(1)
+    store.release()
+    return jobs
+
+
+def send_other(client: redis.Redis) -> str:
+    """A message as kombu makes it for any other task; returns its tag."""
+    tag = str(uuid.uuid4())
+    properties = {"delivery_info": {"exchange": "", "routing_key": QUEUE}, "delivery_tag": tag, "priority": 0}
+    message = {"body": "[]", "content-type": "application/json", "content-encoding": "utf-8", "headers": {}, "properties": properties}
+    client.lpush(QUEUE, json.dumps(message))
+    return tag
+
+
+@contextmanager
+def consuming(url: str, *, messages: int, prefetch: int = 0) -> Iterator[tuple[Any, list[Any]]]:
+    """A channel that has taken so many messages, and these."""
+    taken: list[Any] = []
+    with Connection(url, transport_options={"priority_steps": [0]}) as connection:
+        channel = connection.default_channel
+        channel.QoS = JobQoS
+        channel.basic_qos(prefetch_count=prefetch)
+        channel.basic_consume(QUEUE, no_ack=False, callback=taken.append, consumer_tag="t")
+        while len(taken) < messages:
+            connection.drain_events(timeout=10)
+        yield channel, taken
+
+
+def tags(client: redis.Redis) -> list[str]:
+    """Of what lies in the queue, next first."""
+    return [json.loads(raw)["properties"]["delivery_tag"] for raw in reversed(client.lrange(QUEUE, 0, -1))]
+
+
+def test_only_messages_of_other_tasks_are_noted(client: redis.Redis, server: EmbeddedServer, store: Store, clock: Clock) -> None:
+    (job_id,) = release_jobs(store, clock, 1)
+    other = send_other(client)
+    with consuming(server.url, messages=2) as (_, taken):
+        assert [message.delivery_tag for message in taken] == [f"{job_id}#1", other]
+        assert client.hkeys("unacked") == client.zrange("unacked_index", 0, -1) == [other]
+        for message in taken:
+            message.ack()
+        assert client.exists("unacked", "unacked_index") == 0
+    assert client.llen(QUEUE) == 0
+
+
+def test_a_job_that_is_held_takes_a_place(client: redis.Redis, server: EmbeddedServer, store: Store, clock: Clock) -> None:
+    release_jobs(store, clock, 3)
+    with consuming(server.url, messages=2, prefetch=2) as (channel, taken):
+        assert not channel.qos.can_consume()
+        taken[0].ack()
+        assert channel.qos.can_consume()
+        assert channel.qos.can_consume_max_estimate() == 1
+
+
+def test_what_is_held_goes_back_in_its_old_order(client: redis.Redis, server: EmbeddedServer, store: Store, clock: Clock) -> None:
+    jobs = release_jobs(store, clock, 4)
+    before = client.lrange(QUEUE, 0, -1)
+    with consuming(server.url, messages=3) as (_, taken):
+        taken[0].ack()
+        assert client.llen(QUEUE) == 1
+    assert client.lrange(QUEUE, 0, -1) == before[:3]
+    assert tags(client) == [f"{job_id}#1" for job_id in jobs[1:]]
+    # and starts there as if it had never been away
+    assert store.start(jobs[1], delivery=1, worker="w1").go
+
+
+def test_other_messages_go_back_too(client: redis.Redis, server: EmbeddedServer) -> None:
+    other = send_other(client)
+    with consuming(server.url, messages=1):
+        pass
+    assert tags(client) == [other]
+    assert client.exists("unacked", "unacked_index") == 0
+
+
+def test_a_refused_message_goes_behind_the_others(client: redis.Redis, server: EmbeddedServer, store: Store, clock: Clock) -> None:
+    jobs = release_jobs(store, clock, 3)
+    with consuming(server.url, messages=2) as (_, taken):
+        taken[0].reject()
+        taken[1].requeue()
+        assert tags(client) == [f"{jobs[2]}#1", f"{jobs[1]}#1"]
+    assert tags(client) == [f"{jobs[2]}#1", f"{jobs[1]}#1"]
+
+
+def test_without_a_server_nothing_is_put_back_and_nothing_breaks(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """kombu would write the messages to a temporary file; here the ledger has them."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with embedded_server(tmp_path / "valkey") as server:
+        client = connect(server.url)
+        (job_id,) = release_jobs(Store(client, clock=clock), clock, 1)
+        client.close()
+        with consuming(server.url, messages=1) as (_, (message,)):
+            server.kill()
+            before = sorted(tmp_path.iterdir())
+        # the run goes on, and ends
+        message.ack()
+    assert sorted(tmp_path.iterdir()) == before
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("not put back")
+    assert warnings[0].endswith(f": {job_id}#1")
