@@ -33,9 +33,11 @@ NAMES = {
     "server": "server",  # the run id of the Redis server that this data was last used on
     # jobs
     "seq": "seq",  # counter: order of submission
-    "job": "job:",  # hash, see store.jobs
+    "job": "job:",  # hash, see store.jobs; a planned job that waits has a packed record instead
+    "planned": "planned:",  # by "<definition>:<suffix>", hash: user → packed record of a job that was planned and still waits
+    "planned_suffixes": "planned_suffixes:",  # by definition, set of the suffixes under which there are packed records
     "history": "history:",  # by job id, list of transitions as JSON arrays
-    "user_jobs": "userjobs:",  # by user, sorted set: job id → created
+    "user_jobs": "userjobs:",  # by user, sorted set: job id → created; without the packed ones
     "definition_jobs": "jobs:",  # by definition, sorted set: job id → created
     "unfinished": "unfinished:",  # by definition with overlap=skip, hash: user → number of unfinished jobs
     "finished": "finished",  # sorted set: job id → when, for the retention

@@ -228,6 +228,12 @@ def read_transition(row: str) -> Transition:
     )
 
 
+def read_packed(record: str) -> dict[str, str]:
+    """The fields of a planned job that waits, as its own record will have them."""
+    priority, after, _, made, source = record.split(" ")
+    return {"state": JobState.PENDING.value, "priority": priority, "after": after, "made": made, "source": source}
+
+
 def read_job(job_id: str, fields: Mapping[str, str], last: str | None) -> Job:
     definition, user, suffix = job_id.split(":", 2)
     planned = fields["source"] != "api"

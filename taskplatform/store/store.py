@@ -50,6 +50,7 @@ from taskplatform.store.records import (
     read_job,
     read_limit,
     read_occurrence,
+    read_packed,
     read_transition,
     read_worker,
     write_limit,
@@ -590,20 +591,35 @@ class Store:
     def _jobs(self, ids: Sequence[str]) -> list[Job]:
         pipe = self._redis.pipeline(transaction=False)
         for job_id in ids:
+            # the packed record first: whose job gets a record of its own meanwhile is then found there
+            pipe.hget(*self._packed(job_id))
             pipe.hgetall(self._key("job", job_id))
             pipe.lindex(self._key("history", job_id), -1)
-        answers = pipe.execute()
-        return [read_job(job_id, *pair) for job_id, pair in zip(ids, _batches(answers, 2), strict=True) if pair[0]]
+        found: list[Job] = []
+        for job_id, (packed, fields, last) in zip(ids, _batches(pipe.execute(), 3), strict=True):
+            if fields:
+                found.append(read_job(job_id, fields, last))
+            elif packed:
+                found.append(read_job(job_id, read_packed(packed), None))
+        return found
+
+    def _packed(self, job_id: str) -> tuple[str, str]:
+        """Key and field of a job's packed record."""
+        definition, _, rest = job_id.partition(":")
+        user, _, suffix = rest.partition(":")
+        return self._key("planned", f"{definition}:{suffix}"), user
 
     def history(self, job_id: str) -> list[Transition]:
         """From the first transition to the last. Raises UnknownJob."""
         pipe = self._redis.pipeline(transaction=True)
-        pipe.hmget(self._key("job", job_id), "made", "source")
+        pipe.hget(*self._packed(job_id))
+        pipe.hgetall(self._key("job", job_id))
         pipe.lrange(self._key("history", job_id), 0, -1)
-        (made, source), rows = pipe.execute()
-        if made is None:
+        packed, fields, rows = pipe.execute()
+        if not fields and not packed:
             self._state("unknown", job_id)
-        return [read_creation(int(made), source), *map(read_transition, rows)]
+        record = fields or read_packed(packed)
+        return [read_creation(int(record["made"]), record["source"]), *map(read_transition, rows)]
 
     def jobs(
         self,
@@ -620,7 +636,10 @@ class Store:
 
         `user` or `definition` makes it quick; without either, all definitions are merged.
         """
+        packed: list[tuple[int, str]] = []
         if user is not None:
+            # before the index: what gets a record of its own meanwhile is then found there, and at worst in both
+            packed = self._packed_jobs(user)
             indexes = [self._key("user_jobs", user)]
         else:
             names = [definition] if definition is not None else sorted(self.published())
@@ -635,7 +654,7 @@ class Store:
             upper = min(upper, last_seen[0])
         found: list[Job] = []
         while True:
-            rows = self._newest(indexes, since_ms or 0, upper, last_seen, limit)
+            rows = self._newest(indexes, packed, since_ms or 0, upper, last_seen, limit)
             if not rows:
                 return Page(tuple(found), None)
             for job in self._jobs([job_id for _, job_id in rows]):
@@ -646,15 +665,22 @@ class Store:
             last_seen = rows[-1]
             upper = last_seen[0]
 
-    def _newest(self, indexes: Sequence[str], lower: int, upper: int, after: tuple[int, str] | None, limit: int) -> list[tuple[int, str]]:
-        """(created, id), newest first, that come after `after` in that order."""
+    def _packed_jobs(self, user: str) -> list[tuple[int, str]]:
+        """(created, id) of the user's jobs that are not in the user's index."""
+        return [(int(made), job_id) for job_id, made in _batches(self._scripts.run("list_packed", user), 2)]
+
+    def _newest(
+        self, indexes: Sequence[str], more: Sequence[tuple[int, str]], lower: int, upper: int, after: tuple[int, str] | None, limit: int
+    ) -> list[tuple[int, str]]:
+        """(created, id) in the indexes and in `more`, newest first, that come after `after` in that order."""
+        more = [row for row in more if lower <= row[0] <= upper]
         count = limit
         while True:
             pipe = self._redis.pipeline(transaction=False)
             for index in indexes:
                 pipe.zrange(index, upper, lower, byscore=True, desc=True, withscores=True, offset=0, num=count)
             pages = cast("list[list[tuple[str, float]]]", pipe.execute())
-            rows = sorted(((int(score), member) for page in pages for member, score in page), reverse=True)
+            rows = sorted({*more, *((int(score), member) for page in pages for member, score in page)}, reverse=True)
             # where a page was cut off there may be more, and what the others have beyond that comes after it
             cut = max(((int(page[-1][1]), page[-1][0]) for page in pages if len(page) == count), default=(-1, ""))
             rows = [row for row in rows if row >= cut and (after is None or row < after)]

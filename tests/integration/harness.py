@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -154,22 +154,44 @@ def assert_consistent(client: redis.Redis, store: Store, *, complete: bool = Tru
     `complete`: no job was ever forgotten, so that the counts can be checked too.
     """
     db = _Database(client)
-    jobs = db.under("job")
+    packed = _packed_jobs(db)
+    assert not packed.keys() & db.under("job").keys(), "a job has a packed record beside its own"
+    jobs = db.under("job") | packed
     histories = {job_id: store.history(job_id) for job_id in jobs}
-    assert set(db.under("history")) <= jobs.keys(), "a history without a job"
+    assert set(db.under("history")) <= db.under("job").keys(), "a history without a job"
     for job_id, history in histories.items():
         check_history(history, clock_set_back=clock_set_back)
         _check_job(store, job_id, jobs[job_id], history)
     _check_waiting(db, jobs)
     _check_delivery(client, db, jobs)
     _check_ends(db, jobs)
-    _check_indexes(db, jobs)
+    _check_indexes(db, jobs, packed.keys())
+    _check_listings(store, jobs)
     _check_subscriptions(db)
     _check_plan(db)
     _check_workers(db)
     if complete:
         entered = Counter(line.to_state.value for history in histories.values() for line in history if line.from_state is not line.to_state)
         assert {state: int(count) for state, count in db.one("counts").items()} == entered, "counts do not agree with the histories"
+
+
+def _packed_jobs(db: _Database) -> dict[str, dict[str, str]]:
+    """By id, what the packed records say, as the fields of a job's own record."""
+    found: dict[str, dict[str, str]] = {}
+    suffixes: dict[str, set[str]] = {}
+    for part, records in db.under("planned").items():
+        definition, suffix = part.split(":")
+        suffixes.setdefault(definition, set()).add(suffix)
+        for user, record in records.items():
+            priority, after, digits, made, source = record.split(" ")
+            assert source in ("schedule", "catch_up", "trigger"), f"what {source} makes is not packed"
+            assert definition in db.under("user")[user], f"{user} has a packed job of {definition} without a subscription"
+            fields = {"state": "pending", "priority": priority, "after": after, "seq": str(int(digits, 16)), "made": made, "source": source}
+            found[f"{definition}:{user}:{suffix}"] = fields
+    assert db.under("planned_suffixes") == suffixes, "where there are packed records"
+    held = {job_id for members in db.under("held").values() for job_id in members}
+    assert not held & found.keys(), "a packed job is held"
+    return found
 
 
 def _in_state(jobs: Mapping[str, dict[str, str]], *states: JobState) -> set[str]:
@@ -249,18 +271,34 @@ def _check_ends(db: _Database, jobs: Mapping[str, dict[str, str]]) -> None:
     assert found == counted, "the numbers of unfinished jobs"
 
 
-def _check_indexes(db: _Database, jobs: Mapping[str, dict[str, str]]) -> None:
+def _check_indexes(db: _Database, jobs: Mapping[str, dict[str, str]], packed: Collection[str]) -> None:
     by_user: dict[str, dict[str, float]] = {}
     by_definition: dict[str, dict[str, float]] = {}
     for job_id, fields in jobs.items():
         definition, user, _ = job_id.split(":", 2)
-        by_user.setdefault(user, {})[job_id] = float(fields["made"])
+        if job_id not in packed:
+            by_user.setdefault(user, {})[job_id] = float(fields["made"])
         by_definition.setdefault(definition, {})[job_id] = float(fields["made"])
     assert db.under("user_jobs") == by_user
     assert db.under("definition_jobs") == by_definition
     users = db.under("user")
     assert db.one("users").keys() == users.keys()
     assert by_user.keys() <= users.keys(), "jobs of a user that does not exist"
+
+
+def _check_listings(store: Store, jobs: Mapping[str, dict[str, str]]) -> None:
+    by_user: dict[str, list[tuple[int, str]]] = {}
+    by_definition: dict[str, list[tuple[int, str]]] = {}
+    for job_id, fields in jobs.items():
+        definition, user, _ = job_id.split(":", 2)
+        by_user.setdefault(user, []).append((int(fields["made"]), job_id))
+        by_definition.setdefault(definition, []).append((int(fields["made"]), job_id))
+    for user, rows in by_user.items():
+        listed = [job.id for job in store.jobs(user=user, limit=len(rows) + 1).items]
+        assert listed == [job_id for _, job_id in sorted(rows, reverse=True)], f"the jobs of {user}"
+    for definition, rows in by_definition.items():
+        listed = [job.id for job in store.jobs(definition=definition, limit=len(rows) + 1).items]
+        assert listed == [job_id for _, job_id in sorted(rows, reverse=True)], f"the jobs of {definition}"
 
 
 def _check_subscriptions(db: _Database) -> None:

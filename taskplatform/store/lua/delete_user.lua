@@ -6,15 +6,16 @@ local now, user = clock(ARGV[1]), ARGV[2]
 local key = K.user .. user
 local fields = pairs_to_table(call('HGETALL', key))
 if not fields['@created'] then return { -1, 0 } end
-local subscriptions, canceled = 0, 0
+local subscriptions, canceled, ids = 0, 0, call('ZRANGE', K.user_jobs .. user, 0, -1)
 for definition, raw in pairs(fields) do
   if string.sub(definition, 1, 1) ~= '@' then
     local readable, subscription = pcall(cjson.decode, raw)
     leave_groups(user, definition, readable and subscription or {})
     subscriptions = subscriptions + 1
+    for _, id in ipairs(packed_jobs(user, definition)) do ids[#ids + 1] = id end
   end
 end
-for _, id in ipairs(call('ZRANGE', K.user_jobs .. user, 0, -1)) do
+for _, id in ipairs(ids) do
   local job = load_job(id)
   if job then
     if ALLOWED[job.state].canceled then

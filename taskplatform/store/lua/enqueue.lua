@@ -14,7 +14,7 @@ local answer = { 0, 0 }
 for i = 2, #ARGV, 5 do
   local id, priority, after, params, source = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
   local definition, user = parts(id)
-  if call('EXISTS', K.job .. id) == 1 then
+  if load_job(id) then
     answer[#answer + 1] = 0
   else
     local own = priority ~= ''

@@ -36,9 +36,67 @@ local function leads(term)
   return term == '' or term == call('HGET', K.planner, 'term')
 end
 
+-- Making jobs ----------------------------------------------------------------------------------------------------
+
+-- The record of a job that waits, and its place among the user's jobs; the caller puts it into its lane. The record says when
+-- and by what it was made, so that its history needs no line for that.
+local function create(id, user, now, priority, after, seq, source, params)
+  local key = K.job .. id
+  if params == '' then
+    call('HSET', key, 'state', 'pending', 'priority', priority, 'after', after, 'seq', seq, 'made', now, 'source', source)
+  else
+    call('HSET', key, 'state', 'pending', 'priority', priority, 'after', after, 'seq', seq, 'made', now, 'source', source, 'params', params)
+  end
+  call('ZADD', K.user_jobs .. user, now, id)
+end
+
+-- A planned job has at first no record of its own. It is a field of a hash that all of its occurrence share, which a batch fills
+-- with one command, and it is not among the user's jobs: `packed_jobs` finds it by the definitions that the user subscribes to.
+-- It stands for a job that waits in its lane and has no history but that it was made.
+local function packed_key(definition, suffix)
+  return K.planned .. definition .. ':' .. suffix
+end
+
+-- By id, what `load_job` read from packed records. `move` and `remember` pass by `unpack_record` before they write, and every
+-- other write to a job comes after one of them, so that no job has both.
+local packed = {}
+
+local function load_packed(id)
+  local definition, user, suffix = parts(id)
+  if not definition then return nil end
+  local key = packed_key(definition, suffix)
+  local record = call('HGET', key, user)
+  if not record then return nil end
+  local priority, after, seq, made, source = string.match(record, '^(%S+) (%S+) (%S+) (%S+) (%S+)$')
+  packed[id] = { state = 'pending', priority = priority, after = after, seq = text(tonumber(seq, 16)), made = made, source = source }
+  return packed[id]
+end
+
+local function unpack_record(id)
+  local job = packed[id]
+  if not job then return end
+  packed[id] = nil
+  local definition, user, suffix = parts(id)
+  local key = packed_key(definition, suffix)
+  create(id, user, job.made, job.priority, job.after, job.seq, job.source, '')
+  call('HDEL', key, user)
+  if call('EXISTS', key) == 0 then call('SREM', K.planned_suffixes .. definition, suffix) end
+end
+
+-- Ids of a user's jobs of a definition that are packed.
+local function packed_jobs(user, definition)
+  local found = {}
+  for _, suffix in ipairs(call('SMEMBERS', K.planned_suffixes .. definition)) do
+    local key = packed_key(definition, suffix)
+    if call('HEXISTS', key, user) == 1 then found[#found + 1] = definition .. ':' .. user .. ':' .. suffix end
+  end
+  return found
+end
+
 -- State and history ----------------------------------------------------------------------------------------------
 
 local function remember(id, now, from, to, attempt, worker, reason, detail)
+  unpack_record(id)
   call('RPUSH', K.history .. id, '[' .. text(now) .. ',"' .. from .. '","' .. to .. '",' .. attempt .. ',' ..
     cjson.encode(worker) .. ',' .. cjson.encode(reason) .. (detail ~= '' and (',' .. detail) or '') .. ']')
 end
@@ -49,6 +107,7 @@ local function move(id, from, to, now, attempt, worker, reason, detail)
   if not (ALLOWED[from] and ALLOWED[from][to]) then
     error('transition ' .. from .. ' -> ' .. to .. ' of ' .. id .. ' is not allowed')
   end
+  unpack_record(id)
   call('HSET', K.job .. id, 'state', to)
   call('HINCRBY', K.counts, to, 1)
   remember(id, now, from, to, attempt, worker, reason, detail)
@@ -160,8 +219,13 @@ local function lane_changed(priority, definition)
   end
 end
 
+-- A job's number in its lane, where equal times go by it, and in its packed record.
+local function seq_digits(seq)
+  return string.format('%011x', seq)
+end
+
 local function lane_member(seq, id)
-  return string.format('%011x', seq) .. ':' .. id
+  return seq_digits(seq) .. ':' .. id
 end
 
 local function wait(id, priority, after, seq)
@@ -446,8 +510,8 @@ end
 
 function load_job(id)
   local list = call('HGETALL', K.job .. id)
-  if #list == 0 then return nil end
-  local job = pairs_to_table(list)
+  local job = #list > 0 and pairs_to_table(list) or load_packed(id)
+  if not job then return nil end
   job.attempt = tonumber(job.attempt or '0')
   job.delivery = tonumber(job.delivery or '0')
   job.losses = tonumber(job.losses or '0')
@@ -803,20 +867,6 @@ local function move_window(oid, base, window)
   if jobs then call('HSET', K.committed, oid, base .. ' ' .. window .. ' ' .. jobs) end
 end
 
--- Making jobs ----------------------------------------------------------------------------------------------------
-
--- The record of a job that waits, and its place among the user's jobs; the caller puts it into its lane. The record says when
--- and by what it was made, so that its history needs no line for that.
-local function create(id, user, now, priority, after, seq, source, params)
-  local key = K.job .. id
-  if params == '' then
-    call('HSET', key, 'state', 'pending', 'priority', priority, 'after', after, 'seq', seq, 'made', now, 'source', source)
-  else
-    call('HSET', key, 'state', 'pending', 'priority', priority, 'after', after, 'seq', seq, 'made', now, 'source', source, 'params', params)
-  end
-  call('ZADD', K.user_jobs .. user, now, id)
-end
-
 -- Forgetting -----------------------------------------------------------------------------------------------------
 
 local function forget_job(id)
@@ -906,14 +956,15 @@ end
 
 -- Cancels the planned jobs of a subscription that have not started; what was submitted by hand stays.
 local function cancel_waiting(user, definition, now, reason)
-  local canceled = 0
+  local canceled, ids = 0, packed_jobs(user, definition)
   for _, id in ipairs(call('ZRANGE', K.user_jobs .. user, 0, -1)) do
-    if parts(id) == definition then
-      local job = load_job(id)
-      if job and job.source ~= 'api' and (job.state == 'pending' or job.state == 'queued' or job.state == 'retrying') then
-        conclude(id, job, 'canceled', now, '', reason, '')
-        canceled = canceled + 1
-      end
+    if parts(id) == definition then ids[#ids + 1] = id end
+  end
+  for _, id in ipairs(ids) do
+    local job = load_job(id)
+    if job and job.source ~= 'api' and (job.state == 'pending' or job.state == 'queued' or job.state == 'retrying') then
+      conclude(id, job, 'canceled', now, '', reason, '')
+      canceled = canceled + 1
     end
   end
   return canceled

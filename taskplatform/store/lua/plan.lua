@@ -99,8 +99,10 @@ end
 
 local suffix, source = occurrence.suffix, occurrence.source
 local triggered = source == 'trigger'
-local made, paused, disabled, lane, index = 0, 0, 0, {}, {}
-local seq = call('INCRBY', K.seq, #found / 2) - #found / 2
+local paused, disabled = 0, 0
+-- who is to have a job: users, the moments and own parameters of their jobs; and, for the index, when each is made and its id
+local wanting, users, moments, own_params, index = 0, {}, {}, {}, {}
+local made_at = text(now)
 local prefix, ending = definition .. ':', ':' .. suffix
 
 for i = 1, #found, 2 do
@@ -141,35 +143,62 @@ for i = 1, #found, 2 do
       base = now - offset
       move_window(oid, text(base), text(window))
     end
-    local id = prefix .. user .. ending
-    if wanted and call('EXISTS', K.job .. id) == 0 then
-      seq = seq + 1
-      local after = base + offset
-      create(id, user, now, priority, after, seq, source, params)
-      index[2 * made + 1], index[2 * made + 2] = now, id
-      made = made + 1
-      local busy = no_overlap and call('HGET', K.unfinished .. definition, user)
-      if no_overlap then count_unfinished(id, 1) end
-      if busy then
-        local job = { state = 'pending', priority = priority, seq = seq, attempt = 0 }
-        conclude(id, job, 'rejected', now, '', 'overlap: the last job is not finished', '')
-      else
-        lane[#lane + 1] = after
-        lane[#lane + 1] = lane_member(seq, id)
-      end
+    if wanted then
+      wanting = wanting + 1
+      users[wanting], moments[wanting], own_params[wanting] = user, base + offset, params
+      index[2 * wanting - 1], index[2 * wanting] = made_at, prefix .. user .. ending
     end
   end
 end
 
 -- unpack has a limit of about 8,000 values
-local function add_all(key, values)
+local function in_parts(values, write)
+  local written = 0
   for i = 1, #values, 4000 do
-    call('ZADD', key, unpack(values, i, math.min(i + 3999, #values)))
+    written = written + write(unpack(values, i, math.min(i + 3999, #values)))
+  end
+  return written
+end
+
+-- One occurrence, one job, also where a subscriber comes up twice. Every job that exists is among those of its definition, so
+-- each must be looked at only where not all of these are new there.
+local index_key = K.definition_jobs .. definition
+local all_new = in_parts(index, function(...) return call('ZADD', index_key, 'NX', ...) end) == wanting
+
+local made, lane, records = 0, {}, {}
+local record_start, record_end = priority .. ' ', ' ' .. made_at .. ' ' .. source
+local seq = call('INCRBY', K.seq, wanting) - wanting
+for i = 1, wanting do
+  local user, after, params, id = users[i], moments[i], own_params[i], index[2 * i]
+  if all_new or not load_job(id) then
+    seq = seq + 1
+    made = made + 1
+    local digits = seq_digits(seq)
+    if params == '' and not no_overlap then
+      records[#records + 1] = user
+      records[#records + 1] = record_start .. after .. ' ' .. digits .. record_end
+    else
+      create(id, user, made_at, priority, after, seq, source, params)
+    end
+    local busy = no_overlap and call('HGET', K.unfinished .. definition, user)
+    if no_overlap then count_unfinished(id, 1) end
+    if busy then
+      local job = { state = 'pending', priority = priority, seq = seq, attempt = 0 }
+      conclude(id, job, 'rejected', now, '', 'overlap: the last job is not finished', '')
+    else
+      lane[#lane + 1] = after
+      lane[#lane + 1] = digits .. ':' .. id
+    end
   end
 end
-add_all(K.definition_jobs .. definition, index)
+if #records > 0 then
+  local key = packed_key(definition, suffix)
+  in_parts(records, function(...) return call('HSET', key, ...) end)
+  call('SADD', K.planned_suffixes .. definition, suffix)
+end
 if #lane > 0 then
-  add_all(K.lane .. priority .. ':' .. definition, lane)
+  local key = K.lane .. priority .. ':' .. definition
+  in_parts(lane, function(...) return call('ZADD', key, ...) end)
   lane_changed(priority, definition)
 end
 if made > 0 then call('HINCRBY', K.counts, 'pending', made) end
