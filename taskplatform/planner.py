@@ -340,7 +340,8 @@ def _caught_up_from(group: Group, definition: Definition, now_ms: int, missed_be
     policy = definition.catch_up.policy
     if policy is CatchUpPolicy.SKIP or (policy is CatchUpPolicy.LATEST and superseded):
         return missed_before
-    oldest = max(group.cursor_ms, now_ms - _ms(definition.catch_up.window) - 1)
+    # what is not missed yet is not skipped either, should it be older than what may be caught up
+    oldest = min(missed_before, max(group.cursor_ms, now_ms - _ms(definition.catch_up.window) - 1))
     if policy is CatchUpPolicy.ALL:
         return oldest
     latest = latest_occurrence(group.schedule, oldest, missed_before)

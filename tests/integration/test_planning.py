@@ -1063,6 +1063,23 @@ def test_catch_up_window_that_holds_nothing(client: redis.Redis, store: Store, c
     assert records(store) == [(1, 4, "skip", "skipped", 0)]
 
 
+def test_a_catch_up_window_shorter_than_the_window(client: redis.Redis, store: Store, clock: Clock) -> None:
+    """An occurrence whose window is still open runs, and the record of what was skipped does not count it."""
+    definition = define(interval={"type": "minutely", "value": 2}, window="10m", catch_up={"policy": "all", "window": "3m"})
+    lead(store, definition)
+    users(store, 1)
+    subscribe_all(store, ["u0"], "report")
+    lead(store, definition).advance()
+    clock.now_ms = NINE
+    lead(store, definition).advance()
+    (skipped,) = (one for one in store.occurrences("report") if one.source == "skip")
+    opened = [one.at_ms for one in store.occurrences("report") if one.source == "schedule" and one.at_ms > skipped.at_ms]
+    assert skipped.last_ms == NINE - 10 * MINUTE
+    assert sorted(opened) == list(range(NINE - 8 * MINUTE, NINE + 1, 2 * MINUTE))
+    assert skipped.reason == f"{(skipped.last_ms - skipped.at_ms) // (2 * MINUTE) + 1} missed while no planner ran, policy all"
+    assert_consistent(client, store)
+
+
 def test_catch_up_all_has_an_end_and_says_what_it_left_out(client: redis.Redis, store: Store, clock: Clock) -> None:
     definition = define(interval={"type": "minutely"}, window=0, catch_up={"policy": "all", "window": "30d"})
     lead(store, definition).advance()
