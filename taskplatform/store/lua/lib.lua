@@ -936,7 +936,7 @@ local function join_group(user, definition, gid, schedule, slot, now, horizon, s
     -- an occurrence before now may have moments after `since`
     call('HSET', group_key, 'definition', definition, 'schedule', schedule, 'cursor', text(since - tonumber(known[2])))
     call('SADD', K.groups .. definition, gid)
-    call('ZADD', K.due, text(now), 'g|' .. gid)
+    call('ZADD', K.due, 0, 'g|' .. gid)
   end
   -- a window that is open may still have this user's slot before it
   for _, oid in ipairs(call('SMEMBERS', K.open .. gid)) do
