@@ -251,6 +251,9 @@ class PlatformTask(Task):  # type: ignore[misc]
             raise InvalidInput(f"{self.name} runs only as a job: use delay(user=…), apply_async or Platform.enqueue")
         worker = worker_id(request.hostname)
         waited_ms = max(0, round((time.time() - request.get("received_at", time.time())) * 1000))
+        if self.definition.config is not None:
+            # the first one of a process loads certificates, and a call must come soon after its start
+            _http_client_of(os.getpid())
         asked = time.monotonic()
         start = platform().store.start(request.id, delivery=delivery, worker=worker, waited_ms=waited_ms)
         if not start.go:

@@ -118,8 +118,8 @@ class Store:
         since = "" if term is None else term
         limit = "" if definition.limit == Limit() else write_limit(definition.limit)
         host = "keep" if definition.host is None else definition.host
-        head = (definition.id, schedule, int(only_new), actor, self._log_size, since, limit, host)
-        return self._led(self._scripts.run("publish", *head, *flat))
+        size = self._log_size
+        return self._led(self._scripts.run("publish", definition.id, schedule, int(only_new), actor, size, since, limit, host, *flat))
 
     def log_added(self, definitions: Sequence[str], *, actor: str) -> None:
         """One entry of the change log for definitions that were published for the first time."""

@@ -26,6 +26,8 @@ class Call:
     """A request as it arrived."""
 
     at_ms: int
+    at_seconds: float
+    """The same by a clock that nobody sets, for spans."""
     method: str
     path: str
     headers: Mapping[str, str]
@@ -103,9 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def _handle(self) -> None:
-        at_ms = time.time_ns() // 1_000_000
+        at_ms, at_seconds = time.time_ns() // 1_000_000, time.monotonic()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-        answer = self.server.target.take(Call(at_ms, self.command, self.path, dict(self.headers.items()), body))
+        answer = self.server.target.take(Call(at_ms, at_seconds, self.command, self.path, dict(self.headers.items()), body))
         if answer.hang:
             self.close_connection = True
             return

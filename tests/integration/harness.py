@@ -7,6 +7,7 @@ of `store.keys` on its own, so that a script which forgets one of its indexes is
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,11 +20,16 @@ from taskplatform.model import TRANSITIONS, Definition, JobState, Priority, Tran
 from taskplatform.planner import published
 from taskplatform.store import Enqueue, Store, Subscribe, SubscribeResult
 from taskplatform.store.keys import NAMES, UNACKED, UNACKED_INDEX
+from taskplatform.store.records import read_limit
+from taskplatform.store.scripts import Clock, Scripts
 
 NAMESPACE = "tp"
 HORIZON = timedelta(seconds=5)
 ACTOR = "test"
 WAITING = (JobState.PENDING, JobState.RETRYING)
+
+# how lib.lua says that a lane is blocked until something starts or ends, or stands in the line of its host
+EVENT, GATED = 8e15, 9e15
 
 
 def define(name: str = "report", **fields: Any) -> Definition:
@@ -54,6 +60,11 @@ def enqueue(store: Store, definition: str = "report", user: str = "u1", name: st
 def offer(store: Store, worker: str = "w1", slots: int = 10, queues: Iterable[str] = tuple(Priority)) -> None:
     """A worker's heartbeat."""
     store.heartbeat(worker, slots=slots, queues=list(queues), buffer=1)
+
+
+def arrive(client: redis.Redis, clock: Clock, run_id: str) -> bool:
+    """What a new connection does, with the run id that its server gives. Whether that is another server than before."""
+    return bool(Scripts(client, NAMESPACE, clock).run("arrive", run_id))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +174,7 @@ def assert_consistent(client: redis.Redis, store: Store, *, complete: bool = Tru
         check_history(history, clock_set_back=clock_set_back)
         _check_job(store, job_id, jobs[job_id], history)
     _check_waiting(db, jobs)
+    _check_limits(db)
     _check_delivery(client, db, jobs)
     _check_ends(db, jobs)
     _check_indexes(db, jobs, packed.keys())
@@ -211,40 +223,124 @@ def _check_job(store: Store, job_id: str, fields: dict[str, str], history: list[
 
 
 def _check_waiting(db: _Database, jobs: Mapping[str, dict[str, str]]) -> None:
-    lanes = db.under("lane")
     places: Counter[str] = Counter()
-    for lane, members in lanes.items():
-        priority, definition = lane.split(":")
-        for member, score in members.items():
-            seq, job_id = int(member[:11], 16), member[12:]
-            places[job_id] += 1
-            job = jobs[job_id]
-            assert job_id.split(":")[0] == definition
-            assert (job["priority"], int(job["after"]), int(job["seq"])) == (priority, score, seq), f"{job_id} waits in a wrong place"
+    for kind, lanes in ((kind, db.under(kind)) for kind in ("lane", "turn", "capped")):
+        for lane, members in lanes.items():
+            priority, of = lane.split(":")
+            for member, score in members.items():
+                seq, job_id = int(member[:11], 16), member[12:]
+                places[job_id] += 1
+                job = jobs[job_id]
+                assert job_id.split(":")[kind == "capped"] == of
+                assert (job["priority"], int(job["seq"])) == (priority, seq), f"{job_id} waits in a wrong place"
+                assert kind == "turn" or int(job["after"]) == score, f"{job_id} waits for a wrong time"
     for user, held in db.under("held").items():
         for job_id in held:
             places[job_id] += 1
             assert job_id.split(":")[1] == user
     assert set(places) == _in_state(jobs, *WAITING), "the waiting set does not hold the jobs that wait"
     assert not [job_id for job_id, count in places.items() if count > 1], "a job waits twice"
+    assert {lane.split(":")[1] for lane in db.under("capped")} <= set(db.one("capped_users")), "somebody's jobs stay set aside for ever"
+    _check_turns(db)
+    fair = "fairness" in db.one("options")
     for priority in Priority:
         blocked = db.under("blocked").get(priority, {})
-        ready = db.under("ready").get(priority, {})
-        heads = {
-            lane.split(":")[1]: min(members.values())
-            for lane, members in lanes.items()
-            if lane.split(":")[0] == priority and lane.split(":")[1] not in blocked
-        }
-        assert ready == heads, f"the heads of the {priority} lanes"
+        waits, turns = _heads(db, "lane", priority), _heads(db, "turn", priority)
+        served = turns if fair else waits
+        shown = {definition: score for definition, score in served.items() if definition not in blocked}
+        assert db.under("turns" if fair else "ready").get(priority, {}) == shown, f"the heads of the {priority} lanes"
+        if fair:
+            assert db.under("ready").get(priority, {}) == waits, f"the heads of the {priority} lanes that have no turn yet"
         paused = {definition for definition, fields in db.under("definition").items() if "paused" in fields}
-        assert {definition for definition, until in blocked.items() if until == float("inf")} == paused
+        assert {definition for definition, until in blocked.items() if until == math.inf} == paused
+        _check_lines(db, priority, served, shown)
+
+
+def _heads(db: _Database, kind: str, priority: Priority) -> dict[str, float]:
+    """By definition, the first place in each lane of a priority."""
+    return {lane.split(":")[1]: min(members.values()) for lane, members in db.under(kind).items() if lane.split(":")[0] == priority}
+
+
+def _check_turns(db: _Database) -> None:
+    """That no user has a turn later than the user's last round, and that nothing is left of turns without fairness."""
+    if "fairness" not in db.one("options"):
+        assert not [name for name in ("turn", "turns", "rounds", "round") if db.under(name)], "turns without fairness"
+    for lane, members in db.under("turn").items():
+        priority = lane.split(":")[0]
+        served = int(db.one("round").get(priority, 0))
+        for member, turn in members.items():
+            user = member.split(":")[2]
+            assert turn <= max(served, db.under("rounds").get(priority, {}).get(user, 0)), f"{member} has a turn of no round"
+
+
+def _check_lines(db: _Database, priority: Priority, served: Mapping[str, float], shown: Mapping[str, float]) -> None:
+    """That every lane that is not shown will be woken: by time, by a start or an end of what is in flight, or by its host's line."""
+    limits, blocked = db.one("limits"), db.under("blocked").get(priority, {})
+    flying = {name for name, count in _in_flight(db, (*db.one("active"), *_all_queued(db))).items() if count}
+    lines = {key.split(":", 1)[1]: line for key, line in db.under("gated").items() if key.startswith(priority)}
+    for definition, until in blocked.items():
+        host = db.under("definition").get(definition, {}).get("host", "")
+        assert until in (EVENT, GATED, math.inf) or until < 1e14
+        assert until != EVENT or f"definition:{definition}" in limits.keys() & flying, f"nothing wakes {definition}"
+        assert [name for name, line in lines.items() if definition in line] == ([host] if until == GATED else []), f"{definition} in lines"
+    for host, line in lines.items():
+        assert f"host:{host}" in limits, f"a line for {host}, which has no limit"
+        assert {definition: served.get(definition) for definition in line} == line, f"the line of {host}"
+        if host not in db.one("gates"):
+            others = [score for name, score in shown.items() if db.under("definition").get(name, {}).get("host") == host]
+            assert min(others, default=math.inf) <= min(line.values()), f"{host} may be called, and nobody of its line looks"
+    for host, until in db.one("gates").items():
+        assert until != EVENT or f"host:{host}" in flying, f"nothing wakes the line of {host}"
+
+
+def _all_queued(db: _Database) -> set[str]:
+    return {job_id for members in db.under("queued").values() for job_id in members}
+
+
+def _in_flight(db: _Database, ids: Iterable[str]) -> Counter[str]:
+    """How many of these jobs are under each name that a limit may have."""
+    count: Counter[str] = Counter()
+    for job_id in ids:
+        definition, user, _ = job_id.split(":", 2)
+        host = db.under("definition").get(definition, {}).get("host", "")
+        count.update({"total", f"definition:{definition}", f"user:{user}", *([f"host:{host}"] if host else [])})
+    return count
+
+
+def _check_limits(db: _Database) -> None:
+    limits = db.one("limits")
+    assert limits == {**db.one("limits_configured"), **db.one("limits_live")}
+    rules = {name: read_limit(text) for name, text in limits.items()}
+    rates = {name: rule for name, rule in rules.items() if rule.per_second is not None}
+    queued = _in_flight(db, _all_queued(db))
+    assert db.under("limit").keys() == rates.keys(), "buckets without a rate, or rates without a bucket"
+    for name, rule in rates.items():
+        _, level, reserved = db.under("limit")[name].split()
+        assert int(reserved) == queued[name], f"{reserved} tokens of {name} are reserved"
+        assert float(level) <= rule.capacity + 1e-9, f"the bucket of {name} is too full"
+
+    def counts(name: str) -> bool:
+        kind = name.partition(":")[0]
+        rule = rules.get(name) or (rules.get("user") if kind == "user" else None)
+        return name != "total" and rule is not None and rule.concurrency is not None
+
+    flying = _in_flight(db, (*db.one("active"), *_all_queued(db)))
+    expected = {name: count for name, count in flying.items() if counts(name)}
+    assert {name: int(count) for name, count in db.one("inflight").items()} == expected, "what is in flight under limits of concurrency"
+
+
+def assert_idle(client: redis.Redis) -> None:
+    """That nothing is left of jobs that waited or ran, when all have ended."""
+    db = _Database(client)
+    for name in ("lane", "ready", "turn", "turns", "gated", "held", "capped", "inflight", "queued", "active", "worker_jobs", "unfinished"):
+        assert not db.under(name), f"{name} is left"
 
 
 def _check_delivery(client: redis.Redis, db: _Database, jobs: Mapping[str, dict[str, str]]) -> None:
     queued = {priority: db.under("queued").get(priority, {}) for priority in Priority}
     assert set().union(*queued.values()) == _in_state(jobs, JobState.QUEUED)
     for priority, members in queued.items():
-        assert all(jobs[job_id]["priority"] == priority for job_id in members)
+        assert all(jobs[job_id].get("queue", jobs[job_id]["priority"]) == priority for job_id in members)
         messages = queue(client, priority)
         assert len(messages) == len({(message.job_id, message.delivery) for message in messages}), "a delivery lies twice in a queue"
         for message in messages:

@@ -23,7 +23,7 @@ import pytest
 import redis
 from pydantic import ValidationError
 
-from taskplatform.model import Definition, Interval, JobState, Priority, moment, planned_job_id, slot
+from taskplatform.model import Definition, Interval, JobState, Limit, Priority, moment, planned_job_id, slot
 from taskplatform.planner import Planner
 from taskplatform.store import Store, Subscribe
 from tests.conftest import Clock
@@ -294,10 +294,12 @@ def test_overload(client: redis.Redis, store: Store, clock: Clock) -> None:
     ids = [definition.id for definition in definitions]
     leading = lead(store, *definitions)
     users = populate(store, OVERLOAD_USERS, *ids)
-    store.set_global_limit(TOTAL_LIMIT, burst=TOTAL_LIMIT)
     work = Work(client, store, clock)
     for clock.now_ms in range(NINE - 6000, NINE + WINDOW_MS + 10_000, 2000):
         advance(leading)
+        if clock.now_ms == NINE - 4000:
+            # the windows are open: a limit that was known before would have widened them
+            store.set_limit("total", Limit(TOTAL_LIMIT, TOTAL_LIMIT), actor=ACTOR)
         for one in random.Random(clock.now_ms).sample(definitions, 5):
             moments = at_nine(one.id, users).values()
             planned = sum(occurrence.planned for occurrence in store.occurrences(one.id))

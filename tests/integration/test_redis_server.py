@@ -73,7 +73,7 @@ def test_a_job_from_subscription_to_its_end(debian_url: str) -> None:
         overlap="skip",
         message='{"id": "@@ID@@", "user": "@@USER@@", "delivery": @@DELIVERY@@, "retries": @@RETRIES@@, "queue": "@@QUEUE@@"}',
         window=timedelta(seconds=10),
-        limit=Limit(100.0, 10),
+        limit=Limit(100.0, 20, 5),
     )
     store.publish(definition, actor="test")
     store.create_users(["u1", "u2"], actor="test")

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import random
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import pytest
 import redis
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from taskplatform.model import Definition, JobState, Limit, Priority
+from taskplatform.model import Definition, JobState, Priority
 from taskplatform.store import Enqueue, Store
 from tests.conftest import Clock
-from tests.integration.harness import ACTOR, assert_consistent, define, enqueue, offer, publish, queue, subscribe, take
+from tests.integration.harness import ACTOR, assert_consistent, assert_idle, define, enqueue, offer, publish, queue, subscribe, take
 
 S = JobState
 HIGH, MEDIUM, LOW = Priority
@@ -332,132 +325,6 @@ def test_what_waits_of_a_removed_definition_is_rejected_and_holds_back_nobody(cl
     assert_consistent(client, store)
 
 
-# --- limits ----------------------------------------------------------------------------------------------------------
-
-
-def worst_excess(times_ms: Sequence[int], per_second: float, burst: int) -> float:
-    """By how many the fullest window holds more than rate × t + burst; from GCRA, by its definition over all windows."""
-    worst = -math.inf
-    for first in range(len(times_ms)):
-        for last in range(first, len(times_ms)):
-            seconds = (times_ms[last] - times_ms[first]) / 1000
-            worst = max(worst, last - first + 1 - (per_second * seconds + burst))
-    return worst
-
-
-@pytest.mark.parametrize("which", ["definition", "global"])
-@pytest.mark.parametrize(("rate", "per_second", "burst"), [("3/s", 3.0, 1), ("7/s", 7.0, 4), ("100/m", 100 / 60, 2), ("40/s", 40.0, 10)])
-def test_no_window_holds_more_than_the_limit(
-    client: redis.Redis, store: Store, clock: Clock, which: str, rate: str, per_second: float, burst: int
-) -> None:
-    limit = {"rate": rate, "burst": burst}
-    publish(store, define("limited", rate_limit=limit if which == "definition" else None))
-    if which == "global":
-        store.set_limit("total", Limit(per_second, burst), actor=ACTOR)
-    store.create_users(["ann"], actor=ACTOR)
-    store.enqueue([Enqueue(f"limited:ann:m{number}") for number in range(150)])
-    offer(store, slots=1000)
-    rng = random.Random(3)
-    times: list[int] = []
-    began = clock.now_ms
-    quiet = False
-    while len(times) < 120:
-        count, wait = store.release()
-        times += [clock.now_ms] * count
-        assert wait is not None
-        # as a timer that wakes exactly, a little late, or after a rest in which the burst fills up
-        rest = rng.choice([0, 0, 0, 1, 7, 130])
-        if len(times) > 60 and not quiet:
-            quiet, rest = True, 10_000
-        clock.now_ms += max(1, wait + rest)
-    assert worst_excess(times, per_second, burst) <= 1e-6
-    busy = (times[-1] - began - 10_000) / 1000
-    assert len(times) >= 0.6 * per_second * busy, "the limit is used"
-    assert_consistent(client, store)
-
-
-def test_a_long_run_at_an_odd_rate_stays_below_the_limit(client: redis.Redis, store: Store, clock: Clock) -> None:
-    """No sum of roundings goes beyond it."""
-    publish(store, define("limited", rate_limit={"rate": "7/s", "burst": 50}))
-    store.create_users(["ann"], actor=ACTOR)
-    store.enqueue([Enqueue(f"limited:ann:m{number}") for number in range(1500)])
-    offer(store, slots=10_000)
-    began, total = clock.now_ms, 0
-    while total < 1450:
-        total += store.release(limit=1000)[0]
-        assert total <= 7 * (clock.now_ms - began) / 1000 + 50
-        clock.advance(0.937)
-
-
-def test_a_limited_definition_holds_back_nobody_else(client: redis.Redis, store: Store, clock: Clock) -> None:
-    publish(store, define("limited", priority="high", rate_limit="1/m"), define("free", priority="high"), define("low_one", priority="low"))
-    store.create_users(["ann"], actor=ACTOR)
-    limited = [enqueue(store, "limited", "ann", f"m{number}") for number in range(5)]
-    free = [enqueue(store, "free", "ann", f"m{number}") for number in range(5)]
-    low = enqueue(store, "low_one", "ann")
-    offer(store, slots=3)
-    store.release()
-    assert drain(client, store) == [limited[0], *free, low]
-    assert released(client) == [], "what may not go takes no place in a queue"
-    assert store.release() == (0, 60_000)
-    assert_consistent(client, store)
-    clock.advance(59.999)
-    assert store.release()[0] == 0
-    clock.advance(0.001)
-    assert store.release()[0] == 1
-    assert drain(client, store) == [limited[1]]
-
-
-def test_a_job_takes_both_limits_or_none(client: redis.Redis, store: Store, clock: Clock) -> None:
-    """What the one limit holds back uses up nothing of the other."""
-    publish(store, define("limited", rate_limit="1/m"), define("free"))
-    store.create_users(["ann"], actor=ACTOR)
-    store.set_limit("total", Limit(1, 2), actor=ACTOR)
-    enqueue(store, "limited", "ann", "m1")
-    enqueue(store, "limited", "ann", "m2")
-    free = [enqueue(store, "free", "ann", f"m{number}") for number in range(2)]
-    offer(store)
-    store.release()
-    # the second limited one came before, and its own limit let the global token go to the free one
-    assert released(client) == ["limited:ann:m1", free[0]]
-    clock.advance(1)
-    store.release()
-    assert released(client) == ["limited:ann:m1", *free]
-
-
-def test_a_limit_that_changes(client: redis.Redis, store: Store, clock: Clock) -> None:
-    """A lane that the old limit blocked for an hour goes on under the new one, and without one; and never above the new one."""
-    store.create_users(["ann"], actor=ACTOR)
-    publish(store, define("limited", rate_limit="1/h"))
-    store.enqueue([Enqueue(f"limited:ann:m{number}") for number in range(30)])
-    offer(store, slots=1000)
-    assert store.release() == (1, 3_600_000)
-    publish(store, define("limited", rate_limit={"rate": "2/s", "burst": 2}))
-    times = []
-    for _ in range(40):
-        times += [clock.now_ms] * store.release()[0]
-        clock.advance(0.1)
-    assert worst_excess(times, 2, 2) <= 1e-6
-    assert len(times) >= 6
-    store.pause_definition("limited", why="test", actor=ACTOR)
-    publish(store, define("limited"))
-    assert store.release()[0] == 0
-    store.resume_definition("limited", actor=ACTOR)
-    assert len(released(client)) == 30
-    assert_consistent(client, store)
-
-
-def test_a_global_limit_that_is_lifted(client: redis.Redis, store: Store) -> None:
-    publish(store, define("report"))
-    store.create_users(["ann"], actor=ACTOR)
-    store.set_limit("total", Limit(1 / 60, 1), actor=ACTOR)
-    store.enqueue([Enqueue(f"report:ann:m{number}") for number in range(5)])
-    offer(store)
-    assert store.release() == (1, 60_000)
-    store.reset_limit("total", actor=ACTOR)
-    assert store.release() == (4, None)
-
-
 # --- the message -----------------------------------------------------------------------------------------------------
 
 
@@ -483,153 +350,159 @@ def test_the_message_names_the_job(client: redis.Redis, store: Store, clock: Clo
         clock.advance(1)
 
 
-# --- against a model -------------------------------------------------------------------------------------------------
+# --- turns -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Waiting:
-    job_id: str
-    priority: Priority
-    after_ms: int
-    number: int
-
-    @property
-    def definition(self) -> str:
-        return self.job_id.split(":")[0]
-
-    @property
-    def user(self) -> str:
-        return self.job_id.split(":")[1]
+def _start_all(client: redis.Redis, store: Store, count: int) -> list[str]:
+    """Run so many, one after the other; the ids in the order in which they started."""
+    order: list[str] = []
+    while len(order) < count:
+        message = take(client)
+        assert store.start(message.job_id, delivery=message.delivery, worker="w1").go
+        order.append(message.job_id)
+        store.finish(message.job_id, delivery=message.delivery, worker="w1", state=S.COMPLETED, reason="done")
+    return order
 
 
-@dataclass
-class Model:
-    """The rules, without any index: at each release the best of all that may go, as long as there is room."""
-
-    intervals: dict[str, tuple[float, int]]
-    """Limit → milliseconds between two and burst."""
-    waiting: list[Waiting] = field(default_factory=list)
-    queues: dict[Priority, list[str]] = field(default_factory=lambda: {priority: [] for priority in Priority})
-    arrivals: dict[str, float] = field(default_factory=dict)
-    paused_definitions: set[str] = field(default_factory=set)
-    paused_users: set[str] = field(default_factory=set)
-    depth: int = 0
-
-    def may(self, limit: str, now_ms: int) -> bool:
-        if limit not in self.intervals:
-            return True
-        interval, burst = self.intervals[limit]
-        return max(self.arrivals.get(limit, 0), now_ms) - (burst - 1) * interval <= now_ms
-
-    def take(self, limit: str, now_ms: int) -> None:
-        if limit in self.intervals:
-            self.arrivals[limit] = max(self.arrivals.get(limit, 0), now_ms) + self.intervals[limit][0]
-
-    def release(self, now_ms: int) -> None:
-        room = self.depth
-        for priority in Priority:
-            room -= len(self.queues[priority])
-            while room > 0:
-                able = [
-                    job
-                    for job in self.waiting
-                    if job.priority is priority
-                    and job.after_ms <= now_ms
-                    and job.definition not in self.paused_definitions
-                    and job.user not in self.paused_users
-                    and self.may(job.definition, now_ms)
-                ]
-                if not able:
-                    break
-                if not self.may("global", now_ms):
-                    return
-                best = min(able, key=lambda job: (job.after_ms, job.number))
-                self.take("global", now_ms)
-                self.take(best.definition, now_ms)
-                self.waiting.remove(best)
-                self.queues[priority].append(best.job_id)
-                room -= 1
+def _users(order: list[str]) -> list[str]:
+    return [job_id.split(":")[1] for job_id in order]
 
 
-DEFINITIONS = ("high_a", "high_b", "medium_a", "low_a", "low_b")
-STEP = st.one_of(
-    st.tuples(st.just("submit"), st.sampled_from(DEFINITIONS), st.sampled_from(["ann", "bob"]), st.sampled_from([0, 0, 1, 250, 3000])),
-    st.tuples(st.just("submit"), st.sampled_from(DEFINITIONS), st.sampled_from(["ann", "bob"]), st.sampled_from([0, 0, 1, 250, 3000])),
-    st.tuples(st.just("raise"), st.sampled_from(DEFINITIONS), st.sampled_from(["ann", "bob"]), st.sampled_from([0, 1])),
-    st.tuples(st.just("wait"), st.sampled_from([1, 99, 250, 500, 1000, 5000])),
-    st.tuples(st.just("wait"), st.sampled_from([1, 99, 250, 500, 1000, 5000])),
-    st.tuples(st.just("run")),
-    st.tuples(st.just("run")),
-    st.tuples(st.just("pause definition"), st.sampled_from(DEFINITIONS)),
-    st.tuples(st.just("resume definition"), st.sampled_from(DEFINITIONS)),
-    st.tuples(st.just("pause user"), st.sampled_from(["ann", "bob"])),
-    st.tuples(st.just("resume user"), st.sampled_from(["ann", "bob"])),
-    st.tuples(st.just("slots"), st.integers(0, 4)),
-    st.tuples(st.just("cancel"), st.integers(0, 50)),
-)
-
-
-@settings(deadline=None, database=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(
-    steps=st.lists(STEP, min_size=5, max_size=40),
-    limits=st.dictionaries(
-        st.sampled_from(["global", "high_a", "low_a"]), st.tuples(st.sampled_from([100, 500, 2000]), st.integers(1, 3)), max_size=2
-    ),
-)
-def test_release_agrees_with_the_rules(
-    client: redis.Redis, store: Store, clock: Clock, steps: list[tuple[Any, ...]], limits: dict[str, tuple[int, int]]
-) -> None:
-    client.flushall()
-    model = Model({name: (float(interval), burst) for name, (interval, burst) in limits.items()}, depth=2)
-    for name in DEFINITIONS:
-        interval, burst = limits.get(name, (0, 0))
-        limit = {"rate": f"{1000 / interval:g}/s", "burst": burst} if interval else None
-        publish(store, define(name, priority=name.split("_")[0], rate_limit=limit))
-    if "global" in limits:
-        store.set_limit("total", Limit(1000 / limits["global"][0], limits["global"][1]), actor=ACTOR)
-    store.create_users(["ann", "bob"], actor=ACTOR)
-    offer(store, slots=2)
-    every: list[str] = []
-    for number, (what, *args) in enumerate(steps):
-        if what in ("submit", "raise"):
-            definition, user, delay = args
-            priority = HIGH if what == "raise" else Priority(definition.split("_")[0])
-            every.append(enqueue(store, definition, user, f"m{number}", delay_ms=delay, priority=HIGH if what == "raise" else None))
-            model.waiting.append(Waiting(every[-1], priority, clock.now_ms + delay, number))
-        elif what == "wait":
-            clock.now_ms += args[0]
-            store.release()
-        elif what == "run":
-            filled = [priority for priority in Priority if model.queues[priority]]
-            if filled:
-                message = take(client)
-                assert message.job_id == model.queues[filled[0]].pop(0)
-                assert store.start(message.job_id, delivery=message.delivery, worker="w1").go
-                assert store.job(message.job_id).execute_after_ms <= clock.now_ms
-                model.release(clock.now_ms)
-                store.finish(message.job_id, delivery=message.delivery, worker="w1", state=S.COMPLETED, reason="done")
-        elif what == "pause definition":
-            store.pause_definition(args[0], why="test", actor=ACTOR)
-            model.paused_definitions.add(args[0])
-        elif what == "resume definition":
-            store.resume_definition(args[0], actor=ACTOR)
-            model.paused_definitions.discard(args[0])
-        elif what == "pause user":
-            store.pause_user(args[0], actor=ACTOR)
-            model.paused_users.add(args[0])
-        elif what == "resume user":
-            store.resume_user(args[0], actor=ACTOR)
-            model.paused_users.discard(args[0])
-        elif what == "slots":
-            offer(store, slots=args[0])
-            store.release()
-            model.depth = args[0]
-        elif model.waiting:
-            job = model.waiting.pop(args[0] % len(model.waiting))
-            store.cancel(job.job_id, reason="not wanted")
-        store.release()
-        model.release(clock.now_ms)
-        found = {priority: [message.job_id for message in queue(client, priority)] for priority in Priority}
-        assert found == model.queues, f"after step {number}, {what} {args}"
+@pytest.mark.usefixtures("definitions")
+def test_with_turns_a_large_backlog_of_one_user_does_not_hold_back_another(client: redis.Redis, store: Store, clock: Clock) -> None:
+    """At most what is in the queues, and one job of each other user, goes before."""
+    store.set_options(fairness=True, share=0)
+    slots = 4
+    offer(store, slots=slots)
+    backlog = [f"low_a:ann:m{number}" for number in range(2000)]
+    store.enqueue([Enqueue(job_id) for job_id in backlog])
+    assert _start_all(client, store, 40) == backlog[:40]
+    clock.advance(1)
+    late = enqueue(store, "low_b", "bob", "late")
+    order = _start_all(client, store, slots + 2)
+    assert late in order
     assert_consistent(client, store)
-    assert Counter(store.job(job_id).state for job_id in every)[S.PENDING] == len(model.waiting)
+    assert [job_id for job_id in order if job_id != late] == backlog[40 : 40 + slots + 1], "first come first served for each user"
+
+
+@pytest.mark.usefixtures("definitions")
+def test_turns_go_round(client: redis.Redis, store: Store, clock: Clock) -> None:
+    """Each user with work has one job in each round, whatever their definitions, and each user's own order stays."""
+    store.set_options(fairness=True, share=0)
+    counts = {"ann": 9, "bob": 3, "cyd": 5}
+    ids = [f"{('low_a', 'low_b')[number % 2]}:{user}:m{number}" for user, count in counts.items() for number in range(count)]
+    store.enqueue([Enqueue(job_id) for job_id in ids])
+    offer(store, slots=2)
+    store.release()
+    order = _start_all(client, store, len(ids))
+    # the one that was released before the second round came, then three by three
+    assert [sorted(_users(order[first : first + 3])) for first in (0, 3, 6)] == [["ann", "bob", "cyd"]] * 3
+    assert [sorted(_users(order[first : first + 2])) for first in (9, 11)] == [["ann", "cyd"]] * 2
+    assert _users(order[13:]) == ["ann"] * 4
+    for user in counts:
+        assert [job_id for job_id in order if f":{user}:" in job_id] == [job_id for job_id in ids if f":{user}:" in job_id]
+    assert_consistent(client, store)
+    assert_idle(client)
+
+
+@pytest.mark.usefixtures("definitions")
+def test_turns_stay_inside_a_priority(client: redis.Redis, store: Store) -> None:
+    store.set_options(fairness=True, share=0)
+    low = enqueue(store, "low_a", "bob", "low")
+    high = [enqueue(store, "high_a", "ann", f"m{number}") for number in range(20)]
+    offer(store, slots=1)
+    store.release()
+    order = _start_all(client, store, 21)
+    assert order == [*high, low]
+
+
+@pytest.mark.usefixtures("definitions")
+def test_who_was_away_has_saved_up_nothing(client: redis.Redis, store: Store, clock: Clock) -> None:
+    store.set_options(fairness=True, share=0)
+    offer(store, slots=1)
+    store.enqueue([Enqueue(f"low_a:ann:m{number}") for number in range(60)])
+    _start_all(client, store, 40)
+    clock.advance(10)
+    store.enqueue([Enqueue(f"low_a:bob:m{number}") for number in range(20)])
+    order = _users(_start_all(client, store, 40))
+    for end in range(2, 41):
+        assert abs(order[:end].count("ann") - order[:end].count("bob")) <= 2, order[:end]
+
+
+@pytest.mark.usefixtures("definitions")
+def test_turns_are_switched_on_and_off_with_a_backlog(client: redis.Redis, store: Store, clock: Clock) -> None:
+    """Nothing is lost, and the order of each user stays; without turns it is that of submission again."""
+    rng = random.Random(4)
+    ids = [f"low_{rng.choice('ab')}:{rng.choice(['ann', 'ann', 'ann', 'bob', 'cyd'])}:m{number}" for number in range(260)]
+    store.enqueue([Enqueue(job_id) for job_id in ids])
+    store.pause_definition("low_b", why="test", actor=ACTOR)
+    offer(store, slots=3)
+    store.release()
+    order = _start_all(client, store, 30)
+    for fair in (True, False, True):
+        store.set_options(fairness=fair, share=0)
+        assert_consistent(client, store)
+        order += _start_all(client, store, 25)
+        assert_consistent(client, store)
+    store.resume_definition("low_b", actor=ACTOR)
+    store.set_options(fairness=False, share=0)
+    store.release()
+    rest = _start_all(client, store, len(ids) - len(order))
+    assert sorted([*order, *rest]) == sorted(ids)
+    # up to three had been released, and waited in the queue, when turns ended
+    assert sorted(rest[3:], key=ids.index) == rest[3:]
+    for user in ("ann", "bob", "cyd"):
+        mine = [job_id for job_id in order if job_id.startswith(f"low_a:{user}:")]
+        assert mine == sorted(mine, key=ids.index)
+    assert_idle(client)
+
+
+# --- shares ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("definitions")
+@pytest.mark.parametrize("fair", [False, True])
+def test_a_share_reaches_the_low_ones_under_a_permanent_backlog(client: redis.Redis, store: Store, fair: bool) -> None:
+    """5 % of any 1000 releases in a row, one more or less, and each lower priority has its own."""
+    store.set_options(fairness=fair, share=0.05)
+    for name, user, count in (("high_a", "ann", 1500), ("medium_a", "ann", 120), ("low_a", "bob", 120)):
+        store.enqueue([Enqueue(f"{name}:{user}:m{number}") for number in range(count)])
+    # the queue of the high ones takes so many, the share of the others included
+    offer(store, slots=1500)
+    while len(queue(client, HIGH)) < 1500:
+        assert store.release()[0]
+    order = [message.job_id.split("_")[0] for message in queue(client, HIGH)]
+    assert_consistent(client, store)
+    for first in range(0, 501):
+        for lower in ("medium", "low"):
+            assert 49 <= order[first : first + 1000].count(lower) <= 51, f"{lower} from {first}"
+    assert store.job("low_a:bob:m5").priority is LOW
+
+
+@pytest.mark.usefixtures("definitions")
+def test_an_idle_priority_saves_up_no_share(client: redis.Redis, store: Store) -> None:
+    store.set_options(fairness=False, share=0.1)
+    store.enqueue([Enqueue(f"high_a:ann:m{number}") for number in range(400)])
+    offer(store, slots=1)
+    store.release()
+    assert {job_id.split("_")[0] for job_id in _start_all(client, store, 200)} == {"high"}
+    store.enqueue([Enqueue(f"low_a:ann:m{number}") for number in range(50)])
+    # a worker of one slot finds at once the low one that its own queue holds, and then each tenth
+    order = [job_id.split("_")[0] for job_id in _start_all(client, store, 100)]
+    assert order.count("low") <= 11
+    assert order[:20].count("low") <= 3
+
+
+@pytest.mark.usefixtures("definitions")
+def test_without_a_share_priority_is_strict_again(client: redis.Redis, store: Store) -> None:
+    store.set_options(fairness=False, share=0.2)
+    store.enqueue([Enqueue(f"high_a:ann:m{number}") for number in range(200)])
+    store.enqueue([Enqueue(f"low_a:bob:m{number}") for number in range(50)])
+    offer(store, slots=1)
+    store.release()
+    order = [job_id.split("_")[0] for job_id in _start_all(client, store, 50)]
+    assert 9 <= order.count("low") <= 11
+    store.set_options(fairness=False, share=0)
+    order = [job_id.split("_")[0] for job_id in _start_all(client, store, 50)]
+    assert order[1:] == ["high"] * 49
+    assert_consistent(client, store)

@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from taskplatform.model import TRANSITIONS, JobState, Priority
-from taskplatform.store import Store, store
+from taskplatform.store import Store, scripts, store
 from taskplatform.store.keys import NAMES, UNACKED, UNACKED_INDEX, key, lua_table
 from taskplatform.store.scripts import names, source
 from tests.conftest import Clock
@@ -82,11 +82,19 @@ def test_header_says_what_the_script_takes_and_gives(name: str) -> None:
 @pytest.mark.parametrize("name", [*VERBS, "lib"])
 def test_no_key_name_is_written_in_a_script(name: str) -> None:
     code = code_of(source(name))
-    locals_ = set(re.findall(r"local (\w+) = K\.", code))
+    # a stage is a table of keys from K
+    stages = re.findall(r"= \{ lane = (\S+), ready = (\S+), changed = \{\} \}", code)
+    assert code.count("lane =") - code.count("local lane =") == len(stages)
+    assert all(part.startswith("K.") for stage in stages for part in stage)
+    locals_ = set(re.findall(r"local (\w+) = (?:K\.|stage\.(?:lane|ready)\b)", code))
+    lists = re.findall(r"for _, (\w+) in ipairs\(\{ (K\.\w+(?:, K\.\w+)*) \}\)", code)
+    known = locals_ | {listed for listed, _ in lists}
+    # the broker's queues are named as the priorities; `add_all` is given a key, and `set_limit` one of two
+    known |= {"priority", "queue"} | ({"key"} if name == "plan" else set()) | ({"layer"} if name == "lib" else set())
     for command, first in re.findall(r"call\('([A-Z]+)'(?:, ([^,)]+))?", code):
-        # the broker's queues are named as the priorities; `add_all` is given a key
-        known = locals_ | {"priority", "key"}
-        assert command == "TIME" or re.match(r"K\.\w+", first) or first.strip() in known, f"{command} {first}: where is this key from?"
+        key = first.split("..")[0].strip()
+        known_key = re.fullmatch(r"K\.\w+|stage\.(?:lane|ready)", key) or key in known
+        assert command == "TIME" or known_key, f"{command} {first}: where is this key from?"
     unknown = set(re.findall(r"\bK\.(\w+)", code)) - NAMES.keys() - {"unacked", "unacked_index"}
     assert unknown == set()
     assert "'tp" not in code
@@ -107,6 +115,10 @@ def test_no_two_names_can_meet() -> None:
     assert [(prefix, part) for prefix in prefixes for part in parts if part != prefix and part.startswith(prefix)] == []
 
 
+#: What each new connection runs, before the store can.
+GREETING = "arrive"
+
+
 def _runs() -> Iterator[tuple[str, list[ast.expr]]]:
     for node in ast.walk(ast.parse(inspect.getsource(store))):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "self._scripts.run":
@@ -116,7 +128,8 @@ def _runs() -> Iterator[tuple[str, list[ast.expr]]]:
 
 
 def test_store_calls_every_script_and_nothing_else_does() -> None:
-    assert {name for name, _ in _runs()} == set(VERBS)
+    assert {name for name, _ in _runs()} == set(VERBS) - {GREETING}
+    assert f'source("{GREETING}")' in inspect.getsource(scripts.greeting)
     package = Path(inspect.getfile(store)).parent
     others = [path for path in package.parent.rglob("*.py") if path.name not in ("store.py", "scripts.py")]
     assert [path for path in others if "scripts.run(" in path.read_text(encoding="utf-8")] == []

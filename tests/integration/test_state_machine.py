@@ -588,13 +588,15 @@ def test_early_start_when_the_clock_was_set_back(client: redis.Redis, store: Sto
 def test_a_limit_lets_go_on_when_the_clock_was_set_back(client: redis.Redis, store: Store, clock: Clock) -> None:
     store.set_limit("total", Limit(1, 1), actor=ACTOR)
     offer(store)
-    enqueue(store)
+    assert start(store, enqueue(store)) == "run"
     clock.advance(-3600)
     for number in range(1, 6):
         enqueue(store, name=f"n{number}")
-        clock.advance(1)
-        store.release()
-        assert len(queue(client, "high")) == 1 + number
+        clock.advance(1.099)
+        assert store.release() == (0, 1)
+        clock.advance(0.001)
+        assert store.release()[0] == 1
+        assert start(store, f"report:u1:n{number}") == "run"
     assert_consistent(client, store, clock_set_back=True)
 
 

@@ -4,8 +4,8 @@
 -- Returns {looked at, changed}.
 
 local now, definition, from, changed = clock(ARGV[1]), ARGV[2], ARGV[3], 0
-local key = (ARGV[4] == '1' and K.turn or K.lane) .. from .. ':' .. definition
-local members = call('ZRANGE', key, ARGV[5], ARGV[5] + ARGV[6] - 1)
+local stage = ARGV[4] == '1' and TURNS or WAITING
+local members = call('ZRANGE', stage.lane .. from .. ':' .. definition, ARGV[5], ARGV[5] + ARGV[6] - 1)
 for _, member in ipairs(members) do
   local id = string.sub(member, 13)
   local job = load_job(id)

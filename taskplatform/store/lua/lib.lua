@@ -181,12 +181,15 @@ local function show(stage, priority, definition, score)
   end
 end
 
-local admit_lane
+local unblock_lane
 
--- After a lane of it cannot go on: a host that may be called lets the next in its line go.
-local function pass_on(priority, definition)
+-- After the head of a lane changed to `score`, or none can go: a host that may be called lets the first in its line go, if it is due
+-- before.
+local function pass_on(priority, definition, score)
   local host = host_of(definition)
-  if host ~= '' and limit_of('host:' .. host) and not call('ZSCORE', K.gates, host) then admit_lane(priority, host) end
+  if host == '' or not limit_of('host:' .. host) or call('ZSCORE', K.gates, host) then return end
+  local first = call('ZRANGE', K.gated .. priority .. ':' .. host, 0, 0, 'WITHSCORES')
+  if first[1] and (not score or tonumber(first[2]) < tonumber(score)) then unblock_lane(priority, first[1]) end
 end
 
 -- After the lane that release serves changed: it is shown with its head, unless it is blocked.
@@ -196,7 +199,7 @@ local function refresh_lane(priority, definition)
   local blocked = call('ZSCORE', K.blocked .. priority, definition)
   if not blocked then
     show(stage, priority, definition, score)
-    if not score then pass_on(priority, definition) end
+    pass_on(priority, definition, score)
   elseif tonumber(blocked) == tonumber(GATED) then
     local host = host_of(definition)
     if score and call('ZSCORE', K.gates, host) then
@@ -259,7 +262,7 @@ local function block_lane(priority, definition, untilms)
   pass_on(priority, definition)
 end
 
-local function unblock_lane(priority, definition)
+function unblock_lane(priority, definition)
   leave_gate(priority, definition)
   call('ZREM', K.blocked .. priority, definition)
   refresh_lane(priority, definition)
@@ -273,17 +276,18 @@ local function unblock_unless_paused(definition)
   end
 end
 
--- Puts a lane into the line of its host.
+-- Puts a lane into the line of its host. Returns whether there is anything in it.
 local function gate_lane(priority, definition)
   local score = head_of(served_stage(), priority, definition)[2]
-  if not score then return end
+  if not score then return false end
   show(served_stage(), priority, definition, nil)
   call('ZADD', K.blocked .. priority, GATED, definition)
   call('ZADD', K.gated .. priority .. ':' .. host_of(definition), score, definition)
+  return true
 end
 
 -- Lets the first lane in a host's line go.
-function admit_lane(priority, host)
+local function admit_lane(priority, host)
   local first = call('ZRANGE', K.gated .. priority .. ':' .. host, 0, 0)[1]
   if first then unblock_lane(priority, first) end
 end
@@ -291,6 +295,10 @@ end
 -- Limits ---------------------------------------------------------------------------------------------------------
 
 local buckets = {}
+
+local function keep_bucket(name, bucket, now)
+  call('SET', K.limit .. name, text(now) .. ' ' .. string.format('%.17g', bucket.level) .. ' ' .. bucket.reserved)
+end
 
 -- A rate is kept by a token bucket (https://en.wikipedia.org/wiki/Token_bucket). A job reserves a token when it is released and takes
 -- it when it starts, so what is counted is the start, whenever that comes: `level - reserved` tokens are free. A call may reach
@@ -307,16 +315,14 @@ local function bucket_of(name, limit, now)
     local at, level, reserved = string.match(kept, '^(%S+) (%S+) (%S+)$')
     level = tonumber(level) + math.max(0, now - tonumber(at)) * limit.rate / 1000
     bucket = { level = math.min(capacity, level), reserved = tonumber(reserved) }
+    -- the clock was set back: it fills from now on, not only when that time comes again
+    if now < tonumber(at) then keep_bucket(name, bucket, now) end
   else
     bucket = { level = capacity, reserved = 0 }
   end
   bucket.capacity, bucket.cost, bucket.per_ms = capacity, cost, limit.rate / 1000
   buckets[name] = bucket
   return bucket
-end
-
-local function keep_bucket(name, bucket, now)
-  call('SET', K.limit .. name, text(now) .. ' ' .. string.format('%.17g', bucket.level) .. ' ' .. bucket.reserved)
 end
 
 -- In how many ms there is a free token. A full bucket whose tokens are all reserved has one only after a start, which comes soon.
@@ -326,15 +332,14 @@ local function wait_for_token(bucket)
   return math.max((needed - bucket.level) / bucket.per_ms, needed > bucket.capacity and 20 or 0)
 end
 
--- Calls `change` for the bucket of each rate that a definition's jobs are under.
+-- Calls `change` for the bucket of each rate that a definition's jobs are under. It returns false where it only looked.
 local function each_bucket(definition, now, change)
   local host = host_of(definition)
   for _, name in ipairs({ 'total', 'definition:' .. definition, host ~= '' and 'host:' .. host or nil }) do
     local limit = limit_of(name)
     if limit and limit.rate then
       local bucket = bucket_of(name, limit, now)
-      change(bucket)
-      keep_bucket(name, bucket, now)
+      if change(bucket) ~= false then keep_bucket(name, bucket, now) end
     end
   end
 end
@@ -416,36 +421,43 @@ local function recount(now, only)
   end
 end
 
--- A job of the definition ended: what waits for that may be looked at again.
-local function wake(definition)
+-- What waits for an end of a host's jobs may be looked at again; with `freed`, because a token came back unused, also what
+-- waits for a time.
+local function wake_host(host, freed)
+  local gate = tonumber(call('ZSCORE', K.gates, host) or math.huge)
+  if gate == tonumber(EVENT) or (freed and gate < tonumber(EVENT)) then call('ZADD', K.gates, 0, host) end
+end
+
+-- The same for the definition's jobs and its host's.
+local function wake(definition, freed)
   if limit_of('definition:' .. definition) then
     for _, priority in ipairs(PRIORITIES) do
-      local blocked = call('ZSCORE', K.blocked .. priority, definition)
-      if blocked and tonumber(blocked) == tonumber(EVENT) then unblock_lane(priority, definition) end
+      local blocked = tonumber(call('ZSCORE', K.blocked .. priority, definition) or math.huge)
+      if blocked == tonumber(EVENT) or (freed and blocked < tonumber(EVENT)) then unblock_lane(priority, definition) end
     end
   end
   local host = host_of(definition)
-  if host ~= '' and limit_of('host:' .. host) then
-    local gate = call('ZSCORE', K.gates, host)
-    if gate and tonumber(gate) == tonumber(EVENT) then call('ZADD', K.gates, 0, host) end
-  end
+  if host ~= '' and limit_of('host:' .. host) then wake_host(host, freed) end
 end
 
 local load_job
 
--- Puts back into their lanes what was set aside for a user's cap, as much as the cap lets go. Returns how many.
+-- Puts back into their lanes what was set aside for a user's cap: as much as the cap lets go, and what stands before it in lanes
+-- that are blocked, because it can wait there and must not hold back the user's other jobs. Returns how many.
 local function uncap(user, most)
   local limit = user_limit(user)
-  if limit and limit.concurrency then most = math.min(most, limit.concurrency - in_flight('user:' .. user)) end
+  local room = limit and limit.concurrency and limit.concurrency - in_flight('user:' .. user) or math.huge
   local back, left = 0, 0
   for _, priority in ipairs(PRIORITIES) do
     local key = K.capped .. priority .. ':' .. user
-    for _, member in ipairs(most > back and call('ZRANGE', key, 0, most - back - 1) or {}) do
+    for _, member in ipairs(room > 0 and most > back and call('ZRANGE', key, 0, most - back - 1) or {}) do
+      if room <= 0 then break end
       local id = string.sub(member, 13)
-      local job = load_job(id)
+      local definition, job = parts(id), load_job(id)
       call('ZREM', key, member)
       if job then wait(id, job.priority, tonumber(job.after), tonumber(job.seq)) end
       back = back + 1
+      if not call('ZSCORE', K.blocked .. priority, definition) and not call('ZSCORE', K.gates, host_of(definition)) then room = room - 1 end
     end
     left = left + call('ZCARD', key)
   end
@@ -472,8 +484,8 @@ local function leave_flight(id, job, now)
   for _, name in ipairs(concurrencies(definition, user)) do
     if call('HINCRBY', K.inflight, name, -1) <= 0 then call('HDEL', K.inflight, name) end
   end
-  wake(definition)
-  if call('SISMEMBER', K.capped_users, user) == 1 then uncap(user, 10) end
+  wake(definition, job.state ~= 'running')
+  if call('SISMEMBER', K.capped_users, user) == 1 then uncap(user, 100) end
 end
 
 -- What a limit is now follows from what was set live, else from what is configured. Applies a change at once. Returns 1, or 0.
@@ -489,7 +501,9 @@ local function set_limit(name, layer, value, now)
   if after then call('HSET', K.limits, name, after) else call('HDEL', K.limits, name) end
   local new = limit_of(name)
   if new and new.rate then
-    if level then call('SET', K.limit .. name, text(now) .. ' ' .. string.format('%.17g', level) .. ' 0') end
+    local bucket = bucket_of(name, new, now)
+    bucket.level = math.min(level or bucket.level, bucket.capacity)
+    keep_bucket(name, bucket, now)
   else
     call('DEL', K.limit .. name)
   end
@@ -666,12 +680,12 @@ end
 
 -- Counts a release of `priority` for the shares: the lower ones that wait are owed a part of it. Nobody saves up while idle.
 local function count_share(priority, stage, now, share)
-  call('HSET', K.shares, priority, math.max(0, tonumber(call('HGET', K.shares, priority) or '0') - 1))
   for number, other in ipairs(PRIORITIES) do
-    if number > 1 and other ~= priority then
+    if number > 1 then
       local head = call('ZRANGE', stage.ready .. other, 0, 0, 'WITHSCORES')
       local waits = head[1] and (stage == TURNS or tonumber(head[2]) <= now)
       local credit = waits and tonumber(call('HGET', K.shares, other) or '0') + share or 0
+      if other == priority then credit = math.max(0, credit - 1) end
       call('HSET', K.shares, other, string.format('%.17g', math.min(2, credit)))
     end
   end
@@ -744,7 +758,14 @@ local function hand_over(id, member, job, priority, definition, user, queue, mes
     if turn > tonumber(call('HGET', K.round, priority) or '0') then call('HSET', K.round, priority, turn) end
   end
   call('ZREM', stage.lane .. priority .. ':' .. definition, member)
-  refresh_lane(priority, definition)
+  local host = host_of(definition)
+  local line = host ~= '' and call('EXISTS', K.gated .. priority .. ':' .. host) == 1
+  if line and gate_lane(priority, definition) then
+    -- others stand in the host's line: this lane goes behind those whose jobs are due before its next
+    admit_lane(priority, host)
+  else
+    refresh_lane(priority, definition)
+  end
   local delivery = job.delivery + 1
   move(id, job.state, 'queued', now, job.attempt, '', queue == priority and 'released' or 'released for its share', '')
   call('HSET', K.job .. id, 'delivery', delivery)
@@ -756,12 +777,6 @@ local function hand_over(id, member, job, priority, definition, user, queue, mes
   enter_flight(definition, user, now)
   call('ZADD', K.queued .. queue, text(now), id)
   call('LPUSH', queue, fill(message, { ID = id, USER = user, DELIVERY = tostring(delivery), RETRIES = tostring(job.attempt), QUEUE = queue }))
-  local host = host_of(definition)
-  if host ~= '' and call('EXISTS', K.gated .. priority .. ':' .. host) == 1 then
-    -- others stand in the host's line: this lane goes behind them if their jobs are due before its next
-    gate_lane(priority, definition)
-    admit_lane(priority, host)
-  end
 end
 
 -- Lets go what waited until now.

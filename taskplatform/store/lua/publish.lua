@@ -20,12 +20,14 @@ for i = 10, #ARGV, 2 do
   end
 end
 if ARGV[9] ~= 'keep' and ARGV[9] ~= host_of(definition) then
-  if host_of(definition) ~= '' then changed[#changed + 1] = 'host' end
+  local old = host_of(definition)
+  if old ~= '' then changed[#changed + 1] = 'host' end
   -- out of the line of the old host, and out of its counts
   unblock_unless_paused(definition)
   call('HSET', key, 'host', ARGV[9])
   hosts_read[definition] = nil
   recount(now)
+  wake_host(old, true)
 end
 if set_limit('definition:' .. definition, K.limits_configured, ARGV[8], now) == 1 then changed[#changed + 1] = 'limit' end
 local group_key = K.group .. definition

@@ -25,7 +25,13 @@ for _, priority in ipairs(PRIORITIES) do
     end
   end
 end
--- should a change of a user's cap have stopped halfway
+-- should the clock have been set back: who waits for a limit for long looks again
+local long = text(now + 60000)
+for _, priority in ipairs(PRIORITIES) do
+  for _, definition in ipairs(call('ZRANGEBYSCORE', K.blocked .. priority, long, '(' .. EVENT)) do unblock_lane(priority, definition) end
+end
+for _, host in ipairs(call('ZRANGEBYSCORE', K.gates, long, '(' .. EVENT)) do call('ZADD', K.gates, 0, host) end
+-- should a change of a user's cap have stopped halfway, or what was put back for it wait in a lane that was blocked since
 for _, user in ipairs(call('SRANDMEMBER', K.capped_users, 10)) do uncap(user, 100) end
 if #found > 0 then release(now, 100) end
 return found

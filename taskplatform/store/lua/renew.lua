@@ -8,7 +8,10 @@ if not job then return 'unknown' end
 if job.state ~= 'running' or job.delivery ~= delivery then return job.state end
 local definition = parts(id)
 local free = true
-each_bucket(definition, now, function(bucket) free = free and wait_for_token(bucket) == 0 end)
+each_bucket(definition, now, function(bucket)
+  free = free and wait_for_token(bucket) == 0
+  return false
+end)
 if free then
   each_bucket(definition, now, function(bucket) bucket.level = bucket.level - bucket.cost end)
   return 'go'

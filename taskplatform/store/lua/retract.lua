@@ -7,9 +7,11 @@ local now, definition = clock(ARGV[1]), ARGV[2]
 if not leads(ARGV[5]) then return -1 end
 if call('SREM', K.definitions, definition) == 0 then return 0 end
 for _, priority in ipairs(PRIORITIES) do unblock_lane(priority, definition) end
+local host = host_of(definition)
 call('DEL', K.definition .. definition)
 hosts_read[definition] = nil
 set_limit('definition:' .. definition, K.limits_configured, '', now)
 recount(now)
+wake_host(host, true)
 log_change(now, ARGV[4], ARGV[3], 'definition removed', definition, '')
 return 1

@@ -1,7 +1,7 @@
 -- Lets a delivery run, if it is the job's current one: queued → assigned → running. Then releases what there is room for.
 -- ARGV[1] now   ARGV[2] job id   ARGV[3] delivery   ARGV[4] worker   ARGV[5] how long ago the message arrived, in ms
 -- ARGV[6] a mark of this call: one that is sent again, because its answer was lost, is answered as the first time
--- Returns {'run', attempt, losses, execute_after, params, attempts that do not count} or {why not}: unknown, stale, early or the job's state.
+-- Returns {'run', attempt, losses, execute_after, params, attempts that do not count} or {why not}: unknown, stale, early, limited or the job's state.
 
 local now, id, delivery, worker = clock(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local job = load_job(id)
@@ -18,6 +18,17 @@ if tonumber(job.after) > now then
   return { 'early' }
 end
 local definition = parts(id)
+local free = true
+each_bucket(definition, now, function(bucket)
+  free = free and bucket.level >= bucket.cost
+  return false
+end)
+if not free then
+  -- a limit was lowered since the release, or another server does not know what was started before
+  give_back(id, job, job.attempt > 0 and 'retrying' or 'pending', now, tonumber(job.after), worker, 'given back: its limit has no place for it now', '')
+  release(now, 10)
+  return { 'limited' }
+end
 local attempt = job.attempt + 1
 local released_at = tonumber(call('ZSCORE', K.queued .. (job.queue or job.priority), id) or now)
 move(id, 'queued', 'assigned', math.min(now, math.max(now - tonumber(ARGV[5]), released_at)), attempt, worker, 'received', '')
