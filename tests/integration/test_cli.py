@@ -612,7 +612,7 @@ def test_trigger_says_what_the_limits_need(platform: Platform) -> None:
     for user in ("u1", "u2", "u3"):
         platform.subscribe(user, "clean")
     server = redis.Redis.from_url(platform.settings.redis_url)
-    server.hset(f"{platform.settings.namespace}:limits", "total", "0.01 1 -")
+    server.hset(f"{platform.settings.namespace}:limits", "total", "0.01 2 -")
     server.close()
     assert run("trigger clean").stdout.endswith("for 3 subscribers, over 5m (asked 1m)\n")
     cells = dict(zip(*rows(run("occurrences clean").stdout), strict=True))
@@ -719,7 +719,7 @@ def test_limits(platform: Platform) -> None:
     assert run("limits set user --concurrency 1").stdout == "user concurrency 1\n"
     # so much of a burst is kept back as comes in the time that a start may take to reach its target
     assert rows(run("limits list").stdout)[1:] == [
-        ["definition:clean", "90/m", "1", "", "1", "0", "", "definition", ""],
+        ["definition:clean", "90/m", "2", "", "1", "0", "", "definition", ""],
         ["host:api.example.com", "5/s", "4", "3", "3", "0", "0", "live", "none"],
         ["total", "10/s", "15", "", "14", "0", "", "settings", ""],
         ["user", "", "", "1", "", "", "0", "live", "concurrency 2"],
@@ -745,7 +745,7 @@ def test_limits(platform: Platform) -> None:
     again = run("limits reset user")
     assert (again.stdout, again.stderr) == ("user concurrency 2\n", "user was not set live\n")
     assert [row[2:] for row in rows(run("changes --limit 2").stdout)[1:]] == [
-        ["limit changed", "total", "- - -"],
+        ["limit changed", "total", "none, set live"],
         ["limit changed", "host:api.example.com", "none"],
     ]
 

@@ -140,8 +140,8 @@ def test_planning_streams(client: redis.Redis, store: Store, clock: Clock) -> No
     """What planning holds in memory does not grow with the subscribers, nor does what a tick costs that has nothing to do."""
     few, few_idle_before, few_idle = stream(client, store, clock, 10_000)
     many, many_idle_before, many_idle = stream(client, store, clock, 100_000)
-    # 100,000 ids alone are 6 MB
-    assert few < 200_000
+    # the texts of the scripts that are read on the way are most of it; 100,000 ids alone would be 6 MB
+    assert few < 400_000
     assert many < few + 50_000
     assert few_idle_before == few_idle == many_idle_before == many_idle <= 3
 

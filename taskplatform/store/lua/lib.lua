@@ -440,11 +440,11 @@ local function wake(definition, freed)
   if host ~= '' and limit_of('host:' .. host) then wake_host(host, freed) end
 end
 
-local load_job
+local load_job, follow_definition
 
 -- Puts back into their lanes what was set aside for a user's cap: as much as the cap lets go, and what stands before it in lanes
 -- that are blocked, because it can wait there and must not hold back the user's other jobs. Returns how many.
-local function uncap(user, most)
+local function uncap(user, most, now)
   local limit = user_limit(user)
   local room = limit and limit.concurrency and limit.concurrency - in_flight('user:' .. user) or math.huge
   local back, left = 0, 0
@@ -455,7 +455,10 @@ local function uncap(user, most)
       local id = string.sub(member, 13)
       local definition, job = parts(id), load_job(id)
       call('ZREM', key, member)
-      if job then wait(id, job.priority, tonumber(job.after), tonumber(job.seq)) end
+      if job then
+        follow_definition(id, job, now)
+        wait(id, job.priority, tonumber(job.after), tonumber(job.seq))
+      end
       back = back + 1
       if not call('ZSCORE', K.blocked .. priority, definition) and not call('ZSCORE', K.gates, host_of(definition)) then room = room - 1 end
     end
@@ -485,7 +488,7 @@ local function leave_flight(id, job, now)
     if call('HINCRBY', K.inflight, name, -1) <= 0 then call('HDEL', K.inflight, name) end
   end
   wake(definition, job.state ~= 'running')
-  if call('SISMEMBER', K.capped_users, user) == 1 then uncap(user, 100) end
+  if call('SISMEMBER', K.capped_users, user) == 1 then uncap(user, 100, now) end
 end
 
 -- What a limit is now follows from what was set live, else from what is configured. Applies a change at once. Returns 1, or 0.
@@ -568,7 +571,7 @@ local function change_priority(id, job, priority, now, reason)
 end
 
 -- The same where its definition's changed meanwhile, unless it was given one of its own.
-local function follow_definition(id, job, now)
+function follow_definition(id, job, now)
   local priority = job.own ~= '1' and call('HGET', K.definition .. parts(id), 'priority')
   if priority and priority ~= job.priority then
     change_priority(id, job, priority, now, 'priority ' .. priority .. ', as its definition has it')

@@ -4,9 +4,17 @@
 -- Returns 1 when that changed what is in force, else 0.
 
 local now, name, layer, value = clock(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
+local function in_words(limit)
+  if not limit then return 'none' end
+  local words = {}
+  if limit.rate then words[1] = string.format('%.10g', limit.rate) .. '/s burst ' .. limit.burst end
+  if limit.concurrency then words[#words + 1] = 'concurrency ' .. limit.concurrency end
+  return #words > 0 and table.concat(words, ' ') or 'none, set live'
+end
+
 local changed = set_limit(name, layer == 'live' and K.limits_live or K.limits_configured, value, now)
 if changed == 1 then
-  log_change(now, ARGV[6], ARGV[5], 'limit changed', name, call('HGET', K.limits, name) or 'none')
+  log_change(now, ARGV[6], ARGV[5], 'limit changed', name, in_words(limit_of(name)))
   release(now, 100)
 end
 return changed

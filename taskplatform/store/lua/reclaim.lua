@@ -32,6 +32,6 @@ for _, priority in ipairs(PRIORITIES) do
 end
 for _, host in ipairs(call('ZRANGEBYSCORE', K.gates, long, '(' .. EVENT)) do call('ZADD', K.gates, 0, host) end
 -- should a change of a user's cap have stopped halfway, or what was put back for it wait in a lane that was blocked since
-for _, user in ipairs(call('SRANDMEMBER', K.capped_users, 10)) do uncap(user, 100) end
+for _, user in ipairs(call('SRANDMEMBER', K.capped_users, 10)) do uncap(user, 100, now) end
 if #found > 0 then release(now, 100) end
 return found

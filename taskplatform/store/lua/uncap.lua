@@ -5,7 +5,7 @@
 local now, most, back = clock(ARGV[1]), tonumber(ARGV[2]), 0
 for _, user in ipairs(call('SMEMBERS', K.capped_users)) do
   if back >= most then break end
-  back = back + uncap(user, most - back)
+  back = back + uncap(user, most - back, now)
 end
 if back > 0 then release(now, 100) end
 return back
