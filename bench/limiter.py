@@ -44,8 +44,8 @@ LIMITS = {"10/s": _Limit("limited_to_10", "/10", 10, 15), "200/s": _Limit("limit
 
 
 def run(scale: float = 1.0) -> dict[str, Any]:
-    """The figures. At scale 1, three rounds of 6 seconds for each limit, each round from a full burst on."""
-    seconds = max(2.0, 6 * scale)
+    """The figures. At scale 1, three rounds of 9 seconds for each limit, each round from a full burst on."""
+    seconds = max(2.0, 9 * scale)
     with target() as url, site(DEFINITIONS / "limited", BENCH_TARGET=url) as place:
         place.platform.create_user("u1")
         with place.workers(count=WORKERS, pool=POOL, slots=SLOTS):

@@ -41,9 +41,9 @@ from taskplatform.message import time_limits
 from taskplatform.model import START_SLACK_MS, Definition, JobState, Priority, format_duration
 from taskplatform.platform import Platform
 from taskplatform.recovery import LOSS_BACKOFF, RecoveryLoop
-from taskplatform.release import ReleaseLoop
+from taskplatform.release import ReleaseLoop, renew
 from taskplatform.settings import environment, settings
-from taskplatform.store import Start
+from taskplatform.store import Renewal, Start
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class RunningJob:
     execute_after_ms: int
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Run:
     """One delivery that was allowed to run."""
 
@@ -318,12 +318,14 @@ class PlatformTask(Task):  # type: ignore[misc]
         return excerpt
 
     def _check_place(self, run: _Run) -> None:
-        """A process that was stopped or starved since the start must ask again: another may have its job or its place in a limit."""
-        while time.monotonic() - run.asked > START_SLACK_MS / 1000:
-            run.asked = time.monotonic()
-            if not platform().store.renew(run.job_id, delivery=run.delivery, worker=run.worker):
-                log.warning("job %s: delivery %d was held up before its call, and makes it no more", run.job_id, run.delivery)
-                raise Ignore
+        """Raise for a run that was held up since its start and may not make its call any more."""
+        renewal = renew(platform().store, run.job_id, delivery=run.delivery, worker=run.worker, asked=run.asked)
+        if renewal is Renewal.NEVER:
+            log.warning("job %s: delivery %d was held up before its call, and makes it no more", run.job_id, run.delivery)
+            raise Ignore
+        if renewal is None:
+            reason = f"Redis answers too slowly to keep its rate limit: not within {START_SLACK_MS} ms"
+            raise self.retry(exc=TargetUnavailable(reason), reason=reason)
 
     def _run(self) -> _Run:
         run = self.request.get("platform_run")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from enum import IntEnum
+from enum import Enum, IntEnum, auto
 from typing import Any, Generic, TypeVar
 
 from taskplatform.model import Job, JobState, Limit, Priority, Schedule, Transition
@@ -146,6 +146,17 @@ class Start:
     params: Mapping[str, Any] = field(default_factory=dict)
     failures: int = 0
     """Attempts of this budget that ended in a failure before this one."""
+
+
+class Renewal(Enum):
+    """Whether a run that was held up may still make its call."""
+
+    IN_TIME = auto()
+    """If it does within the slack from when it asked."""
+    ANY_TIME = auto()
+    """No rate binds it."""
+    NEVER = auto()
+    """It has ended, or was given back."""
 
 
 @dataclass(frozen=True, slots=True)

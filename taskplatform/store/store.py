@@ -40,6 +40,7 @@ from taskplatform.store.records import (
     Opening,
     Page,
     PublishedDefinition,
+    Renewal,
     Start,
     Subscribe,
     SubscribeResult,
@@ -60,6 +61,8 @@ from taskplatform.store.scripts import Clock, Scripts, greeting
 T = TypeVar("T")
 
 _BATCH = 500
+#: A job whose runs were held up before their calls this often fails.
+_MOST_GIVEN_BACK = 20
 
 
 def milliseconds(duration: timedelta) -> int:
@@ -505,9 +508,10 @@ class Store:
             failures=attempt - 1 - budget,
         )
 
-    def renew(self, job_id: str, *, delivery: int, worker: str) -> bool:
-        """Ask whether a run that was held up between its start and its call may still make it. False: it has ended or was given back."""
-        return bool(self._scripts.run("renew", job_id, delivery, worker) == "go")
+    def renew(self, job_id: str, *, delivery: int, worker: str) -> Renewal:
+        """Ask whether a run that was held up between its start and its call may still make it."""
+        answer = self._scripts.run("renew", job_id, delivery, worker, _MOST_GIVEN_BACK)
+        return {"go": Renewal.IN_TIME, "free": Renewal.ANY_TIME}.get(answer, Renewal.NEVER)
 
     def finish(
         self,

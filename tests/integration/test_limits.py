@@ -15,7 +15,7 @@ import redis
 from taskplatform.local import EmbeddedServer
 from taskplatform.model import START_SLACK_MS, JobState, Limit, Priority
 from taskplatform.planner import published
-from taskplatform.store import Enqueue, LimitState, Store
+from taskplatform.store import Enqueue, LimitState, Renewal, Store
 from taskplatform.store.keys import key
 from tests.conftest import Clock
 from tests.integration.harness import (
@@ -314,12 +314,13 @@ def test_a_run_that_was_held_up_takes_another_token_or_goes_back(client: redis.R
     assert released(client) == [first, second]
     message = take(client)
     assert start(store, message) == "run"
-    # 1.9 are left, of which one is reserved
-    assert not store.renew(first, delivery=message.delivery, worker="w1")
+    # 1.9 are left, of which one is reserved for the second; who has started goes before it
+    assert store.renew(first, delivery=message.delivery, worker="w1") is Renewal.IN_TIME
+    assert store.renew(first, delivery=message.delivery, worker="w1") is Renewal.NEVER
     job = store.job(first)
     assert (job.state, job.attempt, job.failures) == (S.RETRYING, 1, 0)
     assert_consistent(client, store)
-    assert not store.renew(first, delivery=message.delivery, worker="w1"), "it has ended"
+    assert store.renew(first, delivery=message.delivery, worker="w1") is Renewal.NEVER, "it has ended"
     assert store.job(first).state is S.RETRYING
     clock.advance(5)
     assert start(store, take(client)) == "run"
@@ -328,8 +329,8 @@ def test_a_run_that_was_held_up_takes_another_token_or_goes_back(client: redis.R
     assert start(store, again) == "run"
     assert released(client) == []
     clock.advance(2)
-    assert store.renew(first, delivery=again.delivery, worker="w1")
-    assert not store.renew(first, delivery=message.delivery, worker="w1"), "that delivery was given back"
+    assert store.renew(first, delivery=again.delivery, worker="w1") is Renewal.IN_TIME
+    assert store.renew(first, delivery=message.delivery, worker="w1") is Renewal.NEVER, "that delivery was given back"
     assert round(state_of(store, "total").tokens or 0, 9) == 1.9
     store.release()
     assert released(client) == [third]
@@ -668,3 +669,103 @@ def test_another_priority_for_a_job_that_is_set_aside(client: redis.Redis, store
     end(store, message)
     assert released(client) == [third]
     assert store.job(second).state is S.PENDING
+
+
+def test_a_full_queue_does_not_let_a_rate_oversleep(client: redis.Redis, store: Store, clock: Clock) -> None:
+    """What starts makes room, and then the rate may hold back: nobody would look again at the right time."""
+    publish(store, define("limited", rate_limit={"rate": "100/s", "burst": 50}), define("free", priority="low"))
+    store.create_users(["ann"], actor=ACTOR)
+    offer(store, slots=2)
+    store.enqueue([Enqueue(f"limited:ann:m{number}") for number in range(10)])
+    assert store.release() == (0, 25)
+    store.enqueue([Enqueue(f"free:ann:m{number}", priority=Priority.HIGH) for number in range(10)])
+    store.pause_definition("limited", why="test", actor=ACTOR)
+    assert store.release() == (0, None), "without a rate each start and each end releases what there is room for"
+
+
+def test_a_run_without_a_rate_needs_no_place(client: redis.Redis, store: Store, clock: Clock) -> None:
+    publish(store, define("free"))
+    submit(store, "free", 1)
+    message = take(client)
+    assert start(store, message) == "run"
+    assert store.renew(message.job_id, delivery=message.delivery, worker="w1") is Renewal.ANY_TIME
+
+
+def test_a_run_that_is_held_up_for_ever_fails(client: redis.Redis, store: Store, clock: Clock) -> None:
+    publish(store, define("limited", rate_limit="1/s"))
+    (job_id,) = submit(store, "limited", 1)
+    for _ in range(100):
+        clock.advance(2)
+        store.release()
+        if store.job(job_id).state.terminal:
+            break
+        message = take(client)
+        assert start(store, message) == "run"
+        assert store.renew(job_id, delivery=message.delivery, worker="w1") is Renewal.NEVER
+    job = store.job(job_id)
+    assert (job.state, job.reason) == (S.FAILED, "held up before its call again and again, and its place in the limit has passed")
+    assert job.attempt == 21
+    assert_consistent(client, store)
+
+
+@pytest.mark.parametrize("how", ["retract", "move"])
+@pytest.mark.parametrize("fairness", [False, True])
+def test_a_line_goes_on_when_the_lane_that_might_go_is_gone(
+    client: redis.Redis, store: Store, clock: Clock, how: str, fairness: bool
+) -> None:
+    """The gate was open, and no worker had room to use it."""
+    store.set_options(fairness=fairness, share=0)
+    publish_on(store, "api", "first", "second")
+    store.set_limit("host:api", Limit(1.0, 2), actor=ACTOR)
+    for name in ("first", "second"):
+        submit(store, name, 3)
+    start_all(client, store)
+    offer(store, slots=0)
+    clock.advance(5)
+    store.release()
+    if how == "retract":
+        store.retract("first", actor=ACTOR)
+    else:
+        publish_on(store, "elsewhere", "first")
+    offer(store, slots=50)
+    for _ in range(10):
+        clock.advance(5)
+        store.release()
+        start_all(client, store)
+    assert store.waiting() == dict.fromkeys(Priority, 0)
+    assert_consistent(client, store)
+
+
+def test_what_is_queued_of_a_removed_definition_does_not_start(client: redis.Redis, store: Store, clock: Clock) -> None:
+    """Its host is not known any more, and so not what it would take from the host's limit."""
+    publish_on(store, "api", "gone")
+    (job_id,) = submit(store, "gone", 1)
+    assert released(client) == [job_id]
+    store.retract("gone", actor=ACTOR)
+    assert start(store, take(client)) == "rejected"
+    assert (store.job(job_id).state, store.job(job_id).reason) == (S.REJECTED, "definition gone does not exist any more")
+    assert_consistent(client, store)
+
+
+def test_fairness_that_is_switched_off_leaves_a_pause_in_force(client: redis.Redis, store: Store, clock: Clock) -> None:
+    store.set_options(fairness=True, share=0)
+    publish(store, define("report"), define("other"))
+    store.create_users(["ann"], actor=ACTOR)
+    offer(store)
+    later = enqueue(store, "report", "ann", delay_ms=60_000)
+    store.pause_definition("report", why="test", actor=ACTOR)
+    store.set_options(fairness=False, share=0)
+    clock.advance(100)
+    assert store.release() == (0, None)
+    free = enqueue(store, "other", "ann")
+    assert released(client) == [free]
+    assert_consistent(client, store)
+    store.resume_definition("report", actor=ACTOR)
+    assert released(client) == [free, later]
+
+
+def test_a_deleted_user_leaves_no_limit(client: redis.Redis, store: Store) -> None:
+    store.create_user("ann", actor=ACTOR)
+    store.set_limit("user:ann", Limit(concurrency=1), actor=ACTOR)
+    store.delete_user("ann", actor=ACTOR)
+    assert store.limits() == {}

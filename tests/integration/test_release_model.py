@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from taskplatform.model import JobState, Limit, Priority
 from taskplatform.planner import published
-from taskplatform.store import Store
+from taskplatform.store import Renewal, Store
 from taskplatform.store.keys import key
 from tests.conftest import Clock
 from tests.integration.harness import ACTOR, NAMESPACE, arrive, assert_consistent, assert_idle, define, enqueue, offer, queue, take
@@ -208,7 +208,7 @@ class Judge:
 
     def renew(self, job_id: str, delivery: int, now_ms: int) -> bool:
         """Whether a run that was held up may still call: it needs another token, and goes back to its place without."""
-        if all(self.level(name, now_ms) >= self.needed(name) for name, _ in self.rates(job_id)):
+        if all(self.level(name, now_ms) >= limit.tokens_per_start for name, limit in self.rates(job_id)):
             self._spend(job_id, now_ms)
             return True
         self.running.remove((job_id, delivery))
@@ -383,7 +383,7 @@ class Program:
     def _renew(self, number: int) -> None:
         if self.judge.running:
             job_id, delivery = self.judge.running[number % len(self.judge.running)]
-            go = self.store.renew(job_id, delivery=delivery, worker="w1")
+            go = self.store.renew(job_id, delivery=delivery, worker="w1") is not Renewal.NEVER
             assert go == self.judge.renew(job_id, delivery, self.clock.now_ms), f"{job_id} {'goes on' if go else 'went back'}"
             self.judge.check_limits()
 

@@ -31,6 +31,7 @@ for _, id in ipairs(ids) do
 end
 call('DEL', key, K.held .. user, K.user_jobs .. user)
 call('SREM', K.capped_users, user)
+set_limit('user:' .. user, K.limits_live, '', now)
 call('ZREM', K.users, user)
 log_change(now, ARGV[4], ARGV[3], 'user deleted', user, canceled .. ' jobs canceled, ' .. subscriptions .. ' subscriptions removed')
 release(now, 100)

@@ -332,15 +332,21 @@ local function wait_for_token(bucket)
   return math.max((needed - bucket.level) / bucket.per_ms, needed > bucket.capacity and 20 or 0)
 end
 
--- Calls `change` for the bucket of each rate that a definition's jobs are under. It returns false where it only looked.
-local function each_bucket(definition, now, change)
-  local host = host_of(definition)
+-- The rates that a definition's jobs are under: limits by name.
+local function rates(definition)
+  local host, found = host_of(definition), {}
   for _, name in ipairs({ 'total', 'definition:' .. definition, host ~= '' and 'host:' .. host or nil }) do
     local limit = limit_of(name)
-    if limit and limit.rate then
-      local bucket = bucket_of(name, limit, now)
-      if change(bucket) ~= false then keep_bucket(name, bucket, now) end
-    end
+    if limit and limit.rate then found[name] = limit end
+  end
+  return found
+end
+
+-- Calls `change` for the bucket of each of them. It returns false where it only looked.
+local function each_bucket(definition, now, change)
+  for name, limit in pairs(rates(definition)) do
+    local bucket = bucket_of(name, limit, now)
+    if change(bucket) ~= false then keep_bucket(name, bucket, now) end
   end
 end
 
@@ -421,14 +427,13 @@ local function recount(now, only)
   end
 end
 
--- What waits for an end of a host's jobs may be looked at again; with `freed`, because a token came back unused, also what
--- waits for a time.
-local function wake_host(host, freed)
-  local gate = tonumber(call('ZSCORE', K.gates, host) or math.huge)
-  if gate == tonumber(EVENT) or (freed and gate < tonumber(EVENT)) then call('ZADD', K.gates, 0, host) end
+-- Release looks which of a host's line may go now. Also where no gate is closed: the lane that might go may be there no more.
+local function wake_host(host)
+  call('ZADD', K.gates, 0, host)
 end
 
--- The same for the definition's jobs and its host's.
+-- What waits for an end of a definition's jobs, or its host's, may be looked at again; with `freed`, because a token came back
+-- unused, also what waits for a time.
 local function wake(definition, freed)
   if limit_of('definition:' .. definition) then
     for _, priority in ipairs(PRIORITIES) do
@@ -437,7 +442,10 @@ local function wake(definition, freed)
     end
   end
   local host = host_of(definition)
-  if host ~= '' and limit_of('host:' .. host) then wake_host(host, freed) end
+  if host ~= '' and limit_of('host:' .. host) then
+    local gate = tonumber(call('ZSCORE', K.gates, host) or math.huge)
+    if gate == tonumber(EVENT) or (freed and gate < tonumber(EVENT)) then wake_host(host) end
+  end
 end
 
 local load_job, follow_definition
@@ -516,7 +524,8 @@ local function set_limit(name, layer, value, now)
     unblock_unless_paused(of)
   elseif kind == 'host' then
     call('ZREM', K.gates, of)
-    for _, priority in ipairs(PRIORITIES) do
+    if new then call('ZADD', K.gates, 0, of) end
+    for _, priority in ipairs(new and {} or PRIORITIES) do
       for _, definition in ipairs(call('ZRANGE', K.gated .. priority .. ':' .. of, 0, -1)) do unblock_lane(priority, definition) end
     end
   end
@@ -637,6 +646,8 @@ local function first_lane(stage, priority, now, ties)
   for definition, member in pairs(ties.heads) do
     if not best or member < best_member then best, best_member = definition, member end
   end
+  -- whatever showed an empty lane: it must not stand before the others for ever
+  if not best then call('ZREMRANGEBYSCORE', ready, head[2], head[2]) end
   return best, best_member
 end
 
@@ -852,12 +863,14 @@ local function release(now, most)
         end
       end
     end
-    if before + in_queue[queue] < depth then
-      local head = call('ZRANGE', K.ready .. queue, 0, 0, 'WITHSCORES')
-      if head[1] then later(tonumber(head[2])) end
-      local blocked = call('ZRANGE', K.blocked .. queue, 0, 0, 'WITHSCORES')
-      if blocked[1] and tonumber(blocked[2]) < tonumber(EVENT) then later(tonumber(blocked[2])) end
-    end
+    local full = before + in_queue[queue] >= depth
+    local head = call('ZRANGE', K.ready .. queue, 0, 0, 'WITHSCORES')
+    if head[1] and (not full or tonumber(head[2]) > now) then later(tonumber(head[2])) end
+    local blocked = call('ZRANGE', K.blocked .. queue, 0, 0, 'WITHSCORES')
+    if blocked[1] and tonumber(blocked[2]) < tonumber(EVENT) then later(tonumber(blocked[2])) end
+    -- starts make room and release again; until when a rate holds the rest back then, only another look tells
+    local first = full and call('ZRANGE', stage.ready .. queue, 0, 0)[1]
+    if first and next(rates(first)) then later(now + 25) end
   end
   local gate = call('ZRANGE', K.gates, 0, 0, 'WITHSCORES')
   if gate[1] and tonumber(gate[2]) < tonumber(EVENT) then later(tonumber(gate[2])) end
@@ -976,7 +989,7 @@ end
 local function cancel_waiting(user, definition, now, reason)
   local canceled, ids = 0, packed_jobs(user, definition)
   for _, id in ipairs(call('ZRANGE', K.user_jobs .. user, 0, -1)) do
-    if parts(id) == definition then ids[#ids + 1] = id end
+    if parts(id) == definition and not call('ZSCORE', K.finished, id) then ids[#ids + 1] = id end
   end
   for _, id in ipairs(ids) do
     local job = load_job(id)

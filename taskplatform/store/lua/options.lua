@@ -31,6 +31,8 @@ for _, priority in ipairs(PRIORITIES) do
     end
     if not fair then show(TURNS, priority, definition, head_of(TURNS, priority, definition)[2]) end
     if switched or moved > 0 then lane_changed(priority, definition) end
+    -- with fairness the lanes that are blocked are shown too
+    if not fair and call('ZSCORE', K.blocked .. priority, definition) then show(WAITING, priority, definition, nil) end
   end
   if not fair and call('ZCARD', K.turns .. priority) == 0 then
     call('DEL', K.rounds .. priority)

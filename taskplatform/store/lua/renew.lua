@@ -1,23 +1,32 @@
 -- A run that was held up between its start and its call asks whether it may still make it: its token was for the time of its start.
 -- ARGV[1] now   ARGV[2] job id   ARGV[3] delivery   ARGV[4] worker
--- Returns 'go', 'given back' (to its old place), or the job's state when this delivery no longer counts, or 'unknown'.
+-- ARGV[5] how often a run of the job may be given back, before it fails
+-- Returns 'go', 'free' (no rate binds it, there is no need to ask), 'given back' (to its old place), or the job's state when this
+-- delivery no longer counts, or 'unknown'.
 
 local now, id, delivery, worker = clock(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local job = load_job(id)
 if not job then return 'unknown' end
 if job.state ~= 'running' or job.delivery ~= delivery then return job.state end
 local definition = parts(id)
-local free = true
+local limited, free = false, true
 each_bucket(definition, now, function(bucket)
-  free = free and wait_for_token(bucket) == 0
+  -- it goes before what is released and has not started, because it took a token at its start
+  limited, free = true, free and bucket.level >= bucket.cost
   return false
 end)
+if not limited then return 'free' end
 if free then
   each_bucket(definition, now, function(bucket) bucket.level = bucket.level - bucket.cost end)
   return 'go'
 end
-give_back(id, job, 'retrying', now, tonumber(job.after), worker, 'held up before its call, and its place in the limit has passed', '')
--- the run that was broken off does not use up the job's budget
-call('HSET', K.job .. id, 'budget', tonumber(job.budget or '0') + 1)
+local budget = tonumber(job.budget or '0')
+if budget >= tonumber(ARGV[5]) then
+  conclude(id, job, 'failed', now, worker, 'held up before its call again and again, and its place in the limit has passed', '')
+else
+  give_back(id, job, 'retrying', now, tonumber(job.after), worker, 'held up before its call, and its place in the limit has passed', '')
+  -- the run that was broken off does not use up the job's budget
+  call('HSET', K.job .. id, 'budget', budget + 1)
+end
 release(now, 10)
 return 'given back'

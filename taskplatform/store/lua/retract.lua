@@ -12,6 +12,6 @@ call('DEL', K.definition .. definition)
 hosts_read[definition] = nil
 set_limit('definition:' .. definition, K.limits_configured, '', now)
 recount(now)
-wake_host(host, true)
+if host ~= '' and limit_of('host:' .. host) then wake_host(host) end
 log_change(now, ARGV[4], ARGV[3], 'definition removed', definition, '')
 return 1

@@ -13,6 +13,8 @@ call('HSET', K.job .. id, 'after', text(now), 'seq', seq, 'budget', job.attempt,
 call('HDEL', K.job .. id, 'finished')
 call('ZREM', K.finished, id)
 count_unfinished(id, 1)
+job.state = 'pending'
+follow_definition(id, job, now)
 wait(id, job.priority, now, seq)
 release(now, 10)
 return before

@@ -18,6 +18,12 @@ if tonumber(job.after) > now then
   return { 'early' }
 end
 local definition = parts(id)
+if call('EXISTS', K.definition .. definition) == 0 then
+  -- its limits are not known any more, nor its host
+  conclude(id, job, 'rejected', now, worker, 'definition ' .. definition .. ' does not exist any more', '')
+  release(now, 10)
+  return { 'rejected' }
+end
 local free = true
 each_bucket(definition, now, function(bucket)
   free = free and bucket.level >= bucket.cost
