@@ -86,11 +86,10 @@ class Line:
 
     schedule: Schedule
     cursor_ms: int
-    made_ms: int
 
     def due(self, now_ms: int) -> list[int]:
-        """What comes within the horizon; nothing while the clock, set back, shows a time before the group was made."""
-        return list(occurrences(self.schedule, self.cursor_ms, now_ms + HORIZON_MS)) if now_ms >= self.made_ms else []
+        """What comes within the horizon."""
+        return list(occurrences(self.schedule, self.cursor_ms, now_ms + HORIZON_MS))
 
 
 @dataclass
@@ -142,13 +141,13 @@ class Model:
     def window_ms(self) -> int:
         return round(self.definition.window.total_seconds() * 1000)
 
-    def subscribe(self, user: str, group: str, schedule: Schedule, now_ms: int, effect_ms: int) -> None:
+    def subscribe(self, user: str, group: str, schedule: Schedule, effect_ms: int) -> None:
         """A new group begins where the first moments of its first user may lie."""
         if user in self.lives:
             self.lives[user].move(group, effect_ms)
         else:
             self.lives[user] = Life([(group, effect_ms, math.inf)])
-        self.lines.setdefault(group, Line(schedule, effect_ms - self.window_ms, now_ms))
+        self.lines.setdefault(group, Line(schedule, effect_ms - self.window_ms))
 
     def cancel(self, user: str) -> None:
         for job_id, (after_ms, _) in list(self.jobs.items()):
@@ -580,7 +579,7 @@ class Planning:
         is_new = user not in model.lives
         result = subscribe(self.store, user, name, horizon=HORIZON, schedule=schedule, own_schedule=number is not None)
         assert (result is SubscribeResult.CREATED) == is_new
-        model.subscribe(user, group, schedule, self.clock.now_ms, effect_ms)
+        model.subscribe(user, group, schedule, effect_ms)
 
     def _compare(self, *, whole: bool) -> None:
         """Let the model do what was done, and hold the store against it."""
