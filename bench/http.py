@@ -13,12 +13,10 @@ All use `requests` with a connection kept by each thread. Each system has its ow
 from __future__ import annotations
 
 import os
-import signal
 import statistics
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -26,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import http_target
-from bench.processes import ROOT, wait_for
+from bench.processes import ROOT, python, wait_for
 from taskplatform.catalogue import load
 from taskplatform.local import embedded_server
 from taskplatform.platform import JobRequest, Platform
@@ -128,7 +126,7 @@ def _platform(url: str, target_url: str, folder: Path) -> Iterator[_Side]:
     env = {"TASKPLATFORM_REDIS_URL": url, "TASKPLATFORM_TASKS_DIR": str(DEFINITIONS), "BENCH_TARGET": target_url}
     argv = ["celery", "-A", "taskplatform.app", "worker", "-n", "ours@%h", *_CELERY_OPTIONS]
     log = folder / "ours.log"
-    with closing(platform), _worker(argv, env, log) as process:
+    with closing(platform), python(argv, env=env, log=log) as process:
         yield _Side(lambda count: _enqueue(platform, count), process, log)
 
 
@@ -141,31 +139,8 @@ def _peer(name: str, peer: _Peer, url: str, target_url: str, folder: Path) -> It
     os.environ["BENCH_BROKER"] = url  # that of the peer's module here, as of its worker
     send: Callable[[str, int], None] = import_module(f"bench.peers.{name}").send
     log = folder / f"{name}.log"
-    with _worker(peer.worker, {}, log) as process:
+    with python(peer.worker, env={}, log=log) as process:
         yield _Side(lambda count: send(target_url, count), process, log)
-
-
-@contextmanager
-def _worker(command: Sequence[str], env: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`python -m command …`, ended with all its processes."""
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command],
-            cwd=ROOT,
-            env={**os.environ, **env, "PYTHONUNBUFFERED": "1"},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            yield process
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
 
 
 def _round(server: http_target.Target, side: _Side, count: int) -> float:

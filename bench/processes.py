@@ -98,13 +98,11 @@ def target() -> Iterator[str]:
 
 
 @contextmanager
-def celery(
-    app: str, command: Sequence[str], *, env: Mapping[str, str], log: Path, ready: Callable[[], bool]
-) -> Iterator[subprocess.Popen[bytes]]:
-    """`celery -A app command …`, yielded when `ready` holds, ended with all its processes."""
+def python(command: Sequence[str], *, env: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`python -m command …`, ended with all its processes."""
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "celery", "-A", app, *command],
+            [sys.executable, "-m", *command],
             cwd=ROOT,
             env={**os.environ, **env, "PYTHONUNBUFFERED": "1"},
             stdout=stream,
@@ -112,9 +110,6 @@ def celery(
             start_new_session=True,
         )
         try:
-            wait_for(lambda: ready() or process.poll() is not None, seconds=60, what=str(log))
-            if process.poll() is not None:
-                raise RuntimeError(f"{app} {command[0]} ended:\n{log.read_text('utf-8', 'replace')[-2000:]}")
             yield process
         finally:
             process.terminate()
@@ -123,3 +118,15 @@ def celery(
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+@contextmanager
+def celery(
+    app: str, command: Sequence[str], *, env: Mapping[str, str], log: Path, ready: Callable[[], bool]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`celery -A app command …`, yielded when `ready` holds."""
+    with python(["celery", "-A", app, *command], env=env, log=log) as process:
+        wait_for(lambda: ready() or process.poll() is not None, seconds=60, what=str(log))
+        if process.poll() is not None:
+            raise RuntimeError(f"{app} {command[0]} ended:\n{log.read_text('utf-8', 'replace')[-2000:]}")
+        yield process

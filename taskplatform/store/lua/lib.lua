@@ -342,11 +342,22 @@ local function rates(definition)
   return found
 end
 
--- Calls `change` for the bucket of each of them. It returns false where it only looked.
+-- Whether each of them has a token, whoever it is reserved for.
+local function have_tokens(definition, now)
+  local enough = true
+  for name, limit in pairs(rates(definition)) do
+    local bucket = bucket_of(name, limit, now)
+    enough = enough and bucket.level >= bucket.cost
+  end
+  return enough
+end
+
+-- Changes the bucket of each of them.
 local function each_bucket(definition, now, change)
   for name, limit in pairs(rates(definition)) do
     local bucket = bucket_of(name, limit, now)
-    if change(bucket) ~= false then keep_bucket(name, bucket, now) end
+    change(bucket)
+    keep_bucket(name, bucket, now)
   end
 end
 
@@ -679,30 +690,38 @@ local function take_turns(priority, now, most)
   end
 end
 
+local function has_due(stage, priority, now)
+  local head = call('ZRANGE', stage.ready .. priority, 0, 0, 'WITHSCORES')
+  return head[1] and (stage == TURNS or tonumber(head[2]) <= now)
+end
+
 -- With a guaranteed share: the highest of the priorities below `priority` that is owed a job and has one.
 local function owed(priority, stage, now)
-  local below, found = false, nil
+  local below = false
   for _, lower in ipairs(PRIORITIES) do
-    if below and not found and tonumber(call('HGET', K.shares, lower) or '0') >= 1 then
-      local head = call('ZRANGE', stage.ready .. lower, 0, 0, 'WITHSCORES')
-      if head[1] and (stage == TURNS or tonumber(head[2]) <= now) then found = lower end
-    end
+    if below and tonumber(call('HGET', K.shares, lower) or '0') >= 1 and has_due(stage, lower, now) then return lower end
     below = below or lower == priority
   end
-  return found
+  return nil
 end
 
 -- Counts a release of `priority` for the shares: the lower ones that wait are owed a part of it. Nobody saves up while idle.
 local function count_share(priority, stage, now, share)
   for number, other in ipairs(PRIORITIES) do
     if number > 1 then
-      local head = call('ZRANGE', stage.ready .. other, 0, 0, 'WITHSCORES')
-      local waits = head[1] and (stage == TURNS or tonumber(head[2]) <= now)
-      local credit = waits and tonumber(call('HGET', K.shares, other) or '0') + share or 0
+      local credit = has_due(stage, other, now) and tonumber(call('HGET', K.shares, other) or '0') + share or 0
       if other == priority then credit = math.max(0, credit - 1) end
       call('HSET', K.shares, other, string.format('%.17g', math.min(2, credit)))
     end
   end
+end
+
+-- Until when a limit lets nothing more go, as a lane is blocked by it; nil where it lets one go now.
+local function waits_until(name, now)
+  local limit = limit_of(name)
+  if is_full(name, limit) then return EVENT end
+  local delay = limit and limit.rate and wait_for_token(bucket_of(name, limit, now)) or 0
+  return delay > 0 and string.format('%.3f', now + delay) or nil
 end
 
 -- What keeps the job at the head of a lane from going: nil, or what was done about it.
@@ -733,33 +752,17 @@ local function hold_back(id, member, job, priority, definition, user, now)
     local delay = wait_for_token(bucket_of('total', total, now))
     if delay > 0 then return 'total', delay end
   end
-  local own = limit_of('definition:' .. definition)
-  if own then
-    local delay = 0
-    if is_full('definition:' .. definition, own) then
-      delay = nil
-    elseif own.rate then
-      delay = wait_for_token(bucket_of('definition:' .. definition, own, now))
-    end
-    if delay ~= 0 then
-      block_lane(priority, definition, delay and string.format('%.3f', now + delay) or EVENT)
-      return 'blocked'
-    end
+  local lane_waits = waits_until('definition:' .. definition, now)
+  if lane_waits then
+    block_lane(priority, definition, lane_waits)
+    return 'blocked'
   end
   local host = host_of(definition)
-  local of_host = host ~= '' and limit_of('host:' .. host)
-  if of_host then
-    local delay = 0
-    if is_full('host:' .. host, of_host) then
-      delay = nil
-    elseif of_host.rate then
-      delay = wait_for_token(bucket_of('host:' .. host, of_host, now))
-    end
-    if delay ~= 0 then
-      call('ZADD', K.gates, delay and string.format('%.3f', now + delay) or EVENT, host)
-      gate_lane(priority, definition)
-      return 'blocked'
-    end
+  local host_waits = host ~= '' and waits_until('host:' .. host, now)
+  if host_waits then
+    call('ZADD', K.gates, host_waits, host)
+    gate_lane(priority, definition)
+    return 'blocked'
   end
   return nil
 end

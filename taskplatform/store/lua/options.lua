@@ -5,15 +5,9 @@
 local now, fair, most, moved = clock(ARGV[1]), ARGV[2] == '1', tonumber(ARGV[4]), 0
 call('HSET', K.options, 'share', ARGV[3])
 local switched = fair ~= (option('fairness') ~= nil)
-for _, priority in ipairs(PRIORITIES) do
-  local definitions = {}
-  for _, index in ipairs({ K.ready, K.turns, K.blocked }) do
-    for _, definition in ipairs(call('ZRANGE', index .. priority, 0, -1)) do definitions[definition] = true end
-  end
-  for definition in pairs(definitions) do
-    -- out of the line of its host: the places there are of the other stage
-    if switched then unblock_unless_paused(definition) end
-  end
+for _, priority in ipairs(switched and PRIORITIES or {}) do
+  -- out of the line of its host: the places there are of the other stage
+  for _, definition in ipairs(call('ZRANGE', K.blocked .. priority, 0, -1)) do unblock_unless_paused(definition) end
 end
 if fair then call('HSET', K.options, 'fairness', 1) else call('HDEL', K.options, 'fairness') end
 settings_read = nil

@@ -9,14 +9,9 @@ local job = load_job(id)
 if not job then return 'unknown' end
 if job.state ~= 'running' or job.delivery ~= delivery then return job.state end
 local definition = parts(id)
-local limited, free = false, true
-each_bucket(definition, now, function(bucket)
-  -- it goes before what is released and has not started, because it took a token at its start
-  limited, free = true, free and bucket.level >= bucket.cost
-  return false
-end)
-if not limited then return 'free' end
-if free then
+if not next(rates(definition)) then return 'free' end
+-- it goes before what is released and has not started, because it took a token at its start
+if have_tokens(definition, now) then
   each_bucket(definition, now, function(bucket) bucket.level = bucket.level - bucket.cost end)
   return 'go'
 end

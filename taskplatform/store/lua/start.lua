@@ -24,12 +24,7 @@ if call('EXISTS', K.definition .. definition) == 0 then
   release(now, 10)
   return { 'rejected' }
 end
-local free = true
-each_bucket(definition, now, function(bucket)
-  free = free and bucket.level >= bucket.cost
-  return false
-end)
-if not free then
+if not have_tokens(definition, now) then
   -- a limit was lowered since the release, or another server does not know what was started before
   give_back(id, job, job.attempt > 0 and 'retrying' or 'pending', now, tonumber(job.after), worker, 'given back: its limit has no place for it now', '')
   release(now, 10)
