@@ -47,6 +47,12 @@ def new_site(guard: Guard, target: Target, tmp_path_factory: pytest.TempPathFact
         yield lambda: stack.enter_context(running_site(tmp_path_factory.mktemp("site"), base_environment(target.url, guard.environment)))
 
 
+@pytest.fixture(scope="module")
+def own_site(new_site: Callable[[], Site]) -> Site:
+    """For a module whose tests need all workers or beats to be their own: it names this one as its `site`."""
+    return new_site()
+
+
 @pytest.fixture(scope="session")
 def shared_site(new_site: Callable[[], Site]) -> Site:
     """For tests that hurt no process."""

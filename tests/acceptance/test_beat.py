@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -19,11 +18,6 @@ from tests.support import wait_until
 WINDOW = timedelta(seconds=5)
 #: From the death of a leader to the first tick of the next: the lock's timeout, the standby's poll, and what a busy machine takes.
 TAKE_OVER_SECONDS = BEAT_LOCK_SECONDS + 4
-
-
-@pytest.fixture(scope="module")
-def own_site(new_site: Callable[[], Site]) -> Site:
-    return new_site()
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from taskplatform.model import JobState
@@ -15,11 +13,6 @@ from tests.support import wait_until
 
 PER_SECOND, BURST = 20, 10
 JOBS = 130
-
-
-@pytest.fixture(scope="module")
-def own_site(new_site: Callable[[], Site]) -> Site:
-    return new_site()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -16,11 +16,6 @@ from tests.acceptance.target import Answer, Target
 from tests.support import wait_until
 
 HIGH, MEDIUM, LOW = Priority.HIGH, Priority.MEDIUM, Priority.LOW
-
-
-@pytest.fixture(scope="module")
-def own_site(new_site: Callable[[], Site]) -> Site:
-    return new_site()
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from pytest_celery import CeleryTestSetup
 
@@ -12,11 +10,6 @@ from tests.acceptance.nodes import WorkerNode
 from tests.acceptance.site import Site, eventually
 from tests.acceptance.target import Answer, Target
 from tests.support import wait_until
-
-
-@pytest.fixture(scope="module")
-def own_site(new_site: Callable[[], Site]) -> Site:
-    return new_site()
 
 
 @pytest.fixture

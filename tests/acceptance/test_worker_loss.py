@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import pytest
 from pytest_celery import CeleryTestSetup, CeleryTestWorker, CeleryWorkerCluster
@@ -15,11 +14,6 @@ from tests.acceptance.target import Answer, Target
 from tests.support import wait_until
 
 AGAIN = ["pending", "queued", "assigned", "running", "retrying", "queued", "assigned", "running", "completed"]
-
-
-@pytest.fixture(scope="module")
-def own_site(new_site: Callable[[], Site]) -> Site:
-    return new_site()
 
 
 @pytest.fixture
