@@ -105,9 +105,14 @@ class _Pending:
         return Load(self.start_ms, self.end_ms, self.demand.jobs, self.demand.rank, ())
 
     def stretch(self, begin_ms: float, end_ms: float, limit: str, together: int) -> None:
-        self.start_ms = max(self.start_ms, min(math.ceil(begin_ms), self.demand.start_ms + LONGEST_MS))
-        self.window_ms = min(max(self.window_ms, math.ceil(end_ms) - self.start_ms), LONGEST_MS)
+        self.start_ms = max(self.start_ms, min(_whole(begin_ms), self.demand.start_ms + LONGEST_MS))
+        self.window_ms = min(max(self.window_ms, _whole(end_ms) - self.start_ms), LONGEST_MS)
         self.limit, self.together = limit, together
+
+
+def _whole(ms: float) -> int:
+    """Up to the next whole millisecond. What arithmetic with instants of this size loses is no millisecond of its own."""
+    return math.ceil(ms - 0.01)
 
 
 def _apply(name: str, rate: float, committed: Sequence[Load], pending: Sequence[_Pending]) -> bool:

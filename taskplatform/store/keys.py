@@ -71,6 +71,8 @@ NAMES = {
     "worker_jobs": "workerjobs:",  # by worker, set of job ids that it runs
     "stops": "stops:",  # by worker, list of "<job id>#<delivery>" that it shall stop
     "capacity": "capacity",  # hash: priority → how many jobs its queue may hold; "<higher>><lower>" → share of the slots
+    # what happened and should be rare
+    "counters": "counters",  # hash: what happened → how often
     # what people changed
     "changes": "changes",  # stream, bounded
 }

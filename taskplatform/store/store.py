@@ -400,6 +400,10 @@ class Store:
         """
         return cast("dict[str, str]", self._redis.hgetall(self._key("planner")))
 
+    def counters(self) -> dict[str, int]:
+        """How often happened what should be rare, since this Redis is used: lost workers, lost messages and the like, by name."""
+        return {name: int(times) for name, times in cast("dict[str, str]", self._redis.hgetall(self._key("counters"))).items()}
+
     def due(self, now_ms: int, *, limit: int = 100) -> list[DueItem]:
         """Groups and occurrences that the planner must look at by now, the longest due first."""
         rows = self._redis.zrange(self._key("due"), "-inf", now_ms, byscore=True, withscores=True, offset=0, num=limit)

@@ -178,10 +178,11 @@ class ProcessNode:
 
 
 class CeleryNode(ProcessNode):
-    """A process of the platform's Celery app: beat, Flower."""
+    """A process of the platform's Celery app: beat, Flower. With the tests' fault points, which do nothing unless its environment says."""
 
     def __init__(self, name: str, command: Sequence[str], *, environment: Mapping[str, str], folder: Path) -> None:
-        super().__init__(name, [sys.executable, "-m", "celery", "-A", "taskplatform.app", *command], environment=environment, folder=folder)
+        argv = [sys.executable, "-m", "celery", "-A", "tests.acceptance.faulty", *command]
+        super().__init__(name, argv, environment=environment, folder=folder)
 
 
 class WorkerNode(CeleryNode, CeleryWorkerContainer):  # type: ignore[misc]

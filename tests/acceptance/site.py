@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import redis
@@ -22,7 +22,9 @@ import taskplatform.settings
 from taskplatform.local import find_port
 from taskplatform.model import Job, JobState, Transition
 from taskplatform.platform import Platform
+from tests.acceptance.faults import Fault
 from tests.acceptance.nodes import ROOT, BeatNode, FlowerNode, ProcessNode, ServerNode, WorkerNode
+from tests.acceptance.proxy import Proxy
 from tests.support import wait_until
 
 N = TypeVar("N", bound=ProcessNode)
@@ -81,13 +83,26 @@ class Site:
             self._default_worker.ready()
         return self._default_worker
 
-    def worker(self, *options: str) -> WorkerNode:
-        """Start a worker. It is not ready yet, so that several can start at a time."""
-        return self._keep(WorkerNode(self._name("w"), options, environment=self.environment, folder=self._folder))
+    def worker(self, *options: str, fault: Fault | None = None, proxy: Proxy | None = None, **settings: str) -> WorkerNode:
+        """Start a worker. It is not ready yet, so that several can start at a time.
 
-    def beat(self) -> BeatNode:
-        """Start a beat. It is not ready yet."""
-        return self._keep(BeatNode(self._name("beat"), environment=self.environment, folder=self._folder))
+        It has a `fault` to make, speaks to Redis through `proxy`, and has `settings` (by their names, heartbeat_timeout="5s") of its own.
+        """
+        environment = self._environment(fault, proxy, settings)
+        return self._keep(WorkerNode(self._name("w"), options, environment=environment, folder=self._folder))
+
+    def beat(self, *, fault: Fault | None = None, proxy: Proxy | None = None, **settings: str) -> BeatNode:
+        """Start a beat. It is not ready yet. The rest is as for `worker`."""
+        return self._keep(BeatNode(self._name("beat"), environment=self._environment(fault, proxy, settings), folder=self._folder))
+
+    def fault(self, point: str, nth: int = 1, **options: Any) -> Fault:
+        """A fault for a worker or a beat of this site, see `Fault`."""
+        return Fault(self._folder / f"{self._name('fault')}.happened", point, nth, **options)
+
+    def _environment(self, fault: Fault | None, proxy: Proxy | None, settings: Mapping[str, str]) -> dict[str, str]:
+        own = {f"TASKPLATFORM_{name.upper()}": value for name, value in settings.items()}
+        through = {} if proxy is None else {"TASKPLATFORM_REDIS_URL": proxy.url}
+        return {**self.environment, **(fault.environment if fault else {}), **through, **own}
 
     def flower(self) -> FlowerNode:
         """Start Flower. It is not ready yet."""

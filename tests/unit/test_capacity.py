@@ -46,6 +46,12 @@ def test_a_window_that_fits_is_kept(jobs: int) -> None:
     assert fit({"total": 10.0}, [], [demand(jobs)]) == [Fit(NOW, 60_000)]
 
 
+def test_the_time_of_day_makes_no_window_longer() -> None:
+    """An instant of today, as a number of milliseconds, leaves little room for fractions."""
+    for start_ms in range(NOW, NOW + 2000):
+        assert fit({"total": 0.01}, [], [Demand(start_ms, 60_000, 3, 0, TOTAL)]) == [Fit(start_ms, 300_000, "total", 3)]
+
+
 def test_no_limit_no_change() -> None:
     assert fit({}, [], [demand(10**9, 0)]) == [Fit(NOW, 0)]
     assert fit({"host:other": 1.0}, [], [demand(10**9, 0)]) == [Fit(NOW, 0)]

@@ -23,6 +23,11 @@ local function pairs_to_table(list)
   return t
 end
 
+-- Counts what should be rare, for health and metrics.
+local function count(what, by)
+  call('HINCRBY', K.counters, what, by or 1)
+end
+
 -- Change log -----------------------------------------------------------------------------------------------------
 
 local function log_change(now, size, actor, kind, subject, detail)

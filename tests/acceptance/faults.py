@@ -1,0 +1,128 @@
+"""Points at which a process of the tests dies or stops. The platform knows nothing of them: `install` puts them around its steps.
+
+`celery -A tests.acceptance.faulty worker | beat` is the platform's app with them. What a process is to do stands in its environment
+(`Fault.environment`), and it does it once: also the process that takes its place will not do it again.
+
+Points are
+- `before:<step>` and `after:<step>` for each script of the store, by its name, and each other command that the store sends, in small
+  letters; `step` counts all of these, so that the n-th is between two calls, whichever they are
+- `popped`: a message has been taken from its queue, and nobody has been told
+- `received`: the worker's main process has made a request of it
+- `before:ack`: the job has ended, and its message is about to be acknowledged
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+_POINT, _NTH, _SIGNAL, _WHO, _MARK = (f"TEST_FAULT_{name}" for name in ("POINT", "NTH", "SIGNAL", "WHO", "MARK"))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens where. `mark` is a file that exists once it has happened."""
+
+    mark: Path
+    point: str
+    nth: int = 1
+    """At the how manieth time, in one process."""
+    signal: signal.Signals = signal.SIGKILL
+    whole_node: bool = True
+    """To all processes of the node, not only to the one that comes to the point."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        who = "node" if self.whole_node else "process"
+        return {_POINT: self.point, _NTH: str(self.nth), _SIGNAL: str(int(self.signal)), _WHO: who, _MARK: str(self.mark)}
+
+    @property
+    def happened(self) -> bool:
+        return self.mark.exists()
+
+
+_passes: defaultdict[str, itertools.count[int]] = defaultdict(lambda: itertools.count(1))
+
+
+def _pass(point: str) -> None:
+    if point != os.environ[_POINT] or next(_passes[point]) != int(os.environ[_NTH]):
+        return
+    try:
+        os.close(os.open(os.environ[_MARK], os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        return
+    number = int(os.environ[_SIGNAL])
+    if os.environ[_WHO] == "node":
+        os.killpg(os.getsid(0), number)
+    os.kill(os.getpid(), number)
+
+
+def _around(step: str, call: Callable[[], Any]) -> Any:
+    _pass(f"before:{step}")
+    _pass("step")
+    result = call()
+    _pass(f"after:{step}")
+    return result
+
+
+def install() -> None:
+    """Put the points into this process, if it has a fault to make."""
+    if _POINT not in os.environ:
+        return
+
+    from kombu.transport import virtual
+
+    from taskplatform.app import PlatformRequest
+    from taskplatform.consumer import JobQoS
+    from taskplatform.store import connection
+    from taskplatform.store.scripts import Scripts
+
+    run, execute_command, execute = Scripts.run, connection._Client.execute_command, connection._Pipeline.execute
+    deliver, make_request, ack = virtual.Transport._deliver, PlatformRequest.__init__, JobQoS.ack
+
+    @wraps(run)
+    def run_script(self: Any, name: str, *args: Any) -> Any:
+        return _around(name, lambda: run(self, name, *args))
+
+    @wraps(execute_command)
+    def send_command(self: Any, *args: Any, **options: Any) -> Any:
+        if args[0] in ("EVALSHA", "SCRIPT LOAD"):
+            return execute_command(self, *args, **options)
+        return _around(str(args[0]).lower(), lambda: execute_command(self, *args, **options))
+
+    @wraps(execute)
+    def send_pipeline(self: Any, raise_on_error: bool = True) -> list[Any]:
+        return list(_around("pipeline", lambda: execute(self, raise_on_error)))
+
+    @wraps(deliver)
+    def note_popped(self: Any, message: Any, queue: str) -> Any:
+        _pass("popped")
+        return deliver(self, message, queue)
+
+    @wraps(make_request)
+    def note_received(self: Any, *args: Any, **kwargs: Any) -> None:
+        make_request(self, *args, **kwargs)
+        _pass("received")
+
+    @wraps(ack)
+    def note_ack(self: Any, delivery_tag: str) -> None:
+        _pass("before:ack")
+        ack(self, delivery_tag)
+
+    patches: list[tuple[type, str, Any]] = [
+        (Scripts, "run", run_script),
+        (connection._Client, "execute_command", send_command),
+        (connection._Pipeline, "execute", send_pipeline),
+        (virtual.Transport, "_deliver", note_popped),
+        (PlatformRequest, "__init__", note_received),
+        (JobQoS, "ack", note_ack),
+    ]
+    for owner, name, function in patches:
+        setattr(owner, name, function)

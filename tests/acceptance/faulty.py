@@ -1,0 +1,8 @@
+"""The platform's Celery app with the fault points of the tests: `celery -A tests.acceptance.faulty worker`."""
+
+from __future__ import annotations
+
+from taskplatform.app import app as app
+from tests.acceptance.faults import install
+
+install()
