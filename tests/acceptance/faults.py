@@ -8,7 +8,9 @@ Points are
   letters; `step` counts all of these, so that the n-th is between two calls, whichever they are
 - `popped`: a message has been taken from its queue, and nobody has been told
 - `received`: the worker's main process has made a request of it
+- `called`: the request has been sent to the target, and its answer has not been read
 - `before:ack`: the job has ended, and its message is about to be acknowledged
+- `released`: the release loop has moved at least one job to its queue
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,29 +51,49 @@ class Fault:
     def happened(self) -> bool:
         return self.mark.exists()
 
+    @property
+    def job(self) -> str:
+        """At which job it happened, where the point is one of a job's steps."""
+        return self.mark.read_text(encoding="utf-8")
+
+    @property
+    def at_ms(self) -> int:
+        """When it happened."""
+        return self.mark.stat().st_mtime_ns // 1_000_000
+
 
 _passes: defaultdict[str, itertools.count[int]] = defaultdict(lambda: itertools.count(1))
+_thread = threading.local()
 
 
-def _pass(point: str) -> None:
+def _pass(point: str, job: str = "") -> None:
     if point != os.environ[_POINT] or next(_passes[point]) != int(os.environ[_NTH]):
         return
+    mark = Path(os.environ[_MARK])
+    own = mark.with_suffix(f".{os.getpid()}")
+    own.write_text(job, encoding="utf-8")
     try:
-        os.close(os.open(os.environ[_MARK], os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        os.link(own, mark)  # with all that is in it, for whoever sees it
     except FileExistsError:
         return
     number = int(os.environ[_SIGNAL])
     if os.environ[_WHO] == "node":
         os.killpg(os.getsid(0), number)
-    os.kill(os.getpid(), number)
+    else:
+        os.kill(os.getpid(), number)
+    time.sleep(0.05)  # the kernel may let this thread run on for a moment
 
 
-def _around(step: str, call: Callable[[], Any]) -> Any:
-    _pass(f"before:{step}")
+def _around(step: str, call: Callable[[], Any], job: str = "") -> Any:
+    _pass(f"before:{step}", job)
     _pass("step")
     result = call()
-    _pass(f"after:{step}")
+    _pass(f"after:{step}", job)
     return result
+
+
+#: Scripts whose first argument is a job.
+_OF_A_JOB = ("start", "finish", "renew", "lose", "cancel", "enqueue")
 
 
 def install() -> None:
@@ -79,6 +103,7 @@ def install() -> None:
 
     from kombu.transport import virtual
 
+    from taskplatform import http
     from taskplatform.app import PlatformRequest
     from taskplatform.consumer import JobQoS
     from taskplatform.store import connection
@@ -86,10 +111,17 @@ def install() -> None:
 
     run, execute_command, execute = Scripts.run, connection._Client.execute_command, connection._Pipeline.execute
     deliver, make_request, ack = virtual.Transport._deliver, PlatformRequest.__init__, JobQoS.ack
+    get_response = http._Connection.getresponse
 
     @wraps(run)
     def run_script(self: Any, name: str, *args: Any) -> Any:
-        return _around(name, lambda: run(self, name, *args))
+        job = str(args[0]) if name in _OF_A_JOB else ""
+        if name == "start":
+            _thread.job = job
+        result = _around(name, lambda: run(self, name, *args), job)
+        if name == "release" and result[0]:
+            _pass("released")
+        return result
 
     @wraps(execute_command)
     def send_command(self: Any, *args: Any, **options: Any) -> Any:
@@ -103,18 +135,25 @@ def install() -> None:
 
     @wraps(deliver)
     def note_popped(self: Any, message: Any, queue: str) -> Any:
-        _pass("popped")
+        job = message.get("headers", {}).get("id")
+        if job is not None:  # others are of Celery's remote control
+            _pass("popped", job)
         return deliver(self, message, queue)
 
     @wraps(make_request)
     def note_received(self: Any, *args: Any, **kwargs: Any) -> None:
         make_request(self, *args, **kwargs)
-        _pass("received")
+        _pass("received", self.id)
 
     @wraps(ack)
     def note_ack(self: Any, delivery_tag: str) -> None:
-        _pass("before:ack")
+        _pass("before:ack", delivery_tag.rpartition("#")[0])
         ack(self, delivery_tag)
+
+    @wraps(get_response)
+    def note_called(self: Any, *args: Any, **options: Any) -> Any:
+        _pass("called", _thread.job)
+        return get_response(self, *args, **options)
 
     patches: list[tuple[type, str, Any]] = [
         (Scripts, "run", run_script),
@@ -123,6 +162,7 @@ def install() -> None:
         (virtual.Transport, "_deliver", note_popped),
         (PlatformRequest, "__init__", note_received),
         (JobQoS, "ack", note_ack),
+        (http._Connection, "getresponse", note_called),
     ]
     for owner, name, function in patches:
         setattr(owner, name, function)

@@ -52,6 +52,7 @@ class Target:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._calls: list[Call] = []
+        self._ended: dict[int, int] = {}
         self._answers: dict[str, list[Answer]] = {}
         self._closed = threading.Event()
         self._server = _Server(self)
@@ -75,6 +76,16 @@ class Target:
         """In the order of arrival."""
         with self._lock:
             return [call for call in self._calls if user in (None, call.user) and job in (None, call.job)]
+
+    def ended_ms(self, call: Call) -> int | None:
+        """When the answer to a call was sent, or the caller was found to be gone. None: not yet."""
+        with self._lock:
+            return self._ended.get(id(call))
+
+    def end(self, call: Call) -> None:
+        """Log that a call is over."""
+        with self._lock:
+            self._ended[id(call)] = time.time_ns() // 1_000_000
 
     def take(self, call: Call) -> Answer:
         """Log a request and choose its answer. Returns when it is to be sent."""
@@ -107,7 +118,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         at_ms, at_seconds = time.time_ns() // 1_000_000, time.monotonic()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-        answer = self.server.target.take(Call(at_ms, at_seconds, self.command, self.path, dict(self.headers.items()), body))
+        call = Call(at_ms, at_seconds, self.command, self.path, dict(self.headers.items()), body)
+        answer = self.server.target.take(call)
+        try:
+            self._answer(answer)
+        finally:
+            self.server.target.end(call)
+
+    def _answer(self, answer: Answer) -> None:
         if answer.hang:
             self.close_connection = True
             return

@@ -16,7 +16,7 @@ from redis.connection import AbstractConnection
 
 from taskplatform.errors import Conflict, InvalidInput, InvalidTransition, UnknownDefinition, UnknownJob, UnknownUser
 from taskplatform.model import TRANSITIONS, JobState, Limit, Priority
-from taskplatform.store import Enqueue, Store
+from taskplatform.store import Enqueue, Renewal, Store
 from tests.conftest import Clock
 from tests.integration.harness import (
     ACTOR,
@@ -324,6 +324,19 @@ def test_a_worker_that_was_given_up_and_comes_back(client: redis.Redis, store: S
     clock.advance(60)
     assert ("job", other) in _recover(store, other)
     assert_consistent(client, store)
+
+
+def test_of_two_workers_with_one_delivery_only_the_one_that_started_it_counts(client: redis.Redis, store: Store, clock: Clock) -> None:
+    """A connection was cut and the message put back, while the worker that had taken it still meant to start it."""
+    job_id = bring(client, store, clock, S.RUNNING)
+    assert start(store, job_id, worker="w2") == "running"
+    assert store.lose(job_id, delivery=1, worker="w2", what="process died", max_losses=1, backoff=SECOND) is False
+    assert store.renew(job_id, delivery=1, worker="w2") is Renewal.NEVER
+    assert finish(store, job_id, S.FAILED, worker="w2") is False
+    assert store.history(job_id)[-1].reason == "discarded the result of delivery 1: failed, ended failed"
+    assert store.job(job_id).state is S.RUNNING
+    assert_consistent(client, store)
+    assert finish(store, job_id, S.COMPLETED) is True
 
 
 def test_a_redelivered_copy_is_dropped_while_the_job_waits(client: redis.Redis, store: Store, clock: Clock) -> None:

@@ -560,6 +560,12 @@ function load_job(id)
   return job
 end
 
+-- Whether a worker speaks of the run that counts. Two can have messages of one delivery, where a connection was cut and the message put
+-- back: one of them started it.
+local function is_run(job, delivery, worker)
+  return job.state == 'running' and job.delivery == delivery and job.worker == worker
+end
+
 local function count_unfinished(id, by)
   local definition, user = parts(id)
   local key = K.unfinished .. definition

@@ -7,7 +7,7 @@
 local now, id, delivery, worker = clock(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local job = load_job(id)
 if not job then return 'unknown' end
-if job.state ~= 'running' or job.delivery ~= delivery then return job.state end
+if not is_run(job, delivery, worker) then return job.state end
 local definition = parts(id)
 if not next(rates(definition)) then return 'free' end
 -- it goes before what is released and has not started, because it took a token at its start
