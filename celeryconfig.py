@@ -18,11 +18,18 @@ _settings = settings()
 # Broker: one queue for each priority, served in this order. Each has its own routing key, or all would share the default's.
 broker_url = _settings.redis_url
 broker_connection_retry_on_startup = True
+broker_connection_max_retries = None
+# What Redis refuses for a time (no memory, read-only) must not end a worker either.
+broker_channel_error_retry = True
 broker_transport_options = {
     "queue_order_strategy": "priority",
     "priority_steps": [0],
     # The platform recovers lost jobs itself, in seconds. Celery's own redelivery would only bring stale copies.
     "visibility_timeout": 30 * 86_400,
+    # A connection on which nothing comes any more is noticed before its worker counts as lost, and answers may take some seconds.
+    "socket_timeout": 5,
+    "socket_connect_timeout": 5,
+    "health_check_interval": 5,
     "socket_keepalive": True,
 }
 task_queues = (
@@ -69,9 +76,9 @@ beat_max_loop_interval = _settings.beat_interval.total_seconds()
 redbeat_redis_url = _settings.redis_url
 redbeat_key_prefix = f"{_settings.namespace}:redbeat:"
 redbeat_lock_timeout = _ceil(_settings.beat_lock_timeout.total_seconds())  # it extends its lock by whole seconds
+# A longer outage comes out in the scheduler's tick, which says so and tries again.
 redbeat_redis_options = {
-    "retry_period": -1,
-    "retry": Retry(ExponentialWithJitterBackoff(base=0.25, cap=2), 1000),
+    "retry": Retry(ExponentialWithJitterBackoff(base=0.1, cap=1), 2),
     "retry_on_error": [RedisConnectionError, RedisTimeoutError],
     "socket_timeout": 5,
     "socket_connect_timeout": 5,

@@ -39,8 +39,9 @@ from taskplatform.catalogue import Catalogue, load, resolve_calls
 from taskplatform.errors import CatalogueError, InvalidInput, SettingsError, StoreError, StoreUnavailable, TaskPlatformError
 from taskplatform.message import time_limits
 from taskplatform.model import START_SLACK_MS, Definition, JobState, Priority, format_duration
+from taskplatform.outage import OutageLog
 from taskplatform.platform import Platform
-from taskplatform.recovery import LOSS_BACKOFF, RecoveryLoop
+from taskplatform.recovery import LOSS_BACKOFF, Discarded, Ending, Endings, RecoveryLoop
 from taskplatform.release import ReleaseLoop, renew
 from taskplatform.settings import environment, settings
 from taskplatform.store import Renewal, Start
@@ -52,9 +53,6 @@ _STOP_GRACE_SECONDS = 3.0
 
 #: A pool process that died is noticed after this at the latest; Celery itself looks every 5 seconds.
 _POOL_CHECK_SECONDS = 1.0
-
-#: So long a worker tries to record how a run ended while Redis is away.
-_RECORD_FOR = timedelta(minutes=10)
 
 
 # --- this process's platform -----------------------------------------------------------------------------------------
@@ -92,13 +90,21 @@ def platform() -> Platform:
 
 def platform_when_reachable() -> Platform:
     """The same, for processes that start before Redis does: they wait for it, as Celery waits for its broker."""
+    outage = OutageLog(log, "the start")
     while True:
         try:
-            return platform()
+            owner = platform()
         except StoreUnavailable as fault:
-            log.warning("%s Trying again.", fault)
             worker_state.maybe_shutdown()
-            time.sleep(1)
+            time.sleep(outage.failed(fault))
+        else:
+            outage.over()
+            return owner
+
+
+@lru_cache(maxsize=1)
+def _starts() -> OutageLog:
+    return OutageLog(log, "starting jobs")
 
 
 @lru_cache(maxsize=1)
@@ -116,6 +122,20 @@ class JobFailed(TaskPlatformError):
 
 class TargetUnavailable(TaskPlatformError):
     """A run failed in a way that another may not."""
+
+
+class Unrecorded(TaskPlatformError):
+    """A run ended, and Redis could not be told. The worker's main process keeps its end until it can."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(ending)
+        self.ending = ending
+
+    def __str__(self) -> str:
+        return f"{self.ending.state}: {self.ending.reason}; recorded when Redis can be used again"
+
+    def __repr__(self) -> str:
+        return f"Unrecorded({str(self)!r})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +184,9 @@ class PlatformTask(Task):  # type: ignore[misc]
     definition: Definition
     #: HTTP failures that the policy sends into a retry never get this far; this is for what nobody foresaw.
     autoretry_for: Sequence[type[BaseException]] = (Exception,)
-    dont_autoretry_for: Sequence[type[BaseException]] = (JobFailed,)
+    dont_autoretry_for: Sequence[type[BaseException]] = (JobFailed, Unrecorded)
     #: An expected end: the history tells it, so the log needs no traceback.
-    throws = (JobFailed,)
+    throws = (JobFailed, Unrecorded)
 
     # sending
 
@@ -255,7 +275,14 @@ class PlatformTask(Task):  # type: ignore[misc]
             # the first one of a process loads certificates, and a call must come soon after its start
             _http_client_of(os.getpid())
         asked = time.monotonic()
-        start = platform().store.start(request.id, delivery=delivery, worker=worker, waited_ms=waited_ms)
+        try:
+            start = platform().store.start(request.id, delivery=delivery, worker=worker, waited_ms=waited_ms)
+        except StoreUnavailable as fault:
+            # the message is gone with that, but not the job: `reclaim` or, if only the answer was lost, `recover` or this worker finds it
+            _starts().failed(fault)
+            log.info("delivery %s of job %s not started: it is released again when Redis can be used", delivery, request.id)
+            raise Ignore from fault
+        _starts().over()
         if not start.go:
             log.info("delivery %s of job %s dropped: the job is %s", delivery, request.id, start.refusal)
             raise Ignore
@@ -304,7 +331,7 @@ class PlatformTask(Task):  # type: ignore[misc]
         began = time.monotonic()
         try:
             result = function(job)
-        except (Retry, Ignore, SoftTimeLimitExceeded, JobFailed):
+        except (Retry, Ignore, SoftTimeLimitExceeded, JobFailed, Unrecorded):
             raise
         except (Exception, SystemExit) as fault:
             if isinstance(fault, SystemExit) and terminate_handler_fired():
@@ -334,22 +361,16 @@ class PlatformTask(Task):  # type: ignore[misc]
         return cast("_Run", run)
 
     def _finish(self, run: _Run, state: JobState, reason: str, detail: Mapping[str, Any] | None, retry_in: timedelta | None = None) -> None:
-        """Record how a run ended; while Redis is away, keep trying, because the work is done."""
-        deadline = time.monotonic() + _RECORD_FOR.total_seconds()
-        while True:
-            try:
-                counted = platform().store.finish(
-                    run.job_id, delivery=run.delivery, worker=run.worker, state=state, reason=reason, detail=detail, retry_in=retry_in
-                )
-                break
-            except StoreUnavailable as fault:
-                if time.monotonic() > deadline:
-                    raise
-                log.warning("job %s: cannot record %s yet: %s", run.job_id, state, fault)
-                time.sleep(1)
-        if not counted:
-            log.warning("job %s: result %s of delivery %d discarded: it is not the job's current one", run.job_id, state, run.delivery)
-            raise Ignore
+        """Record how a run ended. Raises Unrecorded where Redis cannot be told, whatever the run's time limit: the work is done."""
+        ending = Ending(run.job_id, run.delivery, run.worker, state, reason, detail, retry_in)
+        try:
+            ending.record(platform().store)
+        except (StoreUnavailable, SoftTimeLimitExceeded) as fault:
+            log.warning("job %s: cannot record %s yet: %s", run.job_id, state, fault)
+            raise Unrecorded(ending) from fault
+        except Discarded as fault:
+            log.warning("%s", fault)
+            raise Ignore from fault
 
 
 _UNSUPPORTED = (
@@ -407,7 +428,9 @@ class PlatformRequest(Request):  # type: ignore[misc]
         """
         super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
         fault = getattr(exc_info.exception, "exc", exc_info.exception)
-        if isinstance(fault, WorkerLostError | SystemExit | KeyboardInterrupt):
+        if isinstance(fault, Unrecorded):
+            _endings.keep(fault.ending)
+        elif isinstance(fault, WorkerLostError | SystemExit | KeyboardInterrupt):
             self._lose(f"the process that ran it died: {fault}")
         elif not isinstance(fault, Ignore | Retry | JobFailed | TimeLimitExceeded):
             self._lose(f"its run broke off: {_describe(fault)}")
@@ -459,6 +482,9 @@ def _not_fatal(job_id: str) -> Iterator[None]:
 
 _PREFORK = "celery.concurrency.prefork"
 
+#: What this worker's runs could not record.
+_endings = Endings()
+
 
 class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
     """Runs the release and the recovery loop in the worker's main process, from pool start to shutdown."""
@@ -483,6 +509,7 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
             queues=lambda: [str(name) for name in worker.app.amqp.queues.consume_from],
             stop_run=lambda job_id, delivery: _stop_run(worker, job_id, delivery),
             has_job=_has_job,
+            endings=_endings,
             info={
                 "host": socket.gethostname(),
                 "pid": str(os.getpid()),
@@ -527,8 +554,8 @@ def _share_memory_with_pool(**_: Any) -> None:
 
 
 def _has_job(job_id: str) -> bool:
-    """Whether this worker runs the job or is about to."""
-    return any(request.id == job_id for request in _snapshot(worker_state.reserved_requests))
+    """Whether this worker runs the job or is about to, or has its end."""
+    return job_id in _endings or any(request.id == job_id for request in _snapshot(worker_state.reserved_requests))
 
 
 def _snapshot(requests: Iterable[Any]) -> list[Any]:

@@ -10,23 +10,33 @@ import logging
 import os
 import socket
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
-from redbeat.schedulers import RedBeatScheduler
+from celery.signals import beat_init
+from redbeat.schedulers import RedBeatScheduler, acquire_distributed_beat_lock
 
 from taskplatform.app import platform_when_reachable
-from taskplatform.errors import StoreError
+from taskplatform.errors import Outage, StoreUnavailable
+from taskplatform.outage import OutageLog
 from taskplatform.planner import Planner
 from taskplatform.settings import environment
+from taskplatform.store import LockLost, unavailable
 
 log = logging.getLogger(__name__)
+
+# Celery would swallow what it raises where Redis cannot be used: the first tick does it.
+beat_init.disconnect(acquire_distributed_beat_lock)
 
 
 class Scheduler(RedBeatScheduler):  # type: ignore[misc]
     """What `celery beat` runs, by `beat_scheduler` in celeryconfig.py."""
 
+    lock: Any = None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._leads = False
+        self._outage = OutageLog(log, "beat")
         super().__init__(*args, **kwargs)
         owner = platform_when_reachable()
         self._store = owner.store
@@ -49,14 +59,45 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
     def tick(self, **kwargs: Any) -> float:
         """One round as leader. Returns the seconds until the next.
 
-        Raises LockNotOwnedError when another beat leads by now; then this one ends, and whoever supervises it starts a standby.
+        What Redis cannot do for now is tried again; if it cost the lock, this beat stands by until it gets one. Raises LockNotOwnedError
+        when another leads by now for another reason; then this one ends, and whoever supervises it starts a standby.
         """
+        try:
+            wait = self._round(**kwargs)
+        except LockLost:
+            if not self._outage.lasts:
+                raise
+            log.warning("beat could not keep its lock while Redis could not be used: it stands by")
+            self.lock, self._leads = None, False
+            return 0.0
+        except Exception as fault:
+            outage = unavailable(fault)
+            if outage is None:
+                raise
+            self._make_room(outage)
+            return min(self._outage.failed(outage), float(self.max_interval))
+        self._outage.over()
+        return wait
+
+    def _round(self, **kwargs: Any) -> float:
         if self.lock_key and self.lock is None:
-            raise StoreError("beat could not get its lock; see the lines above")
+            # returns when the leader has gone
+            acquire_distributed_beat_lock(SimpleNamespace(scheduler=self))
         if not self._leads:
             self._take_over()
-        wait: float = min(super().tick(**kwargs), self.max_interval)
-        return min(wait, self._advance())
+        else:
+            self.lock.extend(int(self.lock_timeout))
+        # first: what Redis refuses comes out here, and not in redbeat, that would log it with a traceback for each entry
+        wait = self._advance()
+        return min(wait, self.max_interval, super().tick(**kwargs))
+
+    def _make_room(self, outage: StoreUnavailable) -> None:
+        """Where memory is full the sweep cannot be sent to a worker, because a message takes some."""
+        if outage.outage is Outage.MEMORY:
+            try:
+                self._store.sweep(retention=self._settings.retention)
+            except StoreUnavailable as fault:
+                log.debug("the sweep: %s", fault)
 
     def _take_over(self) -> None:
         self.lock.extend(int(self.lock_timeout))
@@ -72,6 +113,8 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
             # well within the lock's timeout, so that a long plan does not cost the lead
             budget = min(timedelta(seconds=2), self._settings.beat_lock_timeout / 5)
             return self._planner.advance(budget=budget).total_seconds()
+        except StoreUnavailable:
+            raise
         except Exception:
             log.exception("planning failed; trying again at the next tick")
             return float(self.max_interval)

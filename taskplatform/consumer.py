@@ -9,18 +9,28 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import select
+import time
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
+from celery.worker import state
 from celery.worker.consumer import Consumer
 from kombu.transport import redis, virtual
 
 from taskplatform.message import is_job
+from taskplatform.outage import LONGEST_WAIT_SECONDS, OutageLog
+from taskplatform.store import unavailable
 
 log = logging.getLogger(__name__)
 
 #: A task event waits so long for others to be sent with.
 _EVENTS_SECONDS = 0.1
+# kombu's says each second, with a traceback, what the loops of the worker say once a minute: that Redis has no memory left.
+logging.getLogger("kombu.transport.redis").addFilter(lambda record: not str(record.msg).startswith("maybe_refresh_binding_expiry"))
+
+#: A connection that held for so long was well.
+_WELL_SECONDS = 10.0
 
 
 class JobQoS(redis.QoS):  # type: ignore[misc]
@@ -53,7 +63,10 @@ class JobQoS(redis.QoS):  # type: ignore[misc]
         """The channel closes: put back what is held, in its old order. What has started meanwhile is dropped where it arrives."""
         jobs = [tag for tag in self._delivered if is_job(tag)]
         self._put_back([self._delivered.pop(tag) for tag in reversed(jobs)])
-        super().restore_unacked(client)
+        try:
+            super().restore_unacked(client)
+        except Exception as fault:  # of a connection that is gone kombu makes an AttributeError, which would end the worker
+            log.warning("messages that are no jobs' stay where they are noted: %s", unavailable(fault) or fault)
 
     def _put_back(self, messages: Sequence[virtual.Message], *, behind: bool = False) -> None:
         if not messages:
@@ -68,11 +81,50 @@ class JobQoS(redis.QoS):  # type: ignore[misc]
                 pipe.execute()
         except Exception as fault:  # whatever it is: a worker must not end for a job that is found anyway
             tags = ", ".join(message.delivery_tag for message in messages)
-            log.warning("not put back, because of %s; if not started, they are released again: %s", fault, tags)
+            log.warning("not put back, because of this: %s; if not started, they are released again: %s", unavailable(fault) or fault, tags)
 
 
 class PlatformConsumer(Consumer):  # type: ignore[misc]
-    """Celery's consumer, that keeps no notes of jobs, and sends the task events of a burst together."""
+    """Celery's consumer, that keeps no notes of jobs, and sends the task events of a burst together.
+
+    While the broker cannot be used it tries again at short intervals, for as long as it takes, and says so once a minute.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._outage = OutageLog(log, "taking jobs")
+        self._connected_at = 0.0
+        # what they tell workers of each other Redis tells them here; and after each outage they cost a second, and at times a traceback
+        super().__init__(*args, **{**kwargs, "without_gossip": True, "without_mingle": True})
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Celery's waits up to 30 s between two attempts, and gives up after a hundred."""
+        conn.ensure_connection(
+            lambda fault, _interval: self._outage.failed(unavailable(fault) or fault),
+            max_retries=None,
+            interval_start=0.2,
+            interval_step=0.4,
+            interval_max=LONGEST_WAIT_SECONDS,
+            callback=state.maybe_shutdown,
+        )
+        self.first_connection_attempt = False
+        return conn
+
+    def on_ready(self) -> None:
+        """It is about to take messages."""
+        super().on_ready()
+        self._connected_at = time.monotonic()
+
+    def on_connection_error_after_connected(self, exc: BaseException) -> None:
+        """The connection was lost, or refuses what it is asked: a new one helps against the first, and time against both."""
+        if time.monotonic() - self._connected_at > _WELL_SECONDS:
+            self._outage.over()
+        wait = self._outage.failed(unavailable(exc) or exc)
+        super().on_connection_error_after_connected(exc)
+        time.sleep(wait)
+
+    def on_connection_error_before_connected(self, exc: BaseException) -> None:
+        """A new connection could be made, and not be used: Celery would try again at once."""
+        time.sleep(self._outage.failed(unavailable(exc) or exc))
 
     def connection_for_read(self, heartbeat: float | None = None) -> Any:
         """A new connection for messages. Its channel makes its QoS when that is first asked for, after this."""
@@ -84,6 +136,7 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
         """Send events in a rhythm. Celery's dispatcher also sends when 24 have gathered."""
         super().register_with_event_loop(hub)
         hub.call_repeatedly(_EVENTS_SECONDS, self._send_events)
+        _look_at_results_first(getattr(self.pool, "_pool", None), hub)
 
     def on_send_event_buffered(self) -> None:
         """Nothing: Celery would send after this turn of its loop, about twice for each job."""
@@ -96,3 +149,36 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
     def _send_events(self) -> None:
         if self.event_dispatcher is not None:
             self.event_dispatcher.flush()
+
+
+def _look_at_results_first(pool: Any, hub: Any) -> None:
+    """Let the prefork pool take what its processes have sent before it acts upon a time limit.
+
+    While the broker cannot be used, its client keeps the worker's loop waiting for seconds. Celery's timers come first after that,
+    and would hit runs that have ended long ago: end them as timed out, and their processes with them.
+    """
+    if not hasattr(pool, "_fileno_to_outq") or hasattr(pool, "_looks_at_results_first"):
+        return
+    pool._looks_at_results_first = True
+
+    def after_results(act: Callable[..., None]) -> Callable[..., None]:
+        def act_then(*arguments: Any) -> None:
+            _take_results(pool, hub)
+            act(*arguments)
+
+        return act_then
+
+    pool._on_soft_timeout, pool._on_hard_timeout = after_results(pool._on_soft_timeout), after_results(pool._on_hard_timeout)
+
+
+def _take_results(pool: Any, hub: Any) -> None:
+    poller = select.poll()
+    for descriptor in pool._fileno_to_outq:
+        poller.register(descriptor, select.POLLIN)
+    while readable := [hub.readers[descriptor] for descriptor, _ in poller.poll(0) if descriptor in hub.readers]:
+        for callback, arguments in readable:
+            # the hub's readers are functions, or what is left of one that has read a part
+            if isinstance(callback, Generator):
+                next(callback, None)
+            else:
+                callback(*arguments)

@@ -12,7 +12,7 @@
     ├── Conflict               the state of the thing forbids the operation
     │   └── InvalidTransition  a job cannot go from its state to the one asked for
     ├── StoreError             Redis refused the operation or cannot be used as it is configured
-    │   └── StoreUnavailable   Redis cannot be reached, or did not answer in time
+    │   └── StoreUnavailable   Redis cannot be used for now; `.outage` says why, and it passes when the server is well again
     └── HttpError              a call to a target did not complete; see `taskplatform.http`
 
 A message says what was wrong, where, and what is accepted. Secrets never appear in one.
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 
 class TaskPlatformError(Exception):
@@ -90,8 +91,36 @@ class StoreError(TaskPlatformError):
     """Redis refused the operation or cannot be used as it is configured."""
 
 
+class Outage(StrEnum):
+    """Why Redis cannot be used for now."""
+
+    UNREACHABLE = "unreachable"
+    """No connection, or no answer in time."""
+    CLIENTS = "clients"
+    """It takes no more connections."""
+    LOADING = "loading"
+    """It reads its data after a start."""
+    READ_ONLY = "read-only"
+    """It is a replica."""
+    MEMORY = "memory"
+    """It is at its maxmemory."""
+    DISK = "disk"
+    """It cannot write its data to disk."""
+    BUSY = "busy"
+    """A script runs for too long."""
+    REPLICAS = "replicas"
+    """It has not the replicas, or its master, that it is to have."""
+
+
 class StoreUnavailable(StoreError):
-    """Redis cannot be reached, or did not answer in time."""
+    """Redis cannot be used for now. Nothing was changed, or the answer was lost; the same call succeeds when the server is well again."""
+
+    def __init__(self, message: str, outage: Outage = Outage.UNREACHABLE) -> None:
+        super().__init__(message)
+        self.outage = outage
+
+    def __reduce__(self) -> tuple[type[StoreUnavailable], tuple[str, Outage]]:
+        return type(self), (str(self), self.outage)
 
 
 class HttpError(TaskPlatformError):

@@ -7,13 +7,18 @@ released jobs whose message was lost between broker and worker.
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
-from taskplatform.errors import NotFound
+from taskplatform.errors import NotFound, StoreError, StoreUnavailable
 from taskplatform.model import JobState
+from taskplatform.outage import OutageLog
 from taskplatform.settings import Settings
 from taskplatform.store import Store
 
@@ -23,11 +28,69 @@ log = logging.getLogger(__name__)
 LOSS_BACKOFF = timedelta(seconds=1)
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a run ended."""
+
+    job_id: str
+    delivery: int
+    worker: str
+    state: JobState
+    reason: str
+    detail: Mapping[str, Any] | None = None
+    retry_in: timedelta | None = None
+
+    def record(self, store: Store) -> None:
+        """Tell Redis; as often as need be, because it knows one that it has. Raises StoreError."""
+        counted = store.finish(
+            self.job_id,
+            delivery=self.delivery,
+            worker=self.worker,
+            state=self.state,
+            reason=self.reason,
+            detail=self.detail,
+            retry_in=self.retry_in,
+        )
+        if not counted:
+            raise Discarded(f"job {self.job_id}: result {self.state} of delivery {self.delivery} discarded: it is not the current one")
+
+
+class Discarded(Exception):
+    """The run no longer counted."""
+
+
+class Endings:
+    """Ends of runs that Redis could not be told: they are kept until it can, because the work is done. For all threads."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, int], Ending] = {}
+
+    def keep(self, ending: Ending) -> None:
+        """One more."""
+        self._kept[ending.job_id, ending.delivery] = ending
+
+    def __contains__(self, job_id: object) -> bool:
+        return any(kept == job_id for kept, _ in tuple(self._kept))
+
+    def record(self, store: Store) -> None:
+        """Tell Redis all of them. Raises StoreUnavailable, and keeps those that it was not told."""
+        for place, ending in tuple(self._kept.items()):
+            try:
+                ending.record(store)
+                log.info("job %s: recorded late that it is %s", ending.job_id, ending.state)
+            except StoreUnavailable:
+                raise
+            except (Discarded, StoreError) as fault:
+                log.warning("%s", fault)
+            del self._kept[place]
+
+
 class RecoveryLoop:
     """Heartbeats and recovers, until `stop`.
 
     `slots` and `queues` are asked each time, because remote control can change them. `stop_run` is called with job id and
-    delivery of each run that was canceled here. `has_job` says whether this process runs a job or is about to.
+    delivery of each run that was canceled here. `has_job` says whether this process runs a job or is about to. `endings` are those
+    that wait for Redis.
     """
 
     def __init__(
@@ -40,6 +103,7 @@ class RecoveryLoop:
         queues: Callable[[], list[str]],
         stop_run: Callable[[str, int], None],
         has_job: Callable[[str], bool],
+        endings: Endings,
         info: Mapping[str, str],
     ) -> None:
         self._store = store
@@ -49,7 +113,11 @@ class RecoveryLoop:
         self._queues = queues
         self._stop_run = stop_run
         self._has_job = has_job
+        self._endings = endings
         self._info = info
+        #: Since when, by the monotonic clock, no heartbeat of this worker failed or was late; and its last one.
+        self._heard_since = -math.inf
+        self._last_beat = math.inf
         self._draining = False
         self._stopped = threading.Event()
         #: Jobs that are recorded as running here and were not found the last time.
@@ -60,19 +128,25 @@ class RecoveryLoop:
     def run(self) -> None:
         """Never raises: without Redis it waits for it."""
         interval = self._settings.heartbeat_interval.total_seconds()
+        outage = OutageLog(log, "recovery")
         while not self._stopped.is_set():
+            wait = interval
             try:
                 self.beat()
+                self._endings.record(self._store)
                 self.recover()
             except Exception as fault:
-                log.warning("heartbeat: %s; trying again", fault)
-            self._stopped.wait(interval)
+                wait = min(interval, outage.failed(fault))
+            else:
+                outage.over()
+            self._stopped.wait(wait)
 
     def beat(self) -> None:
         """One heartbeat, and what it brings."""
         with self._alive:
             if self._stopped.is_set():
                 return
+            before, self._last_beat = self._last_beat, -math.inf
             stops = self._store.heartbeat(
                 self._worker,
                 slots=0 if self._draining else self._slots(),
@@ -80,15 +154,21 @@ class RecoveryLoop:
                 buffer=self._settings.queue_buffer,
                 info=self._info,
             )
+        now = time.monotonic()
+        if now - before > self._settings.heartbeat_timeout.total_seconds():
+            self._heard_since = now
+        self._last_beat = now
         for job_id, delivery in stops:
             self._stop_run(job_id, delivery)
 
     def recover(self) -> None:
         """Take what lost workers left."""
         settings = self._settings
-        taken = self._store.recover(silence=settings.heartbeat_timeout, max_losses=settings.max_losses, backoff=LOSS_BACKOFF)
-        for kind, name in taken:
-            log.warning("%s %s: recovered, its worker was silent for %s", kind, name, settings.heartbeat_timeout)
+        # where this one was not heard for a time, because of Redis, others may be silent for the same reason: they get their time again
+        if time.monotonic() - self._heard_since >= settings.heartbeat_timeout.total_seconds():
+            taken = self._store.recover(silence=settings.heartbeat_timeout, max_losses=settings.max_losses, backoff=LOSS_BACKOFF)
+            for kind, name in taken:
+                log.warning("%s %s: recovered, its worker was silent for %s", kind, name, settings.heartbeat_timeout)
         for job_id in self._store.reclaim(patience=settings.heartbeat_timeout):
             log.warning("job %s: its message was lost, released again", job_id)
         gone = {job_id for job_id in self._store.running_on(self._worker) if not self._has_job(job_id)}
@@ -118,9 +198,14 @@ class RecoveryLoop:
         self.beat()
 
     def stop(self) -> None:
-        """Let `run` return, and give back what still runs here."""
+        """Let `run` return, and give back what still runs here. Where Redis cannot be told, others find it."""
         with self._alive:
             self._stopped.set()
-            given = self._store.leave(self._worker)
+            try:
+                self._endings.record(self._store)
+                given = self._store.leave(self._worker)
+            except StoreUnavailable as fault:
+                log.warning("left without a word: %s", fault)
+                return
         if given:
             log.warning("gave back %d jobs that were still running", given)

@@ -13,6 +13,7 @@ import threading
 import time
 
 from taskplatform.model import START_SLACK_MS
+from taskplatform.outage import OutageLog
 from taskplatform.store import Renewal, Store
 
 log = logging.getLogger(__name__)
@@ -48,16 +49,14 @@ class ReleaseLoop:
 
     def run(self) -> None:
         """Never raises: without Redis it waits for it."""
-        failures = 0
+        outage = OutageLog(log, "release")
         while not self._stopped.is_set():
             try:
                 released, wait_ms = self._store.release()
-                failures = 0
             except Exception as fault:
-                failures += 1
-                log.warning("release: %s; trying again", fault)
-                self._stopped.wait(min(5.0, 0.2 * 2 ** min(failures, 5)))
+                self._stopped.wait(outage.failed(fault))
                 continue
+            outage.over()
             if released and not wait_ms:
                 continue
             sleep = LONGEST_SLEEP if wait_ms is None else min(LONGEST_SLEEP, wait_ms / 1000)

@@ -18,7 +18,7 @@ import click
 
 from taskplatform.cli import jobs, limits, operations, subscriptions, tasks, users
 from taskplatform.cli.output import complain, counted, remark
-from taskplatform.errors import CatalogueError, StoreUnavailable, TaskPlatformError
+from taskplatform.errors import CatalogueError, Outage, StoreUnavailable, TaskPlatformError
 
 INTERRUPTED = 130
 
@@ -36,7 +36,8 @@ class Failure(click.ClickException):
             remark(self.message)
         elif isinstance(self._fault, StoreUnavailable):
             complain(self.message)
-            remark(_redis_hint())
+            if self._fault.outage is Outage.UNREACHABLE:
+                remark(_redis_hint())
         else:
             complain(self.message)
 

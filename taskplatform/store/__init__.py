@@ -4,7 +4,7 @@ Each verb that changes something is one Lua script, so that a job's state, its h
 never disagree, whatever dies between two calls. Times are milliseconds since the epoch by the server's clock.
 """
 
-from taskplatform.store.connection import connect
+from taskplatform.store.connection import LockLost, connect, unavailable
 from taskplatform.store.records import (
     Change,
     Commitment,
@@ -31,6 +31,7 @@ __all__ = [
     "Enqueue",
     "Group",
     "LimitState",
+    "LockLost",
     "Occurrence",
     "Opening",
     "Page",
@@ -42,4 +43,5 @@ __all__ = [
     "SubscribeResult",
     "Worker",
     "connect",
+    "unavailable",
 ]

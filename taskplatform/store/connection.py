@@ -9,10 +9,22 @@ from typing import Any
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.connection import AbstractConnection
-from redis.exceptions import AuthenticationError, ConnectionError, NoScriptError, ResponseError, TimeoutError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ConnectionError,
+    LockNotOwnedError,
+    NoScriptError,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
 from redis.retry import Retry
 
-from taskplatform.errors import InvalidInput, StoreError, StoreUnavailable
+from taskplatform.errors import InvalidInput, Outage, StoreError, StoreUnavailable
+
+#: What redbeat's lock raises when it is another's by now, or nobody's.
+LockLost = LockNotOwnedError
 
 
 def connect(url: str, *, greet: Callable[[AbstractConnection], None] | None = None) -> redis.Redis:
@@ -32,7 +44,8 @@ def connect(url: str, *, greet: Callable[[AbstractConnection], None] | None = No
         client = _Client.from_url(
             url,
             decode_responses=True,
-            socket_timeout=10,
+            # a heartbeat that got no answer is sent again over a new connection before the worker counts as lost
+            socket_timeout=5,
             socket_connect_timeout=5,
             health_check_interval=30,
             retry=Retry(ExponentialWithJitterBackoff(base=0.1, cap=1), 3),
@@ -54,12 +67,57 @@ def _translated() -> Iterator[None]:
         raise  # redis-py loads the script and tries again
     except AuthenticationError as fault:
         raise StoreError(f"Redis did not let us in: {fault}") from fault
-    except (ConnectionError, TimeoutError) as fault:
-        raise StoreUnavailable(f"Redis cannot be reached: {fault}") from fault
+    except (ConnectionError, TimeoutError, ResponseError) as fault:
+        raise _translate(fault) from fault
     except UnicodeEncodeError as fault:
         raise InvalidInput(f"{fault.object!r} is not Unicode text") from None
-    except ResponseError as fault:
-        raise StoreError(f"Redis refused: {fault}") from fault
+
+
+#: By the first word of what Redis answers. What helps stands behind the colon.
+_OUTAGES = {
+    "LOADING": (Outage.LOADING, "Redis reads its data from disk after a start: it answers when it has read them"),
+    "READONLY": (
+        Outage.READ_ONLY,
+        "Redis takes no writes, it is a read-only replica: point redis_url at the master, or make this one the master (REPLICAOF NO ONE)",
+    ),
+    "OOM": (
+        Outage.MEMORY,
+        "Redis has no memory left (maxmemory, noeviction), so nothing new is taken: raise its maxmemory, or keep finished jobs for "
+        "a shorter time (retention)",
+    ),
+    "MISCONF": (Outage.DISK, "Redis takes no writes, because it cannot save them: look at the disk and the log of the server"),
+    "BUSY": (Outage.BUSY, "Redis runs a script that does not end: wait for it, or stop it (SCRIPT KILL)"),
+    "NOREPLICAS": (Outage.REPLICAS, "Redis takes no writes, because it has too few replicas (min-replicas-to-write): bring them back"),
+    "MASTERDOWN": (Outage.REPLICAS, "Redis is a replica that has lost its master: bring the master back, or make this one the master"),
+    "CLUSTERDOWN": (Outage.REPLICAS, "Redis is part of a cluster that is down: bring its nodes back"),
+    "TRYAGAIN": (Outage.REPLICAS, "Redis is part of a cluster that is just moving its keys: it answers when they are moved"),
+}
+_NO_MORE_CLIENTS = "max number of clients reached"
+
+
+def unavailable(fault: BaseException) -> StoreUnavailable | None:
+    """For code that speaks to Redis without the store, as redbeat: what its error is, if it is one that passes by itself."""
+    if isinstance(fault, RedisError):
+        fault = _translate(fault)
+    return fault if isinstance(fault, StoreUnavailable) else None
+
+
+def _translate(fault: RedisError) -> StoreError:
+    text = str(fault)
+    # redis-py takes the first word off the errors that it knows
+    code = getattr(fault, "status_code", None) or text.rpartition(" caused error: ")[2].partition(" ")[0]
+    if isinstance(fault, BusyLoadingError):
+        code = "LOADING"
+    if code in _OUTAGES:
+        outage, message = _OUTAGES[code]
+        return StoreUnavailable(message, outage)
+    if _NO_MORE_CLIENTS in text:
+        return StoreUnavailable(
+            "Redis takes no more connections (maxclients): raise its maxclients, or close what is not needed", Outage.CLIENTS
+        )
+    if isinstance(fault, ConnectionError | TimeoutError):
+        return StoreUnavailable(f"Redis cannot be reached: {text}")
+    return StoreError(f"Redis refused: {text}")
 
 
 class _Client(redis.Redis):

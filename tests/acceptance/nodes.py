@@ -235,6 +235,7 @@ class ServerNode(ProcessNode, RedisContainer):  # type: ignore[misc]
 
     def __init__(self, name: str, *, folder: Path) -> None:
         self._name = name
+        self._folder = folder
         self._server = EmbeddedServer(folder)
         self._server.start()
 
@@ -282,6 +283,12 @@ class ServerNode(ProcessNode, RedisContainer):  # type: ignore[misc]
     def restart(self, timeout: float = 10) -> None:  # noqa: ARG002
         self._server.stop()
         self._server.start()
+
+    @property
+    def append_only_file(self) -> Path:
+        """What it writes its changes to; while it does not run a test may change that."""
+        (path,) = (self._folder / "valkey" / "appendonlydir").glob("*.incr.aof")
+        return path
 
     def remove(self, **_: Any) -> None:
         self._server.stop()

@@ -16,6 +16,7 @@ class Proxy:
         self._upstream = upstream
         self._flows = threading.Event()
         self._flows.set()
+        self._stranded: set[socket.socket] = set()
         self._refuses = False
         self._delay_seconds = 0.0
         self._closed = False
@@ -55,6 +56,11 @@ class Proxy:
     def freeze(self) -> None:
         """Nothing comes through any more, and nobody is told: half-open connections, until `heal`."""
         self._flows.clear()
+
+    def strand(self) -> None:
+        """Nothing comes through the present connections any more, and nobody is told, not even after `heal`; new ones are let through."""
+        with self._lock:
+            self._stranded |= self._sockets
 
     def slow(self, seconds: float) -> None:
         """All that the server sends arrives so much later."""
@@ -97,9 +103,12 @@ class Proxy:
                 if delayed and self._delay_seconds:
                     time.sleep(self._delay_seconds)
                 self._flows.wait()
-                sink.sendall(data)
+                if source not in self._stranded:
+                    sink.sendall(data)
         # an end is not seen either while nothing comes through
         self._flows.wait()
+        if source in self._stranded and not self._closed:
+            return
         with self._lock:
             self._sockets -= {source, sink}
         for one in (source, sink):

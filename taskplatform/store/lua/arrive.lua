@@ -5,6 +5,7 @@
 
 local now = clock(ARGV[1])
 if call('GET', K.server) == ARGV[2] then return 0 end
+even_when_full()
 call('SET', K.server, ARGV[2])
 for _, name in ipairs(call('HKEYS', K.limits)) do
   local limit = limit_of(name)

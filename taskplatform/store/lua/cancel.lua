@@ -9,6 +9,7 @@ local before = job.state
 -- a job that was canceled and retried since has another run coming
 if ARGV[4] ~= '' and (tonumber(ARGV[4]) ~= job.delivery or before == 'pending' or before == 'retrying') then return before end
 if not (ALLOWED[before] and ALLOWED[before].canceled) then return before end
+even_when_full()
 if before == 'running' then
   call('RPUSH', K.stops .. job.worker, id .. '#' .. job.delivery)
   call('EXPIRE', K.stops .. job.worker, 3600)

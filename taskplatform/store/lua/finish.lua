@@ -9,6 +9,7 @@ if not job then return 'unknown' end
 -- one that is sent again, because its answer was lost, is answered as the first time
 local mark = string.sub(redis.sha1hex(table.concat({ delivery, worker, to, ARGV[6], ARGV[7], ARGV[8] }, '\0')), 1, 16)
 if job.mark == mark then return 'done' end
+even_when_full()
 if not is_run(job, delivery, worker) then
   remember(id, now, job.state, job.state, job.attempt, worker, 'discarded the result of delivery ' .. delivery .. ': ' .. to .. ', ' .. ARGV[6], ARGV[7])
   return job.state

@@ -4,6 +4,7 @@
 -- Returns the runs that the worker shall stop, each as <job id>#<delivery>.
 
 local now, worker = clock(ARGV[1]), ARGV[2]
+even_when_full()
 call('ZADD', K.workers, text(now), worker)
 call('HSET', K.worker .. worker, 'slots', ARGV[3], 'queues', ARGV[4], 'buffer', ARGV[5], unpack(ARGV, 6))
 count_capacity()

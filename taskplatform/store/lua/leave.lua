@@ -3,6 +3,7 @@
 -- Returns how many jobs were given back.
 
 local now, worker = clock(ARGV[1]), ARGV[2]
+even_when_full()
 local given = 0
 for _, id in ipairs(call('SMEMBERS', K.worker_jobs .. worker)) do
   local job = load_job(id)

@@ -23,6 +23,13 @@ local function pairs_to_table(list)
   return t
 end
 
+-- A server at its maxmemory (noeviction) refuses a script at a write that takes memory if that is its first write, and lets it go on
+-- once it has written: so no script stops halfway. What begins work is refused like that. What ends work, or keeps what there
+-- is alive, goes on all the same: this is a write that takes none, and changes nothing.
+local function even_when_full()
+  call('HDEL', K.counters, '')
+end
+
 -- Counts what should be rare, for health and metrics.
 local function count(what, by)
   call('HINCRBY', K.counters, what, by or 1)

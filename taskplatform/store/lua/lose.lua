@@ -6,6 +6,7 @@
 local now, id, delivery, worker = clock(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local job = load_job(id)
 if not job or not (is_run(job, delivery, worker) or (job.state == 'queued' and job.delivery == delivery)) then return 0 end
+even_when_full()
 lose(id, job, now, worker, ARGV[5], tonumber(ARGV[6]), tonumber(ARGV[7]))
 release(now, 10)
 return 1

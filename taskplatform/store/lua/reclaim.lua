@@ -18,8 +18,8 @@ for _, priority in ipairs(PRIORITIES) do
       if not job or job.state ~= 'queued' then
         call('ZREM', K.queued .. priority, id)
       elseif not waiting[id .. '#' .. job.delivery] then
-        drop_unacked(id, job)
         give_back(id, job, job.attempt > 0 and 'retrying' or 'pending', now, tonumber(job.after), '', 'its message was lost: released again', '')
+        drop_unacked(id, job)
         found[#found + 1] = id
       end
     end

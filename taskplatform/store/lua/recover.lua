@@ -4,6 +4,7 @@
 -- Returns what was taken, as {'job', id} and {'worker', worker}.
 
 local now, silence, most_losses, backoff, most = clock(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+even_when_full()
 local done = {}
 for _, worker in ipairs(call('ZRANGEBYSCORE', K.workers, '-inf', '(' .. text(now - silence))) do
   for _, id in ipairs(call('SMEMBERS', K.worker_jobs .. worker)) do

@@ -1,0 +1,49 @@
+"""What a loop says and does while Redis cannot be used: a line at once, one a minute, one when it is over; and longer and longer waits."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+
+#: Between two lines of one outage.
+_SAY_EVERY_SECONDS = 60.0
+_FIRST_WAIT_SECONDS = 0.2
+#: The longest wait: so late, at the worst, it is noticed that Redis is well again.
+LONGEST_WAIT_SECONDS = 3.0
+
+
+class OutageLog:
+    """For one loop, whose work is named `what`."""
+
+    def __init__(self, log: logging.Logger, what: str) -> None:
+        self._log = log
+        self._what = what
+        self._failures = 0
+        self._began = 0.0
+        self._said = 0.0
+
+    def failed(self, fault: BaseException) -> float:
+        """It failed, perhaps not for the first time. Returns how many seconds to wait before it is tried again."""
+        now = time.monotonic()
+        if not self._failures:
+            self._began = now
+        if not self._failures or now - self._said >= _SAY_EVERY_SECONDS:
+            since = f", for {now - self._began:.0f} s by now" if self._failures else ""
+            self._log.warning("%s waits%s: %s", self._what, since, fault)
+            self._said = now
+        wait = min(LONGEST_WAIT_SECONDS, _FIRST_WAIT_SECONDS * 2.0 ** min(self._failures, 10))
+        self._failures += 1
+        # not all processes at the same moment
+        return wait * random.uniform(0.5, 1.0)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether the last try failed."""
+        return self._failures > 0
+
+    def over(self) -> None:
+        """It succeeded."""
+        if self._failures:
+            self._log.warning("%s goes on, after %.1f s", self._what, time.monotonic() - self._began)
+            self._failures = 0
