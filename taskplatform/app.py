@@ -19,11 +19,11 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,12 +44,10 @@ from taskplatform.platform import Platform
 from taskplatform.recovery import LOSS_BACKOFF, Discarded, Ending, Endings, RecoveryLoop
 from taskplatform.release import ReleaseLoop, renew
 from taskplatform.settings import environment, settings
+from taskplatform.stop import PREFORK, TIDY_SECONDS, is_stopping, snapshot
 from taskplatform.store import Renewal, Start
 
 log = logging.getLogger(__name__)
-
-#: A stopped function may use this time to tidy up, before its process is killed.
-_STOP_GRACE_SECONDS = 3.0
 
 #: A pool process that died is noticed after this at the latest; Celery itself looks every 5 seconds.
 _POOL_CHECK_SECONDS = 1.0
@@ -458,6 +456,11 @@ class PlatformRequest(Request):  # type: ignore[misc]
     def _lose(self, what: str) -> None:
         owner = platform()
         with _not_fatal(self.id):
+            if is_stopping():
+                # such as where each process of a service was told to stop
+                worker = worker_id(self.hostname)
+                owner.store.withdraw(worker, [f"{self.id}#{self.delivery}"], also_running=True)
+                return
             owner.store.lose(
                 self.id,
                 delivery=self.delivery,
@@ -479,8 +482,6 @@ def _not_fatal(job_id: str) -> Iterator[None]:
 
 # --- the worker's loops ----------------------------------------------------------------------------------------------
 
-
-_PREFORK = "celery.concurrency.prefork"
 
 #: What this worker's runs could not record.
 _endings = Endings()
@@ -517,7 +518,7 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 "started": str(time.time_ns() // 1_000_000),
             },
         )
-        signals.worker_shutting_down.connect(self._drain)
+        worker.ending.recovery = self._recovery
         signals.worker_shutdown.connect(self._leave)
         signals.task_revoked.connect(_on_revoked)
         for name, loop in (("release", self._release), ("recovery", self._recovery)):
@@ -525,17 +526,13 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     def register_with_event_loop(self, worker: Any, hub: Any) -> None:
         """Celery's own notice of a process that died can come before there is anything to see, and then waits for its timer."""
-        if type(worker.pool).__module__ == _PREFORK:
+        if type(worker.pool).__module__ == PREFORK:
             hub.call_repeatedly(_POOL_CHECK_SECONDS, worker.pool.maintain_pool)
 
     def stop(self, worker: Any) -> None:  # noqa: ARG002
         """The pool still finishes what runs; `_leave` comes after it."""
         if self._release is not None:
             self._release.stop()
-
-    def _drain(self, **_: Any) -> None:
-        if self._recovery is not None:
-            threading.Thread(target=self._recovery.drain, name="platform-drain", daemon=True).start()
 
     def _leave(self, **_: Any) -> None:
         if self._recovery is not None:
@@ -555,15 +552,9 @@ def _share_memory_with_pool(**_: Any) -> None:
 
 def _has_job(job_id: str) -> bool:
     """Whether this worker runs the job or is about to, or has its end."""
-    return job_id in _endings or any(request.id == job_id for request in _snapshot(worker_state.reserved_requests))
-
-
-def _snapshot(requests: Iterable[Any]) -> list[Any]:
-    while True:
-        try:
-            return list(requests)
-        except RuntimeError:  # the main thread changed it meanwhile
-            continue
+    # one that has started may stand in the second set alone: Celery empties the first when it closes
+    held = (*snapshot(worker_state.reserved_requests), *snapshot(worker_state.active_requests))
+    return job_id in _endings or any(request.id == job_id for request in held)
 
 
 def _on_revoked(sender: Any, request: Any, **_: Any) -> None:
@@ -579,7 +570,7 @@ def _stop_run(worker: Any, job_id: str, delivery: int) -> None:
     request = worker_state.requests.get(job_id)
     if request is None or request.delivery != delivery:
         return
-    if type(worker.pool).__module__ != _PREFORK:
+    if type(worker.pool).__module__ != PREFORK:
         text = "this worker's pool cannot stop it: its result will be discarded"
         platform().store.note(job_id, worker=worker_id(worker.hostname), text=text)
         return
@@ -590,14 +581,14 @@ def _stop_run(worker: Any, job_id: str, delivery: int) -> None:
 def _terminate(worker: Any, request: PlatformRequest) -> None:
     if worker_state.requests.get(request.id) is request:
         request.terminate(worker.pool)
-        worker.hub.call_later(_STOP_GRACE_SECONDS, _kill, worker, request.worker_pid)
+        worker.hub.call_later(TIDY_SECONDS, _kill, worker, request.worker_pid)
         with _not_fatal(request.id):
             platform().store.note(request.id, worker=worker_id(worker.hostname), text="stopped")
 
 
 def _kill(worker: Any, pid: int) -> None:
     """End a process that ignored the signal, unless it has another job by now."""
-    if not any(request.worker_pid == pid for request in _snapshot(worker_state.active_requests)):
+    if not any(request.worker_pid == pid for request in snapshot(worker_state.active_requests)):
         worker.pool.terminate_job(pid, signal.SIGKILL)
 
 
@@ -627,6 +618,11 @@ def _register(application: Celery, definition: Definition) -> None:
 
 
 class _Application(Celery):  # type: ignore[misc]
+    @cached_property
+    def Worker(self) -> Any:  # noqa: N802 - the name is Celery's
+        """What `celery worker` runs."""
+        return self.subclass_with_self("taskplatform.stop:PlatformWorker")
+
     def send_task(self, name: str, args: Any = None, kwargs: Any = None, **options: Any) -> AsyncResult:
         """By name, as `celery call` does it: a definition's task makes a platform job all the same."""
         task = self.tasks.get(name)

@@ -1,16 +1,19 @@
 """The beat scheduler: redbeat's, with the planner in its tick.
 
 Each tick extends the lock, sends what redbeat has due, and advances the planner. A standby does none of it, and in particular
-leaves the leader's entries alone until it leads.
+leaves the leader's entries alone until it leads. SIGTERM and SIGINT end it at once, wherever it is: planning goes on at the cursor, and
+the lock is released, so that the standby leads at its next look.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 from datetime import timedelta
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 from celery.signals import beat_init
@@ -28,6 +31,9 @@ log = logging.getLogger(__name__)
 # Celery would swallow what it raises where Redis cannot be used: the first tick does it.
 beat_init.disconnect(acquire_distributed_beat_lock)
 
+#: So long a beat that stops waits for Redis, to release its lock; without that the lock ends at its timeout.
+_CLOSE_SECONDS = 3.0
+
 
 class Scheduler(RedBeatScheduler):  # type: ignore[misc]
     """What `celery beat` runs, by `beat_scheduler` in celeryconfig.py."""
@@ -36,6 +42,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._leads = False
+        _end_at_signals()
         self._outage = OutageLog(log, "beat")
         super().__init__(*args, **kwargs)
         owner = platform_when_reachable()
@@ -99,6 +106,25 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
             except StoreUnavailable as fault:
                 log.debug("the sweep: %s", fault)
 
+    def close(self) -> None:
+        """Release the lock, if Redis can be reached."""
+        lock, token = self.lock, self.lock and self.lock.local.token
+
+        def release() -> None:
+            try:
+                if lock:
+                    lock.local.token = token  # each thread has its own
+                super(Scheduler, self).close()
+            except Exception as fault:
+                log.warning("the lock was not released, because of %s; a standby leads when it has run out", fault)
+
+        # Redbeat's client tries again for half an hour
+        thread = threading.Thread(target=release, name="beat-close", daemon=True)
+        thread.start()
+        thread.join(_CLOSE_SECONDS)
+        if thread.is_alive():
+            log.warning("the lock was not released within %g s; a standby leads when it has run out", _CLOSE_SECONDS)
+
     def _take_over(self) -> None:
         self.lock.extend(int(self.lock_timeout))
         self._store.configure_limits(self._settings.limits, actor=self._name)
@@ -118,3 +144,17 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         except Exception:
             log.exception("planning failed; trying again at the next tick")
             return float(self.max_interval)
+
+
+def _end_at_signals() -> None:
+    """In place of Celery's handler. That closes the scheduler, and makes one if there is none: both without end while Redis is away."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # in a worker's process, that has handlers of its own
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # the end is bounded, and must not be broken off itself
+        raise SystemExit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import select
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -31,6 +32,9 @@ logging.getLogger("kombu.transport.redis").addFilter(lambda record: not str(reco
 
 #: A connection that held for so long was well.
 _WELL_SECONDS = 10.0
+
+#: The broker answers a question for the next message after a second at the latest.
+_LAST_ANSWER_SECONDS = 2.0
 
 
 class JobQoS(redis.QoS):  # type: ignore[misc]
@@ -59,14 +63,22 @@ class JobQoS(redis.QoS):  # type: ignore[misc]
             self._put_back([self._delivered[delivery_tag]], behind=True)
         virtual.QoS.ack(self, delivery_tag)
 
+    def held(self) -> list[str]:
+        """Tags of jobs that came and are not acknowledged."""
+        dirty = self._dirty.copy()
+        return [tag for tag in list(self._delivered) if is_job(tag) and tag not in dirty]
+
     def restore_unacked(self, client: Any = None) -> None:
         """The channel closes: put back what is held, in its old order. What has started meanwhile is dropped where it arrives."""
         jobs = [tag for tag in self._delivered if is_job(tag)]
         self._put_back([self._delivered.pop(tag) for tag in reversed(jobs)])
+        if not self._delivered:
+            return
         try:
             super().restore_unacked(client)
         except Exception as fault:  # of a connection that is gone kombu makes an AttributeError, which would end the worker
-            log.warning("messages that are no jobs' stay where they are noted: %s", unavailable(fault) or fault)
+            tags = ", ".join(self._delivered)
+            log.warning("messages that are no jobs' stay where they are noted, because of %s: %s", unavailable(fault) or fault, tags)
 
     def _put_back(self, messages: Sequence[virtual.Message], *, behind: bool = False) -> None:
         if not messages:
@@ -90,7 +102,10 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
     While the broker cannot be used it tries again at short intervals, for as long as it takes, and says so once a minute.
     """
 
+    task_consumer: Any = None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.stopped = threading.Event()
         self._outage = OutageLog(log, "taking jobs")
         self._connected_at = 0.0
         # what they tell workers of each other Redis tells them here; and after each outage they cost a second, and at times a traceback
@@ -141,10 +156,53 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
     def on_send_event_buffered(self) -> None:
         """Nothing: Celery would send after this turn of its loop, about twice for each job."""
 
+    def stop(self) -> None:
+        """Take no more messages. `stopped` is set when none can come any more."""
+        super().stop()
+        try:
+            self._put_back_last()
+        except Exception as fault:  # whatever it is: the job is found anyway
+            log.warning("a message may have been lost on the way, because of %s; then its job is released again", fault)
+        self.stopped.set()
+
     def shutdown(self) -> None:
         """The pool has ended: send what it still told."""
         self._send_events()
         super().shutdown()
+
+    def held(self) -> list[str]:
+        """Deliveries of jobs that came and are not acknowledged, whether they have started or not. Any thread may ask."""
+        qos = self._qos()
+        return [] if qos is None else qos.held()
+
+    def let_go(self) -> None:
+        """Before the process ends at once: jobs were given back, and other messages go back to their queues."""
+        qos = self._qos()
+        if qos is not None:
+            for tag in qos.held():
+                qos.ack(tag)
+            qos.restore_unacked_once()
+
+    def _qos(self) -> JobQoS | None:
+        channel = self._channel()
+        return None if channel is None or not isinstance(channel.qos, JobQoS) else channel.qos
+
+    def _channel(self) -> Any:
+        return getattr(self.task_consumer, "channel", None)
+
+    def _put_back_last(self) -> None:
+        """The question for the next message is still open, and is answered within a second. What it brings has reached nobody."""
+        channel = self._channel()
+        if channel is None or not channel._in_poll:
+            return
+        connection = channel.client.connection
+        connection._sock.settimeout(_LAST_ANSWER_SECONDS)
+        answer = channel.client.parse_response(connection, "BRPOP")
+        channel._in_poll = None
+        if answer:
+            queue, message = answer
+            with channel.conn_or_acquire() as client:
+                client.rpush(queue, message)
 
     def _send_events(self) -> None:
         if self.event_dispatcher is not None:

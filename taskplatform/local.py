@@ -32,6 +32,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -40,7 +41,7 @@ from urllib.parse import urlsplit
 
 from taskplatform import guardian
 from taskplatform.errors import TaskPlatformError
-from taskplatform.settings import PREFIX, Settings, environment
+from taskplatform.settings import PREFIX, STOP_MARGIN, Settings, environment
 
 VALKEY_PORT = 6380
 MOCK_PORT = 8000
@@ -400,7 +401,7 @@ class Stack:
 
     def _specs(self) -> list[ProcessSpec]:
         server = [_valkey_spec(self.data_dir / "valkey", urlsplit(self.redis_url).port or 0)] if self.embedded else []
-        celery = _Celery(tuple(spec.name for spec in server), self._environment(), self._settings.log_level)
+        celery = _Celery(tuple(spec.name for spec in server), self._environment(), self._settings.log_level, self._settings.stop_grace)
         specs = [*server, _mock_spec(self.mock_url), *(celery.worker(name, self.slots) for name in self.workers), celery.beat()]
         return [*specs, celery.flower(self.flower_url, self._settings.flower_max_tasks)] if self.flower_url else specs
 
@@ -988,6 +989,7 @@ class _Celery:
     """Name of the embedded server's process, if there is one."""
     env: Mapping[str, str]
     log_level: str
+    stop_grace: timedelta
 
     def worker(self, name: str, slots: int) -> ProcessSpec:
         options = ["-n", f"{name}@%h", "--concurrency", str(slots), "--loglevel", self._level()]
@@ -998,8 +1000,8 @@ class _Celery:
             ready=re.compile(r"\bready\.$"),
             needs=(*self.server, "mock"),
             stage=2,
-            # warm: running jobs may end; then cold: they are given back
-            stop=((signal.SIGTERM, 10.0), (signal.SIGQUIT, 5.0)),
+            # running jobs may end, for the worker's own grace; a second Ctrl-C gives them back now
+            stop=((signal.SIGTERM, (self.stop_grace + STOP_MARGIN).total_seconds()), (signal.SIGQUIT, 10.0)),
         )
 
     def beat(self) -> ProcessSpec:

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -192,20 +192,27 @@ class RecoveryLoop:
                 )
                 log.warning("job %s: its run ended here without a record", job_id)
 
-    def drain(self) -> None:
-        """From now on offer no slots."""
+    def drain(self, held: Sequence[str]) -> None:
+        """From now on offer no slots. What of the deliveries that are held here has not started is given back."""
         self._draining = True
         self.beat()
+        self.withdraw(held)
 
-    def stop(self) -> None:
-        """Let `run` return, and give back what still runs here. Where Redis cannot be told, others find it."""
+    def withdraw(self, held: Sequence[str], *, also_running: bool = False) -> None:
+        """Give back what of these has not started; with `also_running` runs of it were broken off, and have ended."""
+        given = self._store.withdraw(self._worker, held, also_running=also_running) if held else 0
+        if given:
+            log.warning("gave back %d %s", given, "runs that were broken off" if also_running else "jobs that had not started")
+
+    def stop(self, held: Sequence[str] = ()) -> None:
+        """Let `run` return, and give back what still runs here, or is held here. Where Redis cannot be told, others find it."""
+        self._stopped.set()
         with self._alive:
-            self._stopped.set()
             try:
                 self._endings.record(self._store)
-                given = self._store.leave(self._worker)
+                given = self._store.leave(self._worker, held)
             except StoreUnavailable as fault:
                 log.warning("left without a word: %s", fault)
                 return
         if given:
-            log.warning("gave back %d jobs that were still running", given)
+            log.warning("gave back %d jobs that were still running or had not started", given)

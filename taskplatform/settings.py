@@ -41,6 +41,10 @@ _HIDDEN = (("redis_url",),)
 _URL_RULE = "takes a redis:// or rediss:// URL such as redis://host:6379/0, or a unix:// one; / ? # @ in a password are %2F %3F %23 %40"
 
 
+#: What a worker takes at most to give back what it could not finish, and to end, after its grace.
+STOP_MARGIN = timedelta(seconds=10)
+
+
 class Settings(BaseSettings):
     """Every setting. Durations are written as "90s" or "10m", or as a number of seconds."""
 
@@ -71,6 +75,10 @@ class Settings(BaseSettings):
     heartbeat_interval: PositiveDuration = Field(default=timedelta(seconds=3), description="how often a worker says that it lives")
     heartbeat_timeout: PositiveDuration = Field(default=timedelta(seconds=15), description="a worker that was silent this long is lost")
     max_losses: int = Field(default=3, ge=1, le=100, description="a job whose worker was lost this often fails as a poison pill")
+    stop_grace: PositiveDuration = Field(
+        default=timedelta(seconds=20),
+        description="a worker that is asked to stop lets its jobs go on so long; whoever stops it must give it 10 s more",
+    )
     retention: PositiveDuration = Field(default=timedelta(days=3), description="finished jobs and their histories are kept this long")
     change_log_size: int = Field(default=100_000, ge=100, description="entries of the change log that are kept")
 

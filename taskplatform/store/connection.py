@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,9 @@ from taskplatform.errors import InvalidInput, Outage, StoreError, StoreUnavailab
 #: What redbeat's lock raises when it is another's by now, or nobody's.
 LockLost = LockNotOwnedError
 
+#: A connection that was idle for so long is looked at before it is used.
+_HEALTH_SECONDS = 30
+
 
 def connect(url: str, *, greet: Callable[[AbstractConnection], None] | None = None) -> redis.Redis:
     """A client with a connection pool, that takes short outages (about 2 s) by itself. Raises StoreError for a URL that is none.
@@ -36,6 +40,8 @@ def connect(url: str, *, greet: Callable[[AbstractConnection], None] | None = No
     if greet is not None:
 
         def on_connect(connection: AbstractConnection) -> None:
+            # its first command would look whether it is healthy, connect again if not, and so on, within each other
+            connection.next_health_check = int(time.monotonic()) + _HEALTH_SECONDS
             connection.on_connect()  # type: ignore[no-untyped-call]
             greet(connection)
 
@@ -47,7 +53,7 @@ def connect(url: str, *, greet: Callable[[AbstractConnection], None] | None = No
             # a heartbeat that got no answer is sent again over a new connection before the worker counts as lost
             socket_timeout=5,
             socket_connect_timeout=5,
-            health_check_interval=30,
+            health_check_interval=_HEALTH_SECONDS,
             retry=Retry(ExponentialWithJitterBackoff(base=0.1, cap=1), 3),
             retry_on_error=[ConnectionError, TimeoutError],
             **options,

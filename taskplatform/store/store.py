@@ -839,9 +839,13 @@ class Store:
         stops = self._scripts.run("heartbeat", worker, slots, ",".join(queues), buffer, *extra)
         return [(job_id, int(delivery)) for job_id, _, delivery in (stop.rpartition("#") for stop in stops)]
 
-    def leave(self, worker: str) -> int:
-        """A worker stops: what it still runs is given back. Returns how many."""
-        return int(self._scripts.run("leave", worker))
+    def withdraw(self, worker: str, deliveries: Iterable[str], *, also_running: bool = False) -> int:
+        """A worker that stops gives back deliveries (`<job>#<number>`) that it has not started, or also such as run. Returns how many."""
+        return int(self._scripts.run("withdraw", worker, "1" if also_running else "", *deliveries))
+
+    def leave(self, worker: str, deliveries: Iterable[str] = ()) -> int:
+        """A worker has stopped: what it runs is given back, and what it holds of these. Returns how many."""
+        return int(self._scripts.run("leave", worker, *deliveries))
 
     def recover(self, *, silence: timedelta, max_losses: int, backoff: timedelta, limit: int = 500) -> list[tuple[str, str]]:
         """Take the jobs of workers that were silent too long. Returns ("job" or "worker", id) for each."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import select
+import socket
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -32,6 +34,11 @@ class Call:
     path: str
     headers: Mapping[str, str]
     body: str
+    caller: socket.socket | None = field(default=None, repr=False, compare=False)
+    beside: tuple[Call, ...] = field(default=(), repr=False, compare=False)
+    """Calls of the same job whose callers still waited for their answers when this one came."""
+    answered: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
+    """Set when the answer was sent to a caller that was still there."""
 
     @property
     def job(self) -> str:
@@ -54,6 +61,7 @@ class Target:
         self._calls: list[Call] = []
         self._ended: dict[int, int] = {}
         self._answers: dict[str, list[Answer]] = {}
+        self._open: dict[str, list[Call]] = {}
         self._closed = threading.Event()
         self._server = _Server(self)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -87,14 +95,42 @@ class Target:
         with self._lock:
             self._ended[id(call)] = time.time_ns() // 1_000_000
 
-    def take(self, call: Call) -> Answer:
-        """Log a request and choose its answer. Returns when it is to be sent."""
+    def take(self, call: Call) -> tuple[Call, Answer | None]:
+        """Log a request and choose its answer. Returns when it is to be sent; None when the caller has gone before."""
         with self._lock:
+            opened = self._open.setdefault(call.job, [])
+            # by the sockets, now: the threads of earlier calls may not have seen yet that theirs were closed
+            call = replace(call, beside=tuple(other for other in opened if call.job and not _has_gone(other)))
             self._calls.append(call)
+            opened.append(call)
             answers = self._answers.get(call.user, [Answer()])
             answer = answers.pop(0) if len(answers) > 1 else answers[0]
-        self._closed.wait(None if answer.hang else answer.after_seconds)
-        return answer
+        stays = self._wait(call, None if answer.hang else answer.after_seconds)
+        with self._lock:
+            opened[:] = [other for other in opened if other is not call]
+            if stays and not answer.hang:
+                call.answered.set()
+        return call, answer if stays else None
+
+    def _wait(self, call: Call, seconds: float | None) -> bool:
+        end = None if seconds is None else time.monotonic() + seconds
+        while not self._closed.is_set() and (end is None or time.monotonic() < end):
+            rest = 0.2 if end is None else min(0.2, end - time.monotonic())
+            if call.caller is not None and select.select([call.caller], [], [], max(0.0, rest))[0] and _has_gone(call):
+                return False
+        return not _has_gone(call)
+
+
+def _has_gone(call: Call) -> bool:
+    """Whether the caller has closed its connection."""
+    if call.caller is None:
+        return False
+    try:
+        return call.caller.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 class _Server(ThreadingHTTPServer):
@@ -118,15 +154,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         at_ms, at_seconds = time.time_ns() // 1_000_000, time.monotonic()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-        call = Call(at_ms, at_seconds, self.command, self.path, dict(self.headers.items()), body)
-        answer = self.server.target.take(call)
+        arrived = Call(at_ms, at_seconds, self.command, self.path, dict(self.headers.items()), body, self.connection)
+        call, answer = self.server.target.take(arrived)
         try:
             self._answer(answer)
         finally:
             self.server.target.end(call)
 
-    def _answer(self, answer: Answer) -> None:
-        if answer.hang:
+    def _answer(self, answer: Answer | None) -> None:
+        if answer is None or answer.hang:
             self.close_connection = True
             return
         content = answer.body.encode()

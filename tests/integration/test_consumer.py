@@ -9,17 +9,19 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import redis
 from kombu import Connection
 
-from taskplatform.consumer import JobQoS
+from taskplatform.consumer import JobQoS, PlatformConsumer
 from taskplatform.local import EmbeddedServer, embedded_server
 from taskplatform.store import Store, connect
 from tests.conftest import Clock
 from tests.integration.harness import ACTOR, define, enqueue, offer, publish
+from tests.support import wait_until
 
 QUEUE = "high"
 DEFINITION = define("report", priority=QUEUE)
@@ -135,3 +137,22 @@ def test_without_a_server_nothing_is_put_back_and_nothing_breaks(
     assert len(warnings) == 1
     assert warnings[0].startswith("not put back")
     assert warnings[0].endswith(f": {job_id}#1")
+
+
+def test_a_message_that_came_too_late_goes_back_as_it_was(client: redis.Redis, server: EmbeddedServer, store: Store, clock: Clock) -> None:
+    """A worker that stops has asked for the next message already, and nobody reads the answer."""
+    with Connection(server.url, transport_options={"priority_steps": [0]}) as connection:
+        channel = connection.default_channel
+        channel.QoS = JobQoS
+        channel.basic_consume(QUEUE, no_ack=False, callback=lambda _: pytest.fail("it was delivered"), consumer_tag="t")
+        connection.transport.cycle._register_BRPOP(channel)
+        consumer = object.__new__(PlatformConsumer)
+        consumer.task_consumer = SimpleNamespace(channel=channel)
+        first, second = release_jobs(store, clock, 2)
+        wait_until(lambda: client.llen(QUEUE) == 1, message="the first message was not taken")
+        channel.basic_cancel("t")
+        consumer._put_back_last()
+        assert tags(client) == [f"{first}#1", f"{second}#1"]
+        consumer._put_back_last()
+        assert consumer.held() == []
+    assert tags(client) == [f"{first}#1", f"{second}#1"]

@@ -105,6 +105,10 @@ def _recover(store: Store, _: str) -> list[tuple[str, str]]:
     return store.recover(silence=5 * SECOND, max_losses=3, backoff=SECOND)
 
 
+def _current(store: Store, job_id: str) -> str:
+    return f"{job_id}#{store.job(job_id).delivery}"
+
+
 VERBS: dict[str, Verb] = {
     "start": lambda store, job_id: start(store, job_id),
     "start a stale delivery": lambda store, job_id: start(store, job_id, delivery=store.job(job_id).delivery + 1),
@@ -116,6 +120,13 @@ VERBS: dict[str, Verb] = {
     "reclaim": lambda store, _: store.reclaim(patience=SECOND),
     "note": lambda store, job_id: store.note(job_id, worker=WORKER, text="seen"),
     "leave": lambda store, _: store.leave(WORKER),
+    "leave with what it holds": lambda store, job_id: store.leave(WORKER, [_current(store, job_id)]),
+    "withdraw": lambda store, job_id: store.withdraw(WORKER, [_current(store, job_id)]),
+    "withdraw what runs": lambda store, job_id: store.withdraw(WORKER, [_current(store, job_id)], also_running=True),
+    "withdraw what another runs": lambda store, job_id: store.withdraw("w9", [_current(store, job_id)], also_running=True),
+    "withdraw a stale delivery": lambda store, job_id: store.withdraw(
+        WORKER, [f"{job_id}#{store.job(job_id).delivery + 1}"], also_running=True
+    ),
     "recover": _recover,
     "release": _release,
 } | {
@@ -136,6 +147,12 @@ EXPECTED: dict[tuple[str, JobState], JobState] = {
     # the table knows no failure without a run
     ("lose too often", S.QUEUED): S.REJECTED,
     ("leave", S.RUNNING): S.RETRYING,
+    ("leave with what it holds", S.QUEUED): S.PENDING,
+    ("leave with what it holds", S.RUNNING): S.RETRYING,
+    ("withdraw", S.QUEUED): S.PENDING,
+    ("withdraw what runs", S.QUEUED): S.PENDING,
+    ("withdraw what runs", S.RUNNING): S.RETRYING,
+    ("withdraw what another runs", S.QUEUED): S.PENDING,
     ("recover", S.RUNNING): S.RETRYING,
     ("release", S.PENDING): S.QUEUED,
     ("release", S.RETRYING): S.QUEUED,
@@ -666,6 +683,33 @@ def test_leave_gives_back_and_keeps_the_place(client: redis.Redis, store: Store,
     assert_consistent(client, store)
 
 
+def test_what_a_stopping_worker_holds_goes_back_to_its_place_and_does_not_start(client: redis.Redis, store: Store, clock: Clock) -> None:
+    offer(store, slots=3)
+    ids = []
+    for number in range(3):
+        ids.append(enqueue(store, name=f"m{number}"))
+        clock.advance(1)
+    held = [take(client) for _ in ids]
+    assert start(store, ids[0]) == "run"
+    offer(store, slots=0)
+    deliveries = [f"{job_id}#1" for job_id in ids]
+    assert store.withdraw(WORKER, deliveries) == 2
+    assert [store.job(job_id).state for job_id in ids] == [S.RUNNING, S.PENDING, S.PENDING]
+    assert store.history(ids[1])[-1].reason == f"worker {WORKER} stops: not started"
+    assert store.withdraw(WORKER, deliveries) == 0
+    assert start(store, ids[1], delivery=1) == "pending"
+    # its run was broken off
+    assert store.withdraw(WORKER, deliveries[:1], also_running=True) == 1
+    assert store.job(ids[0]).failures == 0
+    assert_consistent(client, store)
+    offer(store, "w2", slots=3)
+    store.release()
+    assert [message.job_id for message in queue(client, "high")] == ids
+    assert start(store, ids[2], delivery=1) == "stale"
+    assert len(held) == 3
+    assert_consistent(client, store)
+
+
 def test_recover_takes_only_from_the_silent_and_no_more_than_asked(client: redis.Redis, store: Store, clock: Clock) -> None:
     ids = [enqueue(store, name=f"m{number}") for number in range(5)]
     offer(store, "w1")
@@ -803,6 +847,11 @@ def test_random_verbs_keep_everything_consistent(client: redis.Redis, store: Sto
             job_id, delivery, worker = rng.choice(seen)
             store.lose(job_id, delivery=delivery, worker=worker, what="died", max_losses=2, backoff=SECOND)
 
+    def give_back() -> None:
+        if seen:
+            job_id, delivery, worker = rng.choice(seen)
+            store.withdraw(worker, [f"{job_id}#{delivery}"], also_running=rng.random() < 0.5)
+
     def submit() -> None:
         job_id = f"{rng.choice(list(definitions))}:{rng.choice(users)}:m{len(ids)}"
         priority = rng.choice([None, *Priority])
@@ -833,6 +882,7 @@ def test_random_verbs_keep_everything_consistent(client: redis.Redis, store: Sto
         (4, end),
         (2, again),
         (1, drop),
+        (1, give_back),
         (1, lambda: store.cancel(any_job(), reason="not wanted")),
         (1, hand_retry),
         (3, lambda: clock.advance(rng.choice([0.001, 0.4, 1, 3]))),

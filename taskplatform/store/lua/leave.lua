@@ -1,5 +1,5 @@
--- A worker stops: what it still runs is given back at once, to its old place, and no loss is counted.
--- ARGV[1] now   ARGV[2] worker
+-- A worker stops: what it still runs is given back at once, to its old place, and no loss is counted; and what it holds and has not started.
+-- ARGV[1] now   ARGV[2] worker   ARGV[3…] deliveries that it holds, each as <job id>#<delivery>
 -- Returns how many jobs were given back.
 
 local now, worker = clock(ARGV[1]), ARGV[2]
@@ -7,12 +7,11 @@ even_when_full()
 local given = 0
 for _, id in ipairs(call('SMEMBERS', K.worker_jobs .. worker)) do
   local job = load_job(id)
-  if job and job.state == 'running' and job.worker == worker then
-    give_back(id, job, 'retrying', now, tonumber(job.after), worker, 'worker ' .. worker .. ' stopped', '')
-    -- the run that was broken off does not use up the job's budget
-    call('HSET', K.job .. id, 'budget', tonumber(job.budget or '0') + 1)
-    given = given + 1
-  end
+  if job then given = given + hand_back(id, job, now, worker, true) end
+end
+for i = 3, #ARGV do
+  local id, job = held_job(ARGV[i])
+  if job then given = given + hand_back(id, job, now, worker, true) end
 end
 forget_worker(worker)
 release(now, 100)

@@ -568,7 +568,7 @@ function load_job(id)
 end
 
 -- Whether a worker speaks of the run that counts. Two can have messages of one delivery, where a connection was cut and the message put
--- back: one of them started it.
+-- back: one of them started it. And a server that lost its last second may give a delivery again, under the same number.
 local function is_run(job, delivery, worker)
   return job.state == 'running' and job.delivery == delivery and job.worker == worker
 end
@@ -626,6 +626,29 @@ local function give_back(id, job, to, now, after, worker, reason, detail)
   call('HSET', K.job .. id, 'after', text(after), 'seq', seq)
   follow_definition(id, job, now)
   wait(id, job.priority, after, tonumber(seq))
+end
+
+-- The job of a delivery, given as <job id>#<delivery>, if that is its current one.
+local function held_job(tag)
+  local id, delivery = string.match(tag, '^(.+)#(%d+)$')
+  local job = id and load_job(id)
+  if job and job.delivery == tonumber(delivery) then return id, job end
+end
+
+-- A worker that stops gives back a job that it took and has not started, and one whose run it broke off. Returns 1, or 0 where that is
+-- not so.
+local function hand_back(id, job, now, worker, also_running)
+  if job.state == 'queued' then
+    local to = job.attempt > 0 and 'retrying' or 'pending'
+    give_back(id, job, to, now, tonumber(job.after), worker, 'worker ' .. worker .. ' stops: not started', '')
+    return 1
+  elseif also_running and job.state == 'running' and job.worker == worker then
+    give_back(id, job, 'retrying', now, tonumber(job.after), worker, 'worker ' .. worker .. ' stopped', '')
+    -- the run that was broken off does not use up the job's budget
+    call('HSET', K.job .. id, 'budget', tonumber(job.budget or '0') + 1)
+    return 1
+  end
+  return 0
 end
 
 -- The broker's note that a worker holds a message. The worker that held it is gone, or no longer counts.
