@@ -34,7 +34,7 @@ from celery.result import AsyncResult
 from celery.worker import state as worker_state
 from celery.worker.request import Request
 
-from taskplatform import http
+from taskplatform import http, process
 from taskplatform.catalogue import Catalogue, load, resolve_calls
 from taskplatform.errors import CatalogueError, InvalidInput, SettingsError, StoreError, StoreUnavailable, TaskPlatformError
 from taskplatform.message import time_limits
@@ -45,7 +45,7 @@ from taskplatform.recovery import LOSS_BACKOFF, Discarded, Ending, Endings, Reco
 from taskplatform.release import ReleaseLoop, renew
 from taskplatform.settings import environment, settings
 from taskplatform.stop import PREFORK, TIDY_SECONDS, is_stopping, snapshot
-from taskplatform.store import Renewal, Start
+from taskplatform.store import Renewal, Start, Stop
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +160,20 @@ class _Run:
     """When the start was asked for, by the monotonic clock in seconds."""
 
 
+#: The HTTP calls of this process by job and delivery, for pools that cannot stop a run otherwise.
+_calls: dict[tuple[str, int], http.Abort] = {}
+
+
+@contextmanager
+def _abortable(run: _Run) -> Iterator[http.Abort]:
+    """What another thread can stop the call of this run with."""
+    _calls[run.job_id, run.delivery] = abort = http.Abort()
+    try:
+        yield abort
+    finally:
+        del _calls[run.job_id, run.delivery]
+
+
 @lru_cache(maxsize=1)
 def _worker_nonce() -> str:
     return uuid.uuid4().hex[:8]
@@ -251,7 +265,7 @@ class PlatformTask(Task):  # type: ignore[misc]
             self._finish(run, JobState.TIMED_OUT if timed_out else JobState.FAILED, reason, options.get("detail"))
             raise JobFailed(f"{reason}; {run.start.failures} retries used up") from exc
         if eta is not None:
-            countdown = max(0.0, eta.timestamp() - time.time())
+            countdown = max(0.0, eta.timestamp() - platform().store.now_ms() / 1000)
         delay = self.definition.backoff.delay(run.start.failures + 1) if countdown is None else timedelta(seconds=countdown)
         self._finish(run, JobState.RETRYING, reason, options.get("detail"), delay)
         again = Retry(reason, exc, when=eta or delay.total_seconds())
@@ -268,7 +282,7 @@ class PlatformTask(Task):  # type: ignore[misc]
         if request.called_directly or delivery is None:
             raise InvalidInput(f"{self.name} runs only as a job: use delay(user=…), apply_async or Platform.enqueue")
         worker = worker_id(request.hostname)
-        waited_ms = max(0, round((time.time() - request.get("received_at", time.time())) * 1000))
+        waited_ms = max(0, round((time.monotonic() - request.get("received_at", time.monotonic())) * 1000))
         if self.definition.config is not None:
             # the first one of a process loads certificates, and a call must come soon after its start
             _http_client_of(os.getpid())
@@ -288,13 +302,14 @@ class PlatformTask(Task):  # type: ignore[misc]
         params = {**self.definition.params, **start.params}
         try:
             if self.definition.config is not None:
-                return self._call_target(run, user, params)
+                with _abortable(run) as abort:
+                    return self._call_target(run, user, params, abort)
             return self._call_function(run, user, params)
         except SoftTimeLimitExceeded as fault:
             limit = format_duration(self.definition.work_limit)
             raise self.retry(exc=fault, reason=f"time limit of {limit} exceeded", timed_out=True) from fault
 
-    def _call_target(self, run: _Run, user: str, params: Mapping[str, Any]) -> str:
+    def _call_target(self, run: _Run, user: str, params: Mapping[str, Any], abort: http.Abort) -> str:
         config = self.definition.config
         assert config is not None
         try:
@@ -305,7 +320,11 @@ class PlatformTask(Task):  # type: ignore[misc]
             self._finish(run, JobState.FAILED, str(fault), None)
             raise JobFailed(str(fault)) from fault
         self._check_place(run)
-        outcome = _http_client_of(os.getpid()).send(call, deadline=self.definition.work_limit)
+        try:
+            outcome = _http_client_of(os.getpid()).send(call, deadline=self.definition.work_limit, abort=abort)
+        except http.CallAborted:
+            log.warning("job %s: delivery %d was stopped in its call", run.job_id, run.delivery)
+            raise Ignore from None
         summary = f"{outcome.reason} in {outcome.duration_ms} ms"
         if outcome.kind is http.OutcomeKind.COMPLETED:
             self._finish(run, JobState.COMPLETED, outcome.reason, outcome.detail)
@@ -410,7 +429,8 @@ class PlatformRequest(Request):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._request_dict["received_at"] = time.time()
+        # by the clock of the machine that nobody sets, which its pool processes read too
+        self._request_dict["received_at"] = time.monotonic()
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """The pool killed the process at the hard limit."""
@@ -493,6 +513,8 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
     requires = ("celery.worker.components:Pool",)
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
+        global _main_pid
+        _main_pid = os.getpid()
         os.environ[_NONCE_VARIABLE] = _worker_nonce()
         self._release: ReleaseLoop | None = None
         self._recovery: RecoveryLoop | None = None
@@ -508,14 +530,15 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
             worker=worker_id(worker.hostname),
             slots=lambda: int(worker.pool.num_processes),
             queues=lambda: [str(name) for name in worker.app.amqp.queues.consume_from],
-            stop_run=lambda job_id, delivery: _stop_run(worker, job_id, delivery),
-            has_job=_has_job,
+            stop_run=lambda stop: _stop_run(worker, stop),
+            has_run=lambda job_id, delivery: (job_id, delivery) in _endings or _request(job_id, delivery) is not None,
+            limit_of=_limit_of,
             endings=_endings,
             info={
                 "host": socket.gethostname(),
-                "pid": str(os.getpid()),
                 "pool": type(worker.pool).__module__,
-                "started": str(time.time_ns() // 1_000_000),
+                "started": str(owner.store.now_ms()),
+                **process.identity(),
             },
         )
         worker.ending.recovery = self._recovery
@@ -550,11 +573,33 @@ def _share_memory_with_pool(**_: Any) -> None:
     gc.freeze()
 
 
-def _has_job(job_id: str) -> bool:
-    """Whether this worker runs the job or is about to, or has its end."""
+@signals.worker_process_init.connect  # type: ignore[untyped-decorator]
+def _end_with_main_process(**_: Any) -> None:
+    """A pool process whose main process was killed would go on with its call, beside the next run of the job elsewhere.
+
+    Pool processes are forked by the main thread, which lives as long as its process.
+    """
+    if os.getpid() != _main_pid:
+        process.die_with_parent(_main_pid)
+
+
+#: The worker's main process; pool processes inherit it.
+_main_pid = 0
+
+
+def _request(job_id: str, delivery: int) -> PlatformRequest | None:
+    """The request of a run that this worker makes or is about to. It may have two deliveries of a job, so Celery's own index is no help."""
+    return next((request for request in _held_requests() if request.id == job_id and getattr(request, "delivery", None) == delivery), None)
+
+
+def _held_requests() -> list[Any]:
     # one that has started may stand in the second set alone: Celery empties the first when it closes
-    held = (*snapshot(worker_state.reserved_requests), *snapshot(worker_state.active_requests))
-    return job_id in _endings or any(request.id == job_id for request in held)
+    return [*snapshot(worker_state.reserved_requests), *snapshot(worker_state.active_requests)]
+
+
+def _limit_of(definition: str) -> timedelta | None:
+    known = _catalogue().get(definition)
+    return None if known is None else timedelta(seconds=time_limits(known)[0])
 
 
 def _on_revoked(sender: Any, request: Any, **_: Any) -> None:
@@ -565,25 +610,39 @@ def _on_revoked(sender: Any, request: Any, **_: Any) -> None:
             platform().store.cancel(request.id, reason="revoked by Celery's remote control", delivery=request.delivery)
 
 
-def _stop_run(worker: Any, job_id: str, delivery: int) -> None:
-    """Stop a run that was canceled here, if the pool can."""
-    request = worker_state.requests.get(job_id)
-    if request is None or request.delivery != delivery:
+def _stop_run(worker: Any, stop: Stop) -> None:
+    """Stop a run that does not count any more, if the pool can, and say so."""
+    request = _request(stop.job_id, stop.delivery)
+    if request is not None and type(worker.pool).__module__ == PREFORK:
+        # in the thread that also takes results: meanwhile no other job can be given to the process
+        worker.hub.call_soon(_terminate, worker, request, stop)
         return
-    if type(worker.pool).__module__ != PREFORK:
-        text = "this worker's pool cannot stop it: its result will be discarded"
-        platform().store.note(job_id, worker=worker_id(worker.hostname), text=text)
-        return
-    # in the thread that also takes results: meanwhile no other job can be given to the process
-    worker.hub.call_soon(_terminate, worker, request)
+    abort = _calls.get((stop.job_id, stop.delivery))
+    if request is None:
+        _tell_stopped(worker, stop, "")  # it has ended, and its result was discarded
+    elif abort is not None and abort.fire():
+        _tell_stopped(worker, stop, _stopped_text(stop), discarded=bool(stop.why))
+    else:
+        because = f", because {stop.why}" if stop.why else ""
+        _tell_stopped(worker, stop, f"this worker's pool cannot stop it: its result will be discarded{because}")
 
 
-def _terminate(worker: Any, request: PlatformRequest) -> None:
-    if worker_state.requests.get(request.id) is request:
-        request.terminate(worker.pool)
-        worker.hub.call_later(TIDY_SECONDS, _kill, worker, request.worker_pid)
-        with _not_fatal(request.id):
-            platform().store.note(request.id, worker=worker_id(worker.hostname), text="stopped")
+def _stopped_text(stop: Stop) -> str:
+    return f"discarded delivery {stop.delivery}: stopped, because {stop.why}" if stop.why else "stopped"
+
+
+def _tell_stopped(worker: Any, stop: Stop, note: str, *, discarded: bool = False) -> None:
+    with _not_fatal(stop.job_id):
+        platform().store.stopped(worker_id(worker.hostname), stop, note=note, discarded=discarded)
+
+
+def _terminate(worker: Any, request: PlatformRequest, stop: Stop) -> None:
+    if request not in _held_requests():
+        _tell_stopped(worker, stop, "")
+        return
+    request.terminate(worker.pool)
+    worker.hub.call_later(TIDY_SECONDS, _kill, worker, request.worker_pid)
+    _tell_stopped(worker, stop, _stopped_text(stop), discarded=bool(stop.why))
 
 
 def _kill(worker: Any, pid: int) -> None:

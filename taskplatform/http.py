@@ -165,10 +165,17 @@ def parse_retry_after(value: str | None, *, now: datetime) -> timedelta | None:
     text = (value or "").strip()
     if re.fullmatch(r"[0-9]+", text):
         return min(timedelta(seconds=int(text)), MAX_RETRY_AFTER) if len(text) <= 9 else MAX_RETRY_AFTER
+    moment = _http_date(text)
     try:
-        moment = parsedate_to_datetime(text)
-        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-        return min(max(moment - now, timedelta()), MAX_RETRY_AFTER)
+        return None if moment is None else min(max(moment - now, timedelta()), MAX_RETRY_AFTER)
+    except OverflowError:
+        return None
+
+
+def _http_date(text: str | None) -> datetime | None:
+    try:
+        moment = parsedate_to_datetime(text or "")
+        return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     except (ValueError, TypeError, LookupError, OverflowError):
         return None
 
@@ -177,6 +184,42 @@ def redact(text: str, secrets: tuple[str, ...]) -> str:
     """Put `***` for each secret, also where it is percent-encoded, escaped for JSON or HTML, or inside base64."""
     pattern = _pattern(secrets)
     return pattern.sub("***", text) if pattern else text
+
+
+class CallAborted(HttpError):
+    """Another thread broke the call off."""
+
+
+class Abort:
+    """Lets another thread break off one call, before it begins or while it is made."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._fired = False
+        self._run: _Run | None = None
+        self._over = False
+
+    def fire(self) -> bool:
+        """Break the call off; one that has not begun will not. False when it has ended."""
+        with self._lock:
+            if self._over:
+                return False
+            self._fired = True
+            if self._run is not None:
+                self._run.abort()
+            return True
+
+    def _begin(self, run: _Run) -> None:
+        with self._lock:
+            self._run = run
+            if self._fired:
+                run.abort()
+
+    def _end(self) -> bool:
+        """Whether it was broken off. From here on the thread's sockets are not this call's."""
+        with self._lock:
+            self._run, self._over = None, True
+            return self._fired
 
 
 class Client:
@@ -195,8 +238,8 @@ class Client:
         self._own = threading.local()
         self._sessions: weakref.WeakSet[requests.Session] = weakref.WeakSet()
 
-    def send(self, call: Call, *, deadline: timedelta) -> Outcome:
-        """Make the call, its redirects included, within `deadline`.
+    def send(self, call: Call, *, deadline: timedelta, abort: Abort | None = None) -> Outcome:
+        """Make the call, its redirects included, within `deadline`. Raises CallAborted when `abort` was fired before its end.
 
         It raises for nothing that the network or the target does. An exception that a signal raises meanwhile, such as a
         soft time limit, passes through and leaves no connection in an unknown state.
@@ -205,6 +248,8 @@ class Client:
         run = _Run(ends=started + deadline.total_seconds(), connect_timeout=self._connect_timeout.total_seconds())
         timed_out = False
         _active.run = run
+        if abort is not None:
+            abort._begin(run)
         try:
             kind, reason = self._follow(call, run)
         except _RefusedError as refusal:
@@ -214,13 +259,16 @@ class Client:
             reason, timed_out = _explain(fault, run, deadline=deadline, connect_timeout=self._connect_timeout)
         finally:
             _active.run = None
+            broken_off = abort is not None and abort._end()
+        if broken_off:
+            raise CallAborted("broken off")
         return Outcome(
             kind=kind,
             reason=redact(reason, call.secrets),
             status=run.status,
             duration_ms=round((time.monotonic() - started) * 1000),
             excerpt=_excerpt(run, secrets=call.secrets, length=self._excerpt),
-            retry_after=parse_retry_after(run.retry_after, now=datetime.now(UTC)) if kind is OutcomeKind.RETRY else None,
+            retry_after=parse_retry_after(run.retry_after, now=run.date or datetime.now(UTC)) if kind is OutcomeKind.RETRY else None,
             timed_out=timed_out,
         )
 
@@ -255,7 +303,7 @@ class Client:
         try:
             return self._request_once(request, run)
         except _FAULTS:
-            if not run.reused or run.received:
+            if not run.reused or run.received or run.aborted:
                 raise
         return self._request_once(request, run)
 
@@ -534,10 +582,30 @@ class _Run:
     tail: bytes = b""
     status: int | None = None
     retry_after: str | None = None
+    date: datetime | None = None
+    """When the target sent the answer, by its own clock: that is the one which a date in Retry-After goes by."""
     encoding: str = ""
     body: bytearray = field(default_factory=bytearray)
     cut: bool = False
     """There is more than `body`."""
+    aborted: bool = False
+    used: socket.socket | None = None
+    """The socket of the operation that is made now, or was last."""
+
+    def abort(self) -> None:
+        """From another thread: what this one waits for on its socket ends now, and what it would do next fails."""
+        self.aborted = True
+        if self.used is not None:
+            with suppress(OSError):
+                # past the method of TLS sockets, which would take the connection's state away under the other thread
+                socket.socket.shutdown(self.used, socket.SHUT_RDWR)
+
+    def uses(self, one: socket.socket) -> None:
+        """Note the socket before the next operation on it. Raises OSError where that must not be made any more."""
+        # noted first: either `abort` sees it, or this sees what `abort` set
+        self.used = one
+        if self.aborted:
+            raise OSError(errno.ECONNABORTED, "aborted")
 
     def left(self) -> float:
         """The timeout for one operation. Raises TimeoutError at the deadline."""
@@ -548,7 +616,7 @@ class _Run:
     def begin_request(self) -> None:
         # On a new connection, connect() sets `reused` to False.
         self.connecting, self.reused, self.received, self.head_ended, self.tail = False, True, 0, False, b""
-        self.status = self.retry_after = None
+        self.status = self.retry_after = self.date = None
 
     def receive(self, data: memoryview) -> None:
         self.received += len(data)
@@ -559,6 +627,7 @@ class _Run:
     def answered(self, response: requests.Response) -> None:
         self.status = response.status_code
         self.retry_after = response.headers.get("Retry-After")
+        self.date = _http_date(response.headers.get("Date"))
         self.encoding = response.headers.get("Content-Encoding", "").strip().lower()
 
 
@@ -779,6 +848,8 @@ def _open(host: str, port: int, options: Any) -> socket.socket:
             opened = _connected(_Socket(family, kind, protocol), address, options, timeout=share)
         except OSError as fault:
             failure = fault
+            if run.aborted:
+                break
         else:
             opened.settimeout(_within(ends))
             return opened
@@ -790,6 +861,8 @@ def _connected(opened: socket.socket, address: Any, options: Any, *, timeout: fl
         for option in options:
             opened.setsockopt(*option)
         opened.settimeout(timeout)
+        if _active.run:
+            _active.run.uses(opened)
         opened.connect(address)
     except BaseException:
         opened.close()
@@ -828,6 +901,7 @@ class _TlsSocket(ssl.SSLSocket):
 
 def _limit(used: socket.socket) -> None:
     if _active.run:
+        _active.run.uses(used)
         used.settimeout(_active.run.left())
 
 

@@ -33,6 +33,8 @@ _GRACE = timedelta(seconds=60)
 _MOST_CAUGHT_UP = 1000
 #: What cannot be planned, or is another catalogue's, is looked at again after this.
 _PUT_OFF = timedelta(seconds=10)
+#: A clock that shows so much less than before was set back.
+_SET_BACK_MS = 1000
 #: So many groups that are due are opened together at the most, each in about a millisecond.
 _TOGETHER = 1000
 #: So many widened windows are logged one by one in a round; the rest are counted.
@@ -180,6 +182,8 @@ class Planner:
         self._name = name
         self._environment = environment
         self._windows = Windows(store, catalogue, horizon=horizon, environment=environment)
+        #: What the server's clock last showed to a planner.
+        self._seen_ms = 0
 
     def lead(self, *, confirm: Callable[[], object] = lambda: None) -> None:
         """Take over: finish what the schedules so far made due, then publish this catalogue.
@@ -187,6 +191,7 @@ class Planner:
         `confirm` is called when the new term has begun, and raises if another leads by then. Raises Conflict if one does later:
         a leader that slept meanwhile must not publish an old catalogue over a new one.
         """
+        self._seen_ms = int(self._store.planner().get("tick", 0))
         term = self._store.lead(horizon=self._horizon, leader=self._name)
         confirm()
         self._open_due()
@@ -204,7 +209,12 @@ class Planner:
         """Plan what is due, for about `budget` at the most. Returns how long until there is more to do."""
         deadline = time.monotonic() + budget.total_seconds()
         planned = 0
-        due = self._store.due(self._store.now_ms())
+        now_ms = self._store.now_ms()
+        if now_ms < self._seen_ms - _SET_BACK_MS:
+            log.warning("the clock of Redis was set back by %s: all that was put off is looked at again", _text(self._seen_ms - now_ms))
+            self._store.look_again()
+        self._seen_ms = now_ms
+        due = self._store.due(now_ms)
         while due and time.monotonic() < deadline:
             # a batch of each in turn, so that a large occurrence holds back no small one
             planned += sum(self._plan(item) for item in due if item.kind == "occurrence")

@@ -18,9 +18,10 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -166,13 +167,14 @@ class Platform:
     def _enqueues(self, requests: Sequence[JobRequest]) -> list[Enqueue]:
         pairs = [(request.user, request.definition) for request in requests if isinstance(request.user, str)]
         subscribed = self.store.subscription_params(pairs)
-        return [self._enqueue(request, subscribed.get((request.user, request.definition), {})) for request in requests]
+        now_ms = cache(self.store.now_ms)
+        return [self._enqueue(request, subscribed.get((request.user, request.definition), {}), now_ms) for request in requests]
 
-    def _enqueue(self, request: JobRequest, subscribed: Mapping[str, Any]) -> Enqueue:
+    def _enqueue(self, request: JobRequest, subscribed: Mapping[str, Any], now_ms: Callable[[], int]) -> Enqueue:
         definition = self.definition(request.definition)
         user = check_user_id(request.user)
         params = {**subscribed, **_check_params(request.params, definition, subscribed)}
-        after_ms, delay_ms = _when(request.countdown, request.eta)
+        after_ms, delay_ms = _when(request.countdown, request.eta, now_ms)
         key = request.idempotency_key
         if key is not None and (not isinstance(key, str) or not 0 < len(key) <= MAX_KEY_LENGTH):
             raise InvalidInput(f"idempotency_key {key!r} is not accepted: a text of 1 to {MAX_KEY_LENGTH} characters is")
@@ -493,13 +495,13 @@ def _check_params(params: Mapping[str, Any] | None, definition: Definition, give
     return dict(params)
 
 
-def _when(countdown: float | timedelta | None, eta: datetime | None) -> tuple[int | None, int]:
+def _when(countdown: float | timedelta | None, eta: datetime | None, now_ms: Callable[[], int]) -> tuple[int | None, int]:
     """(execute_after in ms, or None for a delay), delay in ms."""
     if countdown is not None and eta is not None:
         raise InvalidInput("countdown and eta exclude each other")
     if eta is not None:
         at_ms = _instant(eta, "eta")
-        if at_ms > (datetime.now(UTC) + MAX_DELAY).timestamp() * 1000:
+        if at_ms > now_ms() + MAX_DELAY / timedelta(milliseconds=1):
             raise InvalidInput(f"eta {eta.isoformat()} is more than {MAX_DELAY.days} days ahead")
         return at_ms, 0
     if countdown is None:

@@ -1,31 +1,125 @@
 """Says that this worker lives, and takes the jobs of those that do not.
 
-Each worker heartbeats. In the same rhythm it looks for workers whose heartbeat stopped, whose jobs it gives back, and for
-released jobs whose message was lost between broker and worker.
+Each worker heartbeats, and watches the heartbeats of the others. Besides, it looks for released jobs whose message was lost between
+broker and worker, and for its own runs that are stuck or have gone.
+
+Who is lost is decided by spans that the watching worker measures itself, by a clock that nobody sets, and only while it watches: no
+step of any machine's clock, no time in which Redis was away, and no time in which the watcher itself was stopped counts against anybody.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from taskplatform.errors import NotFound, StoreError, StoreUnavailable
-from taskplatform.model import JobState
+from taskplatform.errors import StoreError, StoreUnavailable
+from taskplatform.model import JobState, format_duration
 from taskplatform.outage import OutageLog
+from taskplatform.process import has_ended
 from taskplatform.settings import Settings
-from taskplatform.store import Store
+from taskplatform.store import Stop, Store
 
 log = logging.getLogger(__name__)
 
 #: Before the next run of a job whose worker was lost; doubled by each further loss.
 LOSS_BACKOFF = timedelta(seconds=1)
+#: The longest between two looks at the heartbeats of others; shorter where heartbeats are more frequent.
+_LOOK = timedelta(seconds=1)
+#: The longest between two looks for lost messages and for this worker's own runs.
+_CARE = timedelta(seconds=3)
+#: A run that goes on so long after its hard time limit is stuck: what should have ended it did not.
+STUCK_MARGIN = timedelta(seconds=5)
+
+Clock = Callable[[], float]
+
+
+class WatchedTime:
+    """How much time passed from one look to the next, as far as somebody looked: never more than `most` seconds."""
+
+    def __init__(self, most: float, clock: Clock = time.monotonic) -> None:
+        self._most = most
+        self._clock = clock
+        self._last: float | None = None
+
+    def passed(self) -> float:
+        """Since the last call; to be called before the look that it is for."""
+        last, self._last = self._last, self._clock()
+        return 0.0 if last is None else min(self._last - last, self._most)
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A worker that is lost."""
+
+    worker: str
+    seen_ms: int
+    """Its last heartbeat. Should there be another by now, it is not lost."""
+    how: str
+
+
+@dataclass(slots=True)
+class _Watched:
+    seen_ms: int
+    silent: float = 0.0
+    info: Mapping[str, str] | None = None
+
+
+class Observer:
+    """Watches the heartbeats of other workers.
+
+    A worker is lost when its last heartbeat has stayed the same for `timeout`, or when its process ran on this machine and has ended.
+    An observer that begins, or that was itself stopped, knows nothing and may have to wait for the whole timeout.
+    """
+
+    def __init__(
+        self,
+        *,
+        timeout: timedelta,
+        own: str,
+        ended: Callable[[Mapping[str, str]], bool] = has_ended,
+    ) -> None:
+        self._timeout = timeout
+        self._own = own
+        self._ended = ended
+        self._watched: dict[str, _Watched] = {}
+
+    def look(self, beats: Mapping[str, int], passed: float, info: Callable[[Sequence[str]], Sequence[Mapping[str, str]]]) -> list[Lost]:
+        """Who is lost, by heartbeats that were read just now, `passed` seconds of watching after the last ones.
+
+        `info` gives what workers say of themselves.
+        """
+        before = self._watched
+        self._watched = {worker: before.get(worker) or _Watched(at_ms) for worker, at_ms in beats.items() if worker != self._own}
+        # one that started a job before its first heartbeat, or after it was declared lost, has not said anything yet
+        new = [worker for worker, one in self._watched.items() if not one.info]
+        for worker, said in zip(new, info(new) if new else (), strict=True):
+            self._watched[worker].info = said
+        lost = []
+        for worker, one in self._watched.items():
+            if beats[worker] != one.seen_ms:
+                one.seen_ms, one.silent = beats[worker], 0.0
+            elif worker in before:
+                one.silent += passed
+            if self._ended(one.info or {}):
+                lost.append(Lost(worker, one.seen_ms, "its process has ended"))
+            elif one.silent >= self._timeout.total_seconds():
+                lost.append(Lost(worker, one.seen_ms, f"silent for {format_duration(self._timeout)}"))
+        return lost
+
+
+@dataclass(slots=True)
+class _OwnRun:
+    """A run that is recorded here."""
+
+    delivery: int
+    ran: float = 0.0
+    missing: bool = False
+    """It was not found here the last time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +163,9 @@ class Endings:
         """One more."""
         self._kept[ending.job_id, ending.delivery] = ending
 
-    def __contains__(self, job_id: object) -> bool:
-        return any(kept == job_id for kept, _ in tuple(self._kept))
+    def __contains__(self, place: tuple[str, int]) -> bool:
+        """Whether there is one of this job and delivery."""
+        return place in self._kept
 
     def record(self, store: Store) -> None:
         """Tell Redis all of them. Raises StoreUnavailable, and keeps those that it was not told."""
@@ -88,9 +183,9 @@ class Endings:
 class RecoveryLoop:
     """Heartbeats and recovers, until `stop`.
 
-    `slots` and `queues` are asked each time, because remote control can change them. `stop_run` is called with job id and
-    delivery of each run that was canceled here. `has_job` says whether this process runs a job or is about to. `endings` are those
-    that wait for Redis.
+    `slots` and `queues` are asked each time, because remote control can change them. `stop_run` is called with each run that is to be
+    stopped here, until it is told to the store. `has_run` says whether this process runs a job's delivery or is about to, or has its
+    end, `limit_of` in which span a run of a definition must have ended (None: it is not known). `endings` are those that wait for Redis.
     """
 
     def __init__(
@@ -101,10 +196,12 @@ class RecoveryLoop:
         worker: str,
         slots: Callable[[], int],
         queues: Callable[[], list[str]],
-        stop_run: Callable[[str, int], None],
-        has_job: Callable[[str], bool],
+        stop_run: Callable[[Stop], None],
+        has_run: Callable[[str, int], bool],
+        limit_of: Callable[[str], timedelta | None],
         endings: Endings,
         info: Mapping[str, str],
+        clock: Clock = time.monotonic,
     ) -> None:
         self._store = store
         self._settings = settings
@@ -112,85 +209,148 @@ class RecoveryLoop:
         self._slots = slots
         self._queues = queues
         self._stop_run = stop_run
-        self._has_job = has_job
+        self._has_run = has_run
+        self._limit_of = limit_of
         self._endings = endings
         self._info = info
-        #: Since when, by the monotonic clock, no heartbeat of this worker failed or was late; and its last one.
-        self._heard_since = -math.inf
-        self._last_beat = math.inf
+        self._clock = clock
         self._draining = False
         self._stopped = threading.Event()
-        #: Jobs that are recorded as running here and were not found the last time.
-        self._gone: set[str] = set()
+        look = self._look_seconds
+        self._observer = Observer(timeout=settings.heartbeat_timeout, own=worker)
+        self._observed = WatchedTime(2 * look, clock)
+        self._cared = WatchedTime(2 * self._care_seconds, clock)
+        #: The server's clock and the own one, in seconds, at the last look for lost messages.
+        self._last_clocks: tuple[float, float] | None = None
+        self._own_runs: dict[str, _OwnRun] = {}
+        #: Stuck runs that may still hold a slot here.
+        self._stuck: set[tuple[str, int]] = set()
         #: A heartbeat after `leave` would bring the worker back to life.
         self._alive = threading.Lock()
 
+    @property
+    def _look_seconds(self) -> float:
+        return min(_LOOK, self._settings.heartbeat_interval).total_seconds()
+
+    @property
+    def _care_seconds(self) -> float:
+        return min(_CARE, self._settings.heartbeat_interval).total_seconds()
+
     def run(self) -> None:
         """Never raises: without Redis it waits for it."""
-        interval = self._settings.heartbeat_interval.total_seconds()
         outage = OutageLog(log, "recovery")
+        next_beat = next_care = self._clock()
         while not self._stopped.is_set():
-            wait = interval
+            wait = self._look_seconds
+            now = self._clock()
             try:
-                self.beat()
+                # its own first: who comes back from a long stop must say so, and learn what is no longer its own
+                if now >= next_beat:
+                    self.beat()
+                    next_beat = now + self._settings.heartbeat_interval.total_seconds()
                 self._endings.record(self._store)
-                self.recover()
+                self.observe()
+                if now >= next_care:
+                    self.care()
+                    next_care = now + self._care_seconds
             except Exception as fault:
-                wait = min(interval, outage.failed(fault))
+                wait = min(self._settings.heartbeat_interval.total_seconds(), outage.failed(fault))
             else:
                 outage.over()
             self._stopped.wait(wait)
 
     def beat(self) -> None:
         """One heartbeat, and what it brings."""
+        self._stuck = {run for run in self._stuck if self._has_run(*run)}
         with self._alive:
             if self._stopped.is_set():
                 return
-            before, self._last_beat = self._last_beat, -math.inf
             stops = self._store.heartbeat(
                 self._worker,
-                slots=0 if self._draining else self._slots(),
+                # what is stuck and cannot be stopped has its slot for ever
+                slots=0 if self._draining else max(0, self._slots() - len(self._stuck)),
                 queues=self._queues(),
                 buffer=self._settings.queue_buffer,
                 info=self._info,
             )
-        now = time.monotonic()
-        if now - before > self._settings.heartbeat_timeout.total_seconds():
-            self._heard_since = now
-        self._last_beat = now
-        for job_id, delivery in stops:
-            self._stop_run(job_id, delivery)
+        for stop in stops:
+            self._stop_run(stop)
 
-    def recover(self) -> None:
+    def observe(self) -> None:
         """Take what lost workers left."""
-        settings = self._settings
-        # where this one was not heard for a time, because of Redis, others may be silent for the same reason: they get their time again
-        if time.monotonic() - self._heard_since >= settings.heartbeat_timeout.total_seconds():
-            taken = self._store.recover(silence=settings.heartbeat_timeout, max_losses=settings.max_losses, backoff=LOSS_BACKOFF)
-            for kind, name in taken:
-                log.warning("%s %s: recovered, its worker was silent for %s", kind, name, settings.heartbeat_timeout)
-        for job_id in self._store.reclaim(patience=settings.heartbeat_timeout):
-            log.warning("job %s: its message was lost, released again", job_id)
-        gone = {job_id for job_id in self._store.running_on(self._worker) if not self._has_job(job_id)}
-        # seen twice: between the end of a run and its record there may be a moment
-        for job_id in gone & self._gone:
-            self._give_up(job_id)
-        self._gone = gone
+        passed = self._observed.passed()
+        for lost in self._observer.look(self._store.heartbeats(), passed, self._store.worker_info):
+            self._recover(lost)
 
-    def _give_up(self, job_id: str) -> None:
-        """A run ended here and its end could not be recorded, because Redis was away."""
-        with suppress(NotFound):
-            job = self._store.job(job_id)
-            if job.state is JobState.RUNNING and job.worker == self._worker and not self._has_job(job_id):
-                self._store.lose(
-                    job_id,
-                    delivery=job.delivery,
-                    worker=self._worker,
-                    what="its run ended without a record",
-                    max_losses=self._settings.max_losses,
-                    backoff=LOSS_BACKOFF,
-                )
+    def _recover(self, lost: Lost) -> None:
+        settings, all_taken = self._settings, False
+        while not all_taken:
+            taken = self._store.recover(
+                lost.worker, seen_ms=lost.seen_ms, how=lost.how, max_losses=settings.max_losses, backoff=LOSS_BACKOFF
+            )
+            for kind, name in taken:
+                log.warning("%s %s: recovered, worker %s is lost: %s", kind, name, lost.worker, lost.how)
+            # nothing: another took it, or it lives
+            all_taken = not taken or taken[-1][0] == "worker"
+
+    def care(self) -> None:
+        """Look for lost messages, and at what is recorded as running here."""
+        passed = self._cared.passed()
+        patience = self._settings.heartbeat_timeout
+        for job_id in self._store.reclaim(patience=patience, clock_set=self._clock_was_set(patience / 3)):
+            log.warning("job %s: its message was lost, released again", job_id)
+        recorded = self._store.running_on(self._worker)
+        before, self._own_runs = self._own_runs, {}
+        known = {job_id: one for job_id, one in before.items() if job_id in recorded}
+        for job in self._store.jobs_by_id(sorted(recorded - known.keys())):
+            if job.state is JobState.RUNNING and job.worker == self._worker:
+                self._own_runs[job.id] = _OwnRun(job.delivery)
+        for job_id, one in known.items():
+            one.ran += passed
+            if self._keep(job_id, one):
+                self._own_runs[job_id] = one
+
+    def _clock_was_set(self, tolerance: timedelta) -> bool:
+        """Whether the server's clock has gone otherwise than this machine's spans since the last call; so it has at the first."""
+        last, self._last_clocks = self._last_clocks, (self._store.now_ms() / 1000, self._clock())
+        if last is None:
+            return True
+        server, own = (now - before for now, before in zip(self._last_clocks, last, strict=True))
+        was_set = abs(server - own) > tolerance.total_seconds()
+        if was_set:
+            log.warning("the clock of Redis was set by %+.0f s", server - own)
+        return was_set
+
+    def _keep(self, job_id: str, one: _OwnRun) -> bool:
+        """Whether a run that was known goes on; else it is given up, or was another."""
+        limit = self._limit_of(job_id.partition(":")[0])
+        if not self._has_run(job_id, one.delivery):
+            # seen twice: between the end of a run and its record there may be a moment
+            if not one.missing:
+                one.missing = True
+                return True
+            if self._lose(job_id, one, "its run ended without a record"):
                 log.warning("job %s: its run ended here without a record", job_id)
+            return False
+        one.missing = False
+        if limit is None or one.ran <= (limit + STUCK_MARGIN).total_seconds():
+            return True
+        what = f"stuck: ran longer than its time limit of {format_duration(limit)}"
+        if self._lose(job_id, one, what, stuck=True):
+            log.error("job %s: %s, and nothing ended it; given up, its result will be discarded", job_id, what)
+            self._stuck.add((job_id, one.delivery))
+        return False
+
+    def _lose(self, job_id: str, one: _OwnRun, what: str, *, stuck: bool = False) -> bool:
+        return self._store.lose(
+            job_id,
+            delivery=one.delivery,
+            worker=self._worker,
+            what=what,
+            max_losses=self._settings.max_losses,
+            backoff=LOSS_BACKOFF,
+            stuck=stuck,
+        )
 
     def drain(self, held: Sequence[str]) -> None:
         """From now on offer no slots. What of the deliveries that are held here has not started is given back."""

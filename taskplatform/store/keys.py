@@ -53,6 +53,7 @@ NAMES = {
     "gates": "gates",  # sorted set: host that has to wait → until when
     "gated": "gated:",  # by "<priority>:<host>", sorted set: definition that waits for the host → its first job's place
     "held": "held:",  # by user, set of job ids that wait for a pause to end
+    "delays": "delays",  # sorted set: job id that waits for a span, as a retry → when that began
     "capped": "capped:",  # by "<priority>:<user>", sorted set: "<seq>:<job id>" set aside for the user's cap → execute_after
     "capped_users": "cappedusers",  # set of users who have such
     "shares": "shares",  # hash: priority → what it is owed of its guaranteed share, in jobs
@@ -69,7 +70,7 @@ NAMES = {
     "workers": "workers",  # sorted set: worker → last heartbeat
     "worker": "worker:",  # hash: slots, queues, host, pid, …
     "worker_jobs": "workerjobs:",  # by worker, set of job ids that it runs
-    "stops": "stops:",  # by worker, list of "<job id>#<delivery>" that it shall stop
+    "stops": "stops:",  # by worker, hash: "<job id>#<delivery>" that it shall stop → why ("" canceled)
     "capacity": "capacity",  # hash: priority → how many jobs its queue may hold; "<higher>><lower>" → share of the slots
     # what happened and should be rare
     "counters": "counters",  # hash: what happened → how often

@@ -148,6 +148,16 @@ class Start:
     """Attempts of this budget that ended in a failure before this one."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A run that a worker shall stop, if it can."""
+
+    job_id: str
+    delivery: int
+    why: str
+    """Why its result does not count any more; "" where the job was canceled."""
+
+
 class Renewal(Enum):
     """Whether a run that was held up may still make its call."""
 

@@ -42,6 +42,7 @@ from taskplatform.store.records import (
     PublishedDefinition,
     Renewal,
     Start,
+    Stop,
     Subscribe,
     SubscribeResult,
     Worker,
@@ -414,6 +415,12 @@ class Store:
         rows = cast("list[tuple[str, float]]", self._redis.zrange(self._key("due"), 0, 0, withscores=True))
         return int(rows[0][1]) if rows else None
 
+    def look_again(self) -> None:
+        """Let the planner look at everything now, because the clock was set back: what was put off would be late by as much."""
+        now_ms = self.now_ms()
+        for batch in _batches(cast("list[str]", self._redis.zrange(self._key("due"), 0, -1)), 1000):
+            self._redis.zadd(self._key("due"), dict.fromkeys(batch, now_ms), xx=True, lt=True)
+
     def group(self, gid: str) -> Group | None:
         """None when it has gone."""
         fields = cast("dict[str, str]", self._redis.hgetall(self._key("group", gid)))
@@ -538,9 +545,12 @@ class Store:
         answer = self._scripts.run("finish", job_id, delivery, worker, state, reason, _to_json(detail) if detail else "", delay)
         return bool(answer == "done")
 
-    def lose(self, job_id: str, *, delivery: int, worker: str, what: str, max_losses: int, backoff: timedelta) -> bool:
-        """The process that ran a delivery died. False when the delivery no longer counted."""
-        return bool(self._scripts.run("lose", job_id, delivery, worker, what, max_losses, milliseconds(backoff)))
+    def lose(self, job_id: str, *, delivery: int, worker: str, what: str, max_losses: int, backoff: timedelta, stuck: bool = False) -> bool:
+        """The process that ran a delivery died, or the run is `stuck` and the worker shall stop it.
+
+        False when the delivery no longer counted.
+        """
+        return bool(self._scripts.run("lose", job_id, delivery, worker, what, max_losses, milliseconds(backoff), int(stuck)))
 
     def cancel(self, job_id: str, *, reason: str, delivery: int | None = None) -> JobState:
         """Cancel a job that is not finished; with `delivery`, only if that is its current one.
@@ -833,11 +843,19 @@ class Store:
 
     def heartbeat(
         self, worker: str, *, slots: int, queues: Sequence[str], buffer: float, info: Mapping[str, str] | None = None
-    ) -> list[tuple[str, int]]:
-        """A worker lives. Returns the runs that it shall stop, as (job id, delivery)."""
+    ) -> list[Stop]:
+        """A worker lives. Returns the runs that it shall stop; the same ones each time, until it tells of them by `stopped`."""
         extra = [part for pair in (info or {}).items() for part in pair]
-        stops = self._scripts.run("heartbeat", worker, slots, ",".join(queues), buffer, *extra)
-        return [(job_id, int(delivery)) for job_id, _, delivery in (stop.rpartition("#") for stop in stops)]
+        flat = self._scripts.run("heartbeat", worker, slots, ",".join(queues), buffer, *extra)
+        stops = ((run.rpartition("#"), why) for run, why in _batches(flat, 2))
+        return [Stop(job_id, int(delivery), why) for (job_id, _, delivery), why in stops]
+
+    def stopped(self, worker: str, stop: Stop, *, note: str = "", discarded: bool = False) -> bool:
+        """A worker did what it can about a run that it was to stop. The `note` goes into the job's history.
+
+        `discarded`: with that the run is over, and no result of it will come. False when the worker had told of it before.
+        """
+        return bool(self._scripts.run("stopped", worker, stop.job_id, stop.delivery, note, int(discarded)))
 
     def withdraw(self, worker: str, deliveries: Iterable[str], *, also_running: bool = False) -> int:
         """A worker that stops gives back deliveries (`<job>#<number>`) that it has not started, or also such as run. Returns how many."""
@@ -847,18 +865,40 @@ class Store:
         """A worker has stopped: what it runs is given back, and what it holds of these. Returns how many."""
         return int(self._scripts.run("leave", worker, *deliveries))
 
-    def recover(self, *, silence: timedelta, max_losses: int, backoff: timedelta, limit: int = 500) -> list[tuple[str, str]]:
-        """Take the jobs of workers that were silent too long. Returns ("job" or "worker", id) for each."""
-        rows = self._scripts.run("recover", milliseconds(silence), max_losses, milliseconds(backoff), limit)
+    def recover(
+        self, worker: str, *, seen_ms: int, how: str, max_losses: int, backoff: timedelta, limit: int = 500
+    ) -> list[tuple[str, str]]:
+        """Take the jobs of a worker that is lost, if its last heartbeat is still the one that was seen.
+
+        Returns ("job" or "worker", id) for each; without the worker there may be more to take.
+        """
+        rows = self._scripts.run("recover", worker, seen_ms, how, max_losses, milliseconds(backoff), limit)
         return [(kind, name) for kind, name in rows]
 
-    def reclaim(self, *, patience: timedelta, limit: int = 200) -> list[str]:
-        """Release again what was queued and whose message is nowhere. Returns the ids."""
-        return cast("list[str]", self._scripts.run("reclaim", milliseconds(patience), limit))
+    def reclaim(self, *, patience: timedelta, limit: int = 200, clock_set: bool = False) -> list[str]:
+        """Release again what was queued for longer than `patience` and whose message is nowhere. Returns the ids.
+
+        `clock_set`: the server's clock was set since the caller's last look, so that nobody knows yet how long anything was queued.
+        """
+        return cast("list[str]", self._scripts.run("reclaim", milliseconds(patience), limit, int(clock_set)))
 
     def running_on(self, worker: str) -> set[str]:
         """Ids of the jobs that the worker runs, as far as it is recorded."""
         return cast("set[str]", self._redis.smembers(self._key("worker_jobs", worker)))
+
+    def heartbeats(self) -> dict[str, int]:
+        """By worker, when it last said that it lives, by the server's clock at that time."""
+        return {
+            worker: int(at)
+            for worker, at in cast("list[tuple[str, float]]", self._redis.zrange(self._key("workers"), 0, -1, withscores=True))
+        }
+
+    def worker_info(self, workers: Sequence[str]) -> list[dict[str, str]]:
+        """What each of them said of itself with its heartbeats; nothing of one that is not known."""
+        pipe = self._redis.pipeline(transaction=False)
+        for worker in workers:
+            pipe.hgetall(self._key("worker", worker))
+        return cast("list[dict[str, str]]", pipe.execute())
 
     def workers(self) -> list[Worker]:
         """In order of their ids."""

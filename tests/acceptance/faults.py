@@ -29,6 +29,9 @@ from typing import Any
 
 _POINT, _NTH, _SIGNAL, _WHO, _MARK = (f"TEST_FAULT_{name}" for name in ("POINT", "NTH", "SIGNAL", "WHO", "MARK"))
 
+MACHINE = "TEST_MACHINE"
+"""In a process's environment: it takes itself to run on a machine of this name."""
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -97,7 +100,12 @@ _OF_A_JOB = ("start", "finish", "renew", "lose", "cancel", "enqueue")
 
 
 def install() -> None:
-    """Put the points into this process, if it has a fault to make."""
+    """Put the points into this process, if it has a fault to make, and it onto another machine, if it is to be on one."""
+    if MACHINE in os.environ:
+        from taskplatform import process
+
+        name = os.environ[MACHINE]
+        process.machine = lambda: name
     if _POINT not in os.environ:
         return
 

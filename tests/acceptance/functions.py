@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import threading
 import time
 from contextlib import suppress
 from typing import Any, Protocol
@@ -47,6 +50,11 @@ def exits(job: Job) -> None:
 
 def dies(job: Job) -> None:
     _tell(job, "ran")
+    match job.params["how"]:
+        case "segfault":
+            ctypes.string_at(0)
+        case "killed":  # as the kernel does it where there is no memory left
+            os.kill(os.getpid(), signal.SIGKILL)
     os._exit(9)
 
 
@@ -62,6 +70,13 @@ def ignores_soft_limit(job: Job) -> None:
     while True:
         with suppress(SoftTimeLimitExceeded):
             time.sleep(60)
+
+
+def hangs_once(job: Job) -> None:
+    _tell(job, "began")
+    if job.attempt == 1:
+        threading.Event().wait()
+    _tell(job, "ended")
 
 
 def refuses_to_stop(job: Job) -> None:

@@ -22,7 +22,8 @@ import taskplatform.settings
 from taskplatform.local import find_port
 from taskplatform.model import Job, JobState, Transition
 from taskplatform.platform import Platform
-from tests.acceptance.faults import Fault
+from tests.acceptance.clocks import SteppedClock
+from tests.acceptance.faults import MACHINE, Fault
 from tests.acceptance.nodes import ROOT, BeatNode, FlowerNode, ProcessNode, ServerNode, WorkerNode
 from tests.acceptance.proxy import Proxy
 from tests.support import wait_until
@@ -51,13 +52,16 @@ def base_environment(target_url: str, guard: Mapping[str, str]) -> dict[str, str
 class Site:
     """One installation. Its processes live until it is closed, or until they are removed."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str], *, server_clock: SteppedClock | None = None) -> None:
         self._folder = folder
         self._names = itertools.count(1)
         self._users = itertools.count(1)
         self._nodes: list[ProcessNode] = []
         self._default_worker: WorkerNode | None = None
-        self.server = ServerNode("server", folder=folder / "server")
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (server_clock.environment if server_clock else {}).items():
+                patch.setenv(name, value)
+            self.server = ServerNode("server", folder=folder / "server")
         self.environment = {**environment, "TASKPLATFORM_REDIS_URL": self.server.url}
         self._module = _fresh_app(self.environment)
         self.app: Celery = self._module.app
@@ -83,26 +87,45 @@ class Site:
             self._default_worker.ready()
         return self._default_worker
 
-    def worker(self, *options: str, fault: Fault | None = None, proxy: Proxy | None = None, **settings: str) -> WorkerNode:
+    def worker(
+        self,
+        *options: str,
+        fault: Fault | None = None,
+        proxy: Proxy | None = None,
+        machine: str = "",
+        clock: SteppedClock | None = None,
+        **settings: str,
+    ) -> WorkerNode:
         """Start a worker. It is not ready yet, so that several can start at a time.
 
-        It has a `fault` to make, speaks to Redis through `proxy`, and has `settings` (by their names, heartbeat_timeout="5s") of its own.
+        It has a `fault` to make, speaks to Redis through `proxy`, takes itself to run on another `machine`, lives by `clock`, and has
+        `settings` (by their names, heartbeat_timeout="5s") of its own.
         """
-        environment = self._environment(fault, proxy, settings)
+        environment = self._environment(fault, proxy, settings, clock)
+        if machine:
+            environment[MACHINE] = machine
         return self._keep(WorkerNode(self._name("w"), options, environment=environment, folder=self._folder))
 
-    def beat(self, *, fault: Fault | None = None, proxy: Proxy | None = None, **settings: str) -> BeatNode:
+    def beat(
+        self, *, fault: Fault | None = None, proxy: Proxy | None = None, clock: SteppedClock | None = None, **settings: str
+    ) -> BeatNode:
         """Start a beat. It is not ready yet. The rest is as for `worker`."""
-        return self._keep(BeatNode(self._name("beat"), environment=self._environment(fault, proxy, settings), folder=self._folder))
+        return self._keep(BeatNode(self._name("beat"), environment=self._environment(fault, proxy, settings, clock), folder=self._folder))
+
+    def clock(self) -> SteppedClock:
+        """A clock for some processes of this site."""
+        return SteppedClock(self._folder / self._name("clock"))
 
     def fault(self, point: str, nth: int = 1, **options: Any) -> Fault:
         """A fault for a worker or a beat of this site, see `Fault`."""
         return Fault(self._folder / f"{self._name('fault')}.happened", point, nth, **options)
 
-    def _environment(self, fault: Fault | None, proxy: Proxy | None, settings: Mapping[str, str]) -> dict[str, str]:
+    def _environment(
+        self, fault: Fault | None, proxy: Proxy | None, settings: Mapping[str, str], clock: SteppedClock | None
+    ) -> dict[str, str]:
         own = {f"TASKPLATFORM_{name.upper()}": value for name, value in settings.items()}
         through = {} if proxy is None else {"TASKPLATFORM_REDIS_URL": proxy.url}
-        return {**self.environment, **(fault.environment if fault else {}), **through, **own}
+        return {**self.environment, **(fault.environment if fault else {}), **(clock.environment if clock else {}), **through, **own}
 
     def flower(self) -> FlowerNode:
         """Start Flower. It is not ready yet."""
@@ -170,9 +193,9 @@ class Site:
 
 
 @contextmanager
-def running_site(folder: Path, environment: Mapping[str, str]) -> Iterator[Site]:
-    """A site that is closed at the end."""
-    site = Site(folder, environment)
+def running_site(folder: Path, environment: Mapping[str, str], *, server_clock: SteppedClock | None = None) -> Iterator[Site]:
+    """A site that is closed at the end. Its server lives by `server_clock`, if there is one."""
+    site = Site(folder, environment, server_clock=server_clock)
     try:
         yield site
     finally:

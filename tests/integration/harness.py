@@ -62,6 +62,17 @@ def offer(store: Store, worker: str = "w1", slots: int = 10, queues: Iterable[st
     store.heartbeat(worker, slots=slots, queues=list(queues), buffer=1)
 
 
+def recover(
+    store: Store, silence: timedelta, *, max_losses: int = 3, backoff: timedelta = timedelta(seconds=1), limit: int = 500
+) -> list[tuple[str, str]]:
+    """What an observer does who saw each heartbeat when it was made: of the first worker that is lost, as much as the limit says."""
+    for worker, at_ms in sorted(store.heartbeats().items()):
+        if store.now_ms() - at_ms > silence / timedelta(milliseconds=1):
+            how = f"silent for {silence.total_seconds():g}s"
+            return store.recover(worker, seen_ms=at_ms, how=how, max_losses=max_losses, backoff=backoff, limit=limit)
+    return []
+
+
 def arrive(client: redis.Redis, clock: Clock, run_id: str) -> bool:
     """What a new connection does, with the run id that its server gives. Whether that is another server than before."""
     return bool(Scripts(client, NAMESPACE, clock).run("arrive", run_id))
@@ -239,6 +250,7 @@ def _check_waiting(db: _Database, jobs: Mapping[str, dict[str, str]]) -> None:
             places[job_id] += 1
             assert job_id.split(":")[1] == user
     assert set(places) == _in_state(jobs, *WAITING), "the waiting set does not hold the jobs that wait"
+    assert db.one("delays").keys() <= places.keys(), "a job that does not wait has a delay"
     assert not [job_id for job_id, count in places.items() if count > 1], "a job waits twice"
     assert {lane.split(":")[1] for lane in db.under("capped")} <= set(db.one("capped_users")), "somebody's jobs stay set aside for ever"
     _check_turns(db)

@@ -30,7 +30,7 @@ from typing import Any
 
 import pytest
 
-from taskplatform.http import MAX_REDIRECTS, USER_AGENT, Call, Client, Outcome, OutcomeKind
+from taskplatform.http import MAX_REDIRECTS, USER_AGENT, Abort, Call, CallAborted, Client, Outcome, OutcomeKind
 
 DEADLINE = timedelta(seconds=0.3)
 AMPLE = timedelta(seconds=20)
@@ -294,6 +294,14 @@ def test_retry_after_as_a_date(serve: Serve, client: Client) -> None:
     assert timedelta(minutes=59) < wait <= timedelta(hours=1)
 
 
+def test_retry_after_as_a_date_goes_by_the_clock_of_the_target(serve: Serve, client: Client) -> None:
+    """Or by none that is known to be right: this machine's may be an hour off."""
+    target_now = datetime.now(UTC) - timedelta(hours=5)
+    sent, date = (format_datetime(moment, usegmt=True).encode() for moment in (target_now, target_now + timedelta(minutes=2)))
+    server = serve(always(b"HTTP/1.1 503 Later\r\nDate: " + sent + b"\r\nRetry-After: " + date + b"\r\nContent-Length: 0\r\n\r\n"))
+    assert get(client, server.url).retry_after == timedelta(minutes=2)
+
+
 def test_a_body_longer_than_the_limit_is_not_read_on(serve: Serve, client: Client) -> None:
     server = serve(lambda peer: peer.flood(b"HTTP/1.1 200 OK\r\n\r\nbegin "))
     outcome = get(client, server.url)
@@ -418,6 +426,73 @@ def test_one_deadline_for_every_phase(serve: Serve, client: Client, handler: Han
     assert get(client, good.url).kind is OutcomeKind.COMPLETED
     if handler not in (never_answers, never_reads):
         eventually(lambda: server.ended == 1)
+
+
+@pytest.mark.parametrize("handler", [never_reads, never_answers, drips_headers, drips_body])
+def test_another_thread_breaks_a_call_off(serve: Serve, client: Client, handler: Handler) -> None:
+    _break_off(client, serve(handler), "http://127.0.0.1", b"x" * 30_000_000 if handler is never_reads else b"x")
+    # the thread is free
+    assert get(client, serve(always(OK)).url).kind is OutcomeKind.COMPLETED
+
+
+def _break_off(client: Client, server: Server, url: str, body: bytes = b"x") -> None:
+    abort = Abort()
+
+    def fire() -> None:
+        eventually(lambda: server.connections == 1)
+        time.sleep(0.1)  # into the phase that the handler is for
+        assert abort.fire()
+        assert abort.fire(), "to say it again is the same"
+
+    with ThreadPoolExecutor() as other:
+        fired = other.submit(fire)
+        started = time.monotonic()
+        with pytest.raises(CallAborted):
+            client.send(Call("POST", f"{url}:{server.port}/", {}, body), deadline=AMPLE, abort=abort)
+        fired.result()
+    assert time.monotonic() - started < SOON
+    assert server.connections == 1
+    assert not abort.fire(), "it is over"
+
+
+def test_a_call_that_was_broken_off_before_it_began_is_not_made(serve: Serve, client: Client) -> None:
+    server, abort = serve(always(OK)), Abort()
+    assert get(client, server.url).kind is OutcomeKind.COMPLETED
+    assert abort.fire()
+    with pytest.raises(CallAborted):
+        client.send(Call("GET", server.url, {}), deadline=AMPLE, abort=abort)
+    assert len(server.requests) == 1
+
+
+def test_a_call_that_has_ended_cannot_be_broken_off(serve: Serve, client: Client) -> None:
+    """Nor the next one, on the same connection."""
+    server, abort = serve(always(OK)), Abort()
+    assert client.send(Call("GET", server.url, {}), deadline=AMPLE, abort=abort).kind is OutcomeKind.COMPLETED
+    assert not abort.fire()
+    assert get(client, server.url).kind is OutcomeKind.COMPLETED
+    assert server.connections == 1
+
+
+def test_a_call_that_is_broken_off_on_a_pooled_connection_is_not_sent_again(serve: Serve, client: Client) -> None:
+    def handler(peer: Peer) -> None:
+        peer.request()
+        peer.send(OK)
+        peer.request()
+        peer.idle()
+
+    server, abort = serve(handler), Abort()
+    assert get(client, server.url).kind is OutcomeKind.COMPLETED
+
+    def fire() -> None:
+        eventually(lambda: len(server.requests) == 2)
+        assert abort.fire()
+
+    with ThreadPoolExecutor() as other:
+        fired = other.submit(fire)
+        with pytest.raises(CallAborted):
+            client.send(Call("GET", server.url, {}), deadline=AMPLE, abort=abort)
+        fired.result()
+    assert [request.connection for request in server.requests] == [1, 1]
 
 
 def test_what_arrived_before_the_deadline_is_told(serve: Serve, client: Client) -> None:
@@ -995,6 +1070,11 @@ def test_tls_keeps_the_deadline(over_tls: Serve, make_client: MakeClient, handle
     outcome = get(client, f"https://localhost:{server.port}/", deadline=DEADLINE)
     assert time.monotonic() - started < SOON
     assert (outcome.reason, outcome.timed_out) == ("deadline of 300ms exceeded", True)
+
+
+@pytest.mark.parametrize("handler", [drips_body, never_answers])
+def test_another_thread_breaks_a_call_over_tls_off(over_tls: Serve, make_client: MakeClient, handler: Handler) -> None:
+    _break_off(make_client(), over_tls(handler), "https://localhost")
 
 
 def test_a_tls_connection_that_closes_as_it_is_used_again_is_replaced(over_tls: Serve, make_client: MakeClient) -> None:

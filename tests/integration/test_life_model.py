@@ -391,8 +391,12 @@ class Model:
 
 
 def recover(store: Store, most: int, most_losses: int) -> list[tuple[str, str]]:
-    """One look for workers that are silent too long."""
-    return store.recover(silence=milliseconds(SILENCE_MS), max_losses=most_losses, backoff=milliseconds(BACKOFF_MS), limit=most)
+    """One look of somebody who saw each heartbeat when it was made, and takes what is left of the first that is silent too long."""
+    for worker, at_ms in sorted(store.heartbeats().items()):
+        if store.now_ms() - at_ms > SILENCE_MS:
+            backoff = milliseconds(BACKOFF_MS)
+            return store.recover(worker, seen_ms=at_ms, how="silent", max_losses=most_losses, backoff=backoff, limit=most)
+    return []
 
 
 def lose(store: Store, job_id: str, delivery: int, worker: str, what: str, most_losses: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,6 +29,7 @@ from taskplatform.recovery import Ending, Endings, RecoveryLoop
 from taskplatform.settings import load_settings
 from taskplatform.store import Enqueue, PublishedDefinition, Store, Subscribe, connect, unavailable
 from tests.conftest import Clock
+from tests.integration.harness import recover
 from tests.integration.test_redis_server import debian_url as debian_url
 
 SECOND = timedelta(seconds=1)
@@ -120,7 +122,7 @@ def test_what_ends_work_goes_on(roomy: redis.Redis, site: Store, clock: Clock) -
     assert site.start("hourly:u:waiting", delivery=2, worker="w#1").go
     clock.advance(10)
     with _full(roomy):
-        assert site.recover(silence=SECOND, max_losses=3, backoff=SECOND) == [("job", "hourly:u:waiting"), ("worker", "w#1")]
+        assert recover(site, SECOND) == [("job", "hourly:u:waiting"), ("worker", "w#1")]
     site.heartbeat("w#2", slots=2, queues=["high"], buffer=1.0)
     clock.advance(10)
     site.release()
@@ -185,26 +187,28 @@ def test_what_passes_by_itself(fault: Exception, outage: Outage | None) -> None:
 # --- the recovery loop ----------------------------------------------------------------------------------------------
 
 
-def _loop(store: Store, endings: Endings | None = None) -> RecoveryLoop:
+def _loop(store: Store, endings: Endings | None = None, clock: Callable[[], float] = time.monotonic) -> RecoveryLoop:
     return RecoveryLoop(
         store,
         load_settings(heartbeat_interval="100ms", heartbeat_timeout="300ms"),
         worker="me",
         slots=lambda: 1,
         queues=lambda: ["high"],
-        stop_run=lambda job_id, delivery: None,
-        has_job=lambda job_id: False,
+        stop_run=lambda _: None,
+        has_run=lambda *_: False,
+        limit_of=lambda _: None,
         endings=endings or Endings(),
         info={},
+        clock=clock,
     )
 
 
-def test_who_was_not_heard_does_not_judge_others(client: redis.Redis, store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_was_not_heard_does_not_judge_others(client: redis.Redis, store: Store, clock: Clock) -> None:
     now = [0.0]
-    monkeypatch.setattr("taskplatform.recovery.time.monotonic", lambda: now[0])
-    loop = _loop(store)
+    loop = _loop(store, clock=lambda: now[0])
     store.heartbeat("other", slots=1, queues=["high"], buffer=1.0)
     loop.beat()
+    loop.observe()
     client.replicaof("127.0.0.1", find_port())
     try:
         with pytest.raises(StoreUnavailable):
@@ -214,14 +218,11 @@ def test_who_was_not_heard_does_not_judge_others(client: redis.Redis, store: Sto
     clock.advance(10)
     now[0] = 10.0
     loop.beat()
-    loop.recover()
+    loop.observe()
+    assert {worker.id for worker in store.workers()} == {"me", "other"}
     now[0] = 10.2
     loop.beat()
-    loop.recover()
-    assert {worker.id for worker in store.workers()} == {"me", "other"}
-    now[0] = 10.4
-    loop.beat()
-    loop.recover()
+    loop.observe()
     assert {worker.id for worker in store.workers()} == {"me"}
 
 
@@ -235,10 +236,10 @@ def test_endings_wait_for_redis(roomy: redis.Redis, site: Store) -> None:
             endings.record(site)
     finally:
         roomy.replicaof("NO", "ONE")
-    assert "hourly:u:running" in endings
+    assert ("hourly:u:running", 1) in endings
     endings.record(site)
-    assert "hourly:u:running" not in endings
-    assert "hourly:u:gone" not in endings
+    assert ("hourly:u:running", 1) not in endings
+    assert ("hourly:u:gone", 1) not in endings
     assert site.job("hourly:u:running").state is JobState.COMPLETED
 
 

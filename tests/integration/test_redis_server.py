@@ -97,9 +97,10 @@ def test_a_job_from_subscription_to_its_end(debian_url: str) -> None:
     assert not store.start(first, delivery=1, worker="w#2").go
     assert store.finish(first, delivery=1, worker="w#1", state=JobState.RETRYING, reason="HTTP 503", retry_in=SECOND)
     assert store.start(second, delivery=1, worker="w#1").go
-    assert store.recover(silence=SECOND, max_losses=3, backoff=SECOND) == []
+    assert store.recover("w#1", seen_ms=1, how="silent", max_losses=3, backoff=SECOND) == []
     clock.advance(2)
-    assert ("job", second) in store.recover(silence=SECOND, max_losses=3, backoff=SECOND)
+    seen_ms = store.heartbeats()["w#1"]
+    assert store.recover("w#1", seen_ms=seen_ms, how="silent", max_losses=3, backoff=SECOND) == [("job", second), ("worker", "w#1")]
     store.heartbeat("w#2", slots=2, queues=["high"], buffer=1.0)
     clock.advance(5)
     store.release()

@@ -12,7 +12,19 @@ import redis
 from taskplatform.model import Definition, JobState, Priority
 from taskplatform.store import Enqueue, Store
 from tests.conftest import Clock
-from tests.integration.harness import ACTOR, assert_consistent, assert_idle, define, enqueue, offer, publish, queue, subscribe, take
+from tests.integration.harness import (
+    ACTOR,
+    assert_consistent,
+    assert_idle,
+    define,
+    enqueue,
+    offer,
+    publish,
+    queue,
+    recover,
+    subscribe,
+    take,
+)
 
 S = JobState
 HIGH, MEDIUM, LOW = Priority
@@ -172,7 +184,7 @@ def test_the_depth_follows_the_workers(client: redis.Redis, store: Store, clock:
     store.leave("w1")
     assert store.release()[0] == 0
     clock.advance(60)
-    store.recover(silence=timedelta(seconds=15), max_losses=3, backoff=timedelta(seconds=1))
+    recover(store, timedelta(seconds=15))
     drain(client, store, "w3")
     assert store.release()[0] == 0
     assert_consistent(client, store)
@@ -190,7 +202,7 @@ def test_workers_of_one_queue_do_not_wait_for_another(client: redis.Redis, store
     # the high worker is gone
     clock.advance(60)
     offer(store, "low1", slots=3, queues=["low"])
-    store.recover(silence=timedelta(seconds=15), max_losses=3, backoff=timedelta(seconds=1))
+    recover(store, timedelta(seconds=15))
     for _ in range(3):
         take(client, LOW)
     for number in range(3):

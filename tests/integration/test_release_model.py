@@ -25,7 +25,7 @@ from taskplatform.planner import published
 from taskplatform.store import Renewal, Store
 from taskplatform.store.keys import key
 from tests.conftest import Clock
-from tests.integration.harness import ACTOR, NAMESPACE, arrive, assert_consistent, assert_idle, define, enqueue, offer, queue, take
+from tests.integration.harness import ACTOR, NAMESPACE, arrive, assert_consistent, assert_idle, define, enqueue, offer, queue, recover, take
 
 S = JobState
 HOSTS = {"high_a": "north", "high_b": "south", "medium_a": "north", "low_a": "north", "low_b": ""}
@@ -469,7 +469,8 @@ class Program:
 
     def _lose_worker(self) -> None:
         self.clock.now_ms += 20_000
-        self.store.recover(silence=SILENCE, max_losses=100, backoff=BACKOFF)
+        while recover(self.store, SILENCE, max_losses=100, backoff=BACKOFF):
+            pass
         lost = [(self._field(job_id, "seq"), job_id) for job_id, _ in self.judge.running]
         # a worker's jobs are a set: they are taken from it in any order
         for _, job_id in sorted(lost):

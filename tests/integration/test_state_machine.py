@@ -16,7 +16,7 @@ from redis.connection import AbstractConnection
 
 from taskplatform.errors import Conflict, InvalidInput, InvalidTransition, UnknownDefinition, UnknownJob, UnknownUser
 from taskplatform.model import TRANSITIONS, JobState, Limit, Priority
-from taskplatform.store import Enqueue, Renewal, Store
+from taskplatform.store import Enqueue, Renewal, Stop, Store
 from tests.conftest import Clock
 from tests.integration.harness import (
     ACTOR,
@@ -28,6 +28,7 @@ from tests.integration.harness import (
     offer,
     publish,
     queue,
+    recover,
     subscribe,
     take,
 )
@@ -102,7 +103,7 @@ def _release(store: Store, _: str) -> int:
 
 
 def _recover(store: Store, _: str) -> list[tuple[str, str]]:
-    return store.recover(silence=5 * SECOND, max_losses=3, backoff=SECOND)
+    return recover(store, 5 * SECOND)
 
 
 def _current(store: Store, job_id: str) -> str:
@@ -446,9 +447,15 @@ def test_cancel_after_start(client: redis.Redis, store: Store, clock: Clock) -> 
     assert store.cancel(job_id, reason="not wanted") is S.RUNNING
     line = store.history(job_id)[-1]
     assert (line.to_state, line.worker, line.reason) == (S.CANCELED, WORKER, "not wanted")
-    # its worker is told, once
-    assert store.heartbeat(WORKER, slots=0, queues=[], buffer=1) == [(job_id, 1)]
+    # its worker is told, until it says that it knows
+    stop = Stop(job_id, 1, "")
+    for _ in range(2):
+        assert store.heartbeat(WORKER, slots=0, queues=[], buffer=1) == [stop]
+    assert store.stopped(WORKER, stop, note="stopped") is True
+    assert store.stopped(WORKER, stop, note="stopped") is False
     assert store.heartbeat(WORKER, slots=0, queues=[], buffer=1) == []
+    assert [line.reason for line in store.history(job_id)].count("stopped") == 1
+    assert store.counters().get("discarded", 0) == 0
     # and what it still says is noted, and changes nothing
     assert finish(store, job_id, S.COMPLETED, reason="200 OK", detail={"status": 200}) is False
     note = store.history(job_id)[-1]
@@ -718,12 +725,12 @@ def test_recover_takes_only_from_the_silent_and_no_more_than_asked(client: redis
     for number, job_id in enumerate(ids):
         start(store, job_id, worker="w2" if number == 4 else "w1")
     clock.advance(5)
-    assert store.recover(silence=5 * SECOND, max_losses=3, backoff=SECOND) == []
+    assert recover(store, 5 * SECOND) == []
     clock.advance(0.001)
     offer(store, "w2")
     taken: list[tuple[str, str]] = []
     for _ in range(10):
-        rows = store.recover(silence=5 * SECOND, max_losses=3, backoff=SECOND, limit=2)
+        rows = recover(store, 5 * SECOND, limit=2)
         assert len(rows) <= 3
         taken += rows
         assert_consistent(client, store)
@@ -888,7 +895,7 @@ def test_random_verbs_keep_everything_consistent(client: redis.Redis, store: Sto
         (3, lambda: clock.advance(rng.choice([0.001, 0.4, 1, 3]))),
         (3, lambda: offer(store, rng.choice(["w1", "w2"]), slots=rng.choice([0, 1, 3]), queues=rng.sample(list(Priority), 2))),
         (1, lambda: store.leave(rng.choice(["w1", "w2"]))),
-        (1, lambda: store.recover(silence=2 * SECOND, max_losses=2, backoff=SECOND, limit=rng.choice([1, 10]))),
+        (1, lambda: recover(store, 2 * SECOND, max_losses=2, limit=rng.choice([1, 10]))),
         (1, lambda: store.reclaim(patience=SECOND)),
         (2, lambda: store.release(limit=rng.choice([1, 5, 100]))),
         (1, toggle_definition),
@@ -914,7 +921,8 @@ def test_random_verbs_keep_everything_consistent(client: redis.Redis, store: Sto
     for _ in range(200):
         clock.advance(10)
         offer(store, "w9", slots=100)
-        store.recover(silence=15 * SECOND, max_losses=3, backoff=SECOND)
+        while recover(store, 15 * SECOND):
+            pass
         store.reclaim(patience=15 * SECOND)
         store.release()
         for priority in Priority:

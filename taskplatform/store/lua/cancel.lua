@@ -10,10 +10,7 @@ local before = job.state
 if ARGV[4] ~= '' and (tonumber(ARGV[4]) ~= job.delivery or before == 'pending' or before == 'retrying') then return before end
 if not (ALLOWED[before] and ALLOWED[before].canceled) then return before end
 even_when_full()
-if before == 'running' then
-  call('RPUSH', K.stops .. job.worker, id .. '#' .. job.delivery)
-  call('EXPIRE', K.stops .. job.worker, 3600)
-end
+if before == 'running' then tell_to_stop(job.worker, id, job.delivery, '') end
 conclude(id, job, 'canceled', now, before == 'running' and job.worker or '', reason, '')
 release(now, 10)
 return before

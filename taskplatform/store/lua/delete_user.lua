@@ -20,10 +20,7 @@ for _, id in ipairs(ids) do
   if job then
     if ALLOWED[job.state].canceled then
       canceled = canceled + 1
-      if job.state == 'running' then
-        call('RPUSH', K.stops .. job.worker, id .. '#' .. job.delivery)
-        call('EXPIRE', K.stops .. job.worker, 3600)
-      end
+      if job.state == 'running' then tell_to_stop(job.worker, id, job.delivery, '') end
       conclude(id, job, 'canceled', now, '', 'user deleted', '')
     end
     forget_job(id)

@@ -19,8 +19,8 @@ for i = 2, #ARGV, 5 do
   else
     local own = priority ~= ''
     if not own then priority = call('HGET', K.definition .. definition, 'priority') end
-    if string.sub(after, 1, 1) == '+' then after = now + tonumber(string.sub(after, 2)) end
-    after = text(math.max(now, tonumber(after)))
+    local delay = tonumber(string.match(after, '^%+(.*)$'))
+    after = text(math.max(now, delay and now + delay or tonumber(after)))
     local seq = call('INCR', K.seq)
     create(id, user, now, priority, after, seq, source, params)
     -- a change of the definition's priority leaves it as it is
@@ -29,6 +29,7 @@ for i = 2, #ARGV, 5 do
     call('ZADD', K.definition_jobs .. definition, text(now), id)
     count_unfinished(id, 1)
     wait(id, priority, tonumber(after), seq)
+    if delay and delay > 0 then note_delay(id, now) end
     answer[2] = answer[2] + 1
     answer[#answer + 1] = 1
   end

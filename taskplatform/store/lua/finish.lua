@@ -12,6 +12,7 @@ if job.mark == mark then return 'done' end
 even_when_full()
 if not is_run(job, delivery, worker) then
   remember(id, now, job.state, job.state, job.attempt, worker, 'discarded the result of delivery ' .. delivery .. ': ' .. to .. ', ' .. ARGV[6], ARGV[7])
+  count('discarded')
   return job.state
 end
 if to == 'retrying' then

@@ -14,5 +14,6 @@ for i = 3, #ARGV do
   if job then given = given + hand_back(id, job, now, worker, true) end
 end
 forget_worker(worker)
+call('DEL', K.stops .. worker)
 release(now, 100)
 return given

@@ -249,6 +249,15 @@ local function wait(id, priority, after, seq)
   lane_changed(priority, definition)
 end
 
+-- A job waits for a span of time, not for an instant: should the clock be set back meanwhile, it shall not wait for longer (reclaim).
+local function note_delay(id, now)
+  call('ZADD', K.delays, text(now), id)
+end
+
+local function end_delay(id)
+  call('ZREM', K.delays, id)
+end
+
 -- Takes a job that waits out of the waiting set, wherever it waits.
 local function unwait(id, job)
   local definition, user = parts(id)
@@ -594,6 +603,7 @@ local function conclude(id, job, to, now, worker, reason, detail)
     leave_flight(id, job, now)
   else
     unwait(id, job)
+    end_delay(id)
   end
   call('HSET', K.job .. id, 'finished', text(now))
   call('ZADD', K.finished, text(now), id)
@@ -626,6 +636,7 @@ local function give_back(id, job, to, now, after, worker, reason, detail)
   call('HSET', K.job .. id, 'after', text(after), 'seq', seq)
   follow_definition(id, job, now)
   wait(id, job.priority, after, tonumber(seq))
+  if after ~= tonumber(job.after) and after > now then note_delay(id, now) end
 end
 
 -- The job of a delivery, given as <job id>#<delivery>, if that is its current one.
@@ -662,10 +673,11 @@ end
 -- A lost run has its own count and does not use up the retries. One that died before the run began has not failed: it is rejected.
 local function lose(id, job, now, worker, what, most_losses, backoff)
   local losses, ran = job.losses + 1, job.state == 'running'
+  local wait_ms = backoff * 2 ^ (losses - 1)
   if losses >= most_losses then
     conclude(id, job, ran and 'failed' or 'rejected', now, worker, 'poison pill: ' .. what .. ', ' .. losses .. ' losses in all', '')
   else
-    give_back(id, job, 'retrying', now, now + backoff * 2 ^ (losses - 1), worker, what, '')
+    give_back(id, job, 'retrying', now, now + wait_ms, worker, what .. '; again in ' .. string.format('%g', wait_ms / 1000) .. ' s', '')
   end
   call('HSET', K.job .. id, 'losses', losses)
   if ran then call('HSET', K.job .. id, 'budget', tonumber(job.budget or '0') + 1) end
@@ -825,6 +837,7 @@ local function hand_over(id, member, job, priority, definition, user, queue, mes
     refresh_lane(priority, definition)
   end
   local delivery = job.delivery + 1
+  end_delay(id)
   move(id, job.state, 'queued', now, job.attempt, '', queue == priority and 'released' or 'released for its share', '')
   call('HSET', K.job .. id, 'delivery', delivery)
   if queue ~= priority then
@@ -936,8 +949,8 @@ local function open_occurrence(oid, gid, due, base, window, extra)
 end
 
 -- An open occurrence's window begins at another time than it did.
-local function move_window(oid, base, window)
-  call('HSET', K.occurrence .. oid, 'base', base)
+local function move_window(oid, base, window, now)
+  call('HSET', K.occurrence .. oid, 'base', base, 'moved', text(now))
   local jobs = string.match(call('HGET', K.committed, oid) or '', '%d+$')
   if jobs then call('HSET', K.committed, oid, base .. ' ' .. window .. ' ' .. jobs) end
 end
@@ -982,6 +995,13 @@ local function count_capacity()
       if slots[pair] then call('HSET', K.capacity, pair, slots[pair] / slots[higher .. '>' .. higher]) end
     end
   end
+end
+
+-- Tells a worker to stop a run that does not count any more, if it can; `why` is '' for a job that was canceled. Should the worker
+-- never come back, that is forgotten after a day.
+local function tell_to_stop(worker, id, delivery, why)
+  call('HSET', K.stops .. worker, id .. '#' .. delivery, why)
+  call('EXPIRE', K.stops .. worker, 86400)
 end
 
 local function forget_worker(worker)

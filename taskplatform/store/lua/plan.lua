@@ -18,6 +18,13 @@ end
 local definition, group = occurrence.definition, occurrence.group
 local at, base, window = tonumber(occurrence.at), tonumber(occurrence.base), tonumber(occurrence.window)
 local cursor = tonumber(occurrence.cursor)
+-- should the clock have been set back: a window that was counted from an instant then goes on from now
+local counted_from = tonumber(occurrence.moved or occurrence.source ~= 'schedule' and occurrence.opened or 0)
+if counted_from > now + 1000 then
+  base = base - (counted_from - now)
+  move_window(oid, text(base), text(window), now)
+end
+local from_now = counted_from > 0
 
 local function close(state, reason)
   call('HSET', okey, 'state', state, 'reason', reason, 'done', text(now))
@@ -141,7 +148,8 @@ for i = 1, #found, 2 do
     if wanted and base + offset < now - horizon then
       -- late, because the planner was away: what is left is spread from now on, not fired at once
       base = now - offset
-      move_window(oid, text(base), text(window))
+      from_now = true
+      move_window(oid, text(base), text(window), now)
     end
     if wanted then
       wanting = wanting + 1
@@ -165,7 +173,7 @@ end
 local index_key = K.definition_jobs .. definition
 local all_new = in_parts(index, function(...) return call('ZADD', index_key, 'NX', ...) end) == wanting
 
-local made, lane, records = 0, {}, {}
+local made, lane, records, delays = 0, {}, {}, {}
 local record_start, record_end = priority .. ' ', ' ' .. made_at .. ' ' .. source
 local seq = call('INCRBY', K.seq, wanting) - wanting
 for i = 1, wanting do
@@ -188,6 +196,10 @@ for i = 1, wanting do
     else
       lane[#lane + 1] = after
       lane[#lane + 1] = digits .. ':' .. id
+      if from_now and after > now then
+        delays[#delays + 1] = made_at
+        delays[#delays + 1] = id
+      end
     end
   end
 end
@@ -201,6 +213,7 @@ if #lane > 0 then
   in_parts(lane, function(...) return call('ZADD', key, ...) end)
   lane_changed(priority, definition)
 end
+if #delays > 0 then in_parts(delays, function(...) return call('ZADD', K.delays, ...) end) end
 if made > 0 then call('HINCRBY', K.counts, 'pending', made) end
 
 call('HSET', okey, 'cursor', string.format('%.17g', cursor))

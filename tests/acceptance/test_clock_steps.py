@@ -1,0 +1,194 @@
+"""Clocks are set by an hour, forward and back, of each machine in turn, while jobs are planned and run.
+
+Everything goes by the server's clock, and how long somebody is silent by a clock that nobody sets. So nothing is early by the server's
+clock, nothing runs twice, nothing is lost, nobody who lives is taken for dead, and once the clock is right again nothing is an hour late.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from taskplatform.model import JobState
+from taskplatform.platform import JobRequest
+from tests.acceptance.clocks import SteppedClock
+from tests.acceptance.nodes import BeatNode, Guard, WorkerNode
+from tests.acceptance.site import HEARTBEAT_TIMEOUT_SECONDS, Site, base_environment, eventually, running_site
+from tests.acceptance.target import Answer, Target
+from tests.support import wait_until
+
+HOUR = 3600
+RUN = ["pending", "queued", "assigned", "running", "completed"]
+USERS = 25
+
+
+class ServerClock(SteppedClock):
+    """The server's, with what it shows beside a right one."""
+
+    offset = 0
+
+    def set(self, seconds: int) -> None:
+        self.offset = seconds
+        super().set(seconds)
+
+    def step(self, seconds: int) -> None:
+        self.set(self.offset + seconds)
+
+
+@pytest.fixture(scope="module")
+def server_clock(tmp_path_factory: pytest.TempPathFactory) -> ServerClock:
+    return ServerClock(tmp_path_factory.mktemp("clock") / "server")
+
+
+@pytest.fixture(scope="module")
+def own_site(guard: Guard, target: Target, server_clock: ServerClock, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with running_site(tmp_path_factory.mktemp("site"), base_environment(target.url, guard.environment), server_clock=server_clock) as site:
+        yield site
+
+
+@pytest.fixture
+def site(own_site: Site) -> Site:
+    """Its clocks are the tests'."""
+    return own_site
+
+
+@pytest.fixture(scope="module")
+def node_clock(own_site: Site) -> SteppedClock:
+    """Of the machine on which one worker and beat run."""
+    return own_site.clock()
+
+
+@pytest.fixture(scope="module")
+def workers(own_site: Site, node_clock: SteppedClock) -> list[WorkerNode]:
+    """Two of two slots; the first lives by `node_clock`."""
+    nodes = [
+        own_site.worker("--concurrency", "2", machine="a", clock=node_clock),
+        own_site.worker("--concurrency", "2", machine="b"),
+    ]
+    for node in nodes:
+        node.ready()
+    return nodes
+
+
+@pytest.fixture(scope="module")
+def beat(own_site: Site, node_clock: SteppedClock) -> Iterator[BeatNode]:
+    """Supervised, as it must be: a lock in Redis expires by the server's clock, and a leader whose lock has expired ends."""
+    node = own_site.beat(clock=node_clock)
+    node.ready()
+    over = threading.Event()
+
+    def supervise() -> None:
+        while not over.wait(0.05):
+            if node.status == "exited":
+                node.restart()
+
+    supervisor = threading.Thread(target=supervise)
+    supervisor.start()
+    yield node
+    over.set()
+    supervisor.join()
+
+
+@pytest.fixture(autouse=True)
+def _all_run(site: Site, workers: list[WorkerNode], beat: BeatNode, node_clock: SteppedClock) -> None:
+    """Each test begins with the right time, and with all of them at work."""
+    node_clock.set(0)
+    eventually(lambda: beat.status == "running" and beat.leads, "beat does not lead", seconds=20)
+
+
+def _subscribers(site: Site, server_clock: ServerClock) -> tuple[list[str], int]:
+    """Users whose jobs come in the next minute of the server's clock, which begins in some seconds: that is set. And its time."""
+    users = [site.user() for _ in range(USERS)]
+    for user in users:
+        site.platform.subscribe(user, "minutely")
+    store = site.platform.store
+    left = 60 - store.now_ms() // 1000 % 60
+    server_clock.step(left - 8 if left > 8 else left + 52)
+    minute_ms = store.now_ms() // 60_000 * 60_000 + 60_000
+    return users, minute_ms
+
+
+def _check(site: Site, target: Target, ids: list[str]) -> None:
+    """That each of these jobs ran once, not before its time by the server's clock, and without anybody having been taken for lost."""
+    for job_id in ids:
+        assert [line for line in site.states(job_id) if line != "retrying"] == RUN, site.story(job_id)
+        assert len(target.calls(job=job_id)) == 1, site.story(job_id)
+        job = site.platform.job(job_id)
+        assert job.started_ms is not None
+        assert job.started_ms >= job.execute_after_ms, f"it was early:\n{site.story(job_id)}"
+    assert site.platform.store.counters().get("workers_lost", 0) == 0
+
+
+def _planned(site: Site, users: list[str]) -> dict[str, list[int]]:
+    """By user, the occurrences for which there is a job, in order."""
+    return {user: sorted(job.occurrence_ms or 0 for job in site.platform.jobs(user=user, limit=1000).items) for user in users}
+
+
+def test_the_clocks_of_a_worker_and_of_beat_are_set(
+    site: Site, target: Target, node_clock: SteppedClock, server_clock: ServerClock
+) -> None:
+    users, minute_ms = _subscribers(site, server_clock)
+    by_hand = site.user()
+    delayed = [JobRequest(definition="call", user=by_hand, countdown=number / 8) for number in range(64)]
+    ids = [job.id for job in site.platform.enqueue_many(delayed)]
+    wait_until(lambda: any(target.calls(user=user) for user in users), seconds=20, message="the window has not begun")
+    for offset in (HOUR, -HOUR, 0):
+        node_clock.set(offset)
+        time.sleep(1.2)  # each for a part of the window
+    ids += [f"minutely:{user}:{minute_ms}" for user in users]
+    site.wait_for_all(ids, seconds=20)
+    _check(site, target, ids)
+    assert set(map(tuple, _planned(site, users).values())) == {(minute_ms,)}
+    for user in users:
+        site.platform.unsubscribe(user, "minutely")
+
+
+def test_the_servers_clock_is_set(site: Site, target: Target, server_clock: ServerClock) -> None:
+    store = site.platform.store
+    users, minute_ms = _subscribers(site, server_clock)
+    runs = site.platform.enqueue("sleeping", user=site.user(), params={"seconds": 9}, priority="high")
+    wait_until(lambda: target.calls(job=runs.id), message="the long job does not run")
+    wait_until(
+        lambda: len([call for user in users for call in target.calls(user=user)]) >= 3, seconds=20, message="the window has not begun"
+    )
+
+    server_clock.step(HOUR)
+    in_between = site.user()
+    target.answer(in_between, Answer(503), Answer(200))
+    fast = [site.platform.enqueue("call", user=in_between, countdown=delay) for delay in (5, 6)]
+    again = site.platform.enqueue("retried_call", user=in_between)
+    wait_until(lambda: target.calls(job=again.id), message="nothing runs after the step")
+    time.sleep(2 * HEARTBEAT_TIMEOUT_SECONDS)  # as long as it would take to be taken for silent
+
+    server_clock.step(-HOUR)
+    hourly_late = site.wait_for_all([job.id for job in fast], seconds=15)
+    assert {job.state for job in hourly_late} == {JobState.COMPLETED}
+    assert site.wait_for(again.id, seconds=15).state is JobState.COMPLETED
+    assert site.wait_for(runs.id).state is JobState.COMPLETED
+    eventually(lambda: all(minute_ms in found for found in _planned(site, users).values()), "a user has no job", seconds=15)
+    made = [job.id for user in users for job in site.platform.jobs(user=user, limit=1000).items]
+    site.wait_for_all(made, seconds=15)
+    _check(site, target, [*made, *(job.id for job in fast)])
+    assert [call.path for call in target.calls(job=runs.id)] == ["/began", "/ended"]
+    # what of the hour was passed over is the policy's, and recorded; nobody has a job twice
+    assert max(Counter(job_id.rpartition(":")[0] + job_id.rpartition(":")[2] for job_id in made).values()) == 1
+    for user in users:
+        site.platform.unsubscribe(user, "minutely")
+    # whoever is dead is found all the same
+    victim = site.worker("--concurrency", "1", "-Q", "high", machine="c")
+    victim.ready()
+    before = {worker.id for worker in store.workers()}
+    server_clock.step(-HOUR)
+    victim.kill("SIGKILL")
+    eventually(
+        lambda: len({worker.id for worker in store.workers()}) == len(before) - 1, "nobody finds it", seconds=HEARTBEAT_TIMEOUT_SECONDS + 5
+    )
+    assert store.counters()["workers_lost"] == 1
+    # the tests before this one, or after, count on nobody having been lost
+    site.redis.hdel("tp:counters", "workers_lost")
+    site.remove(victim)
+    server_clock.step(HOUR)
