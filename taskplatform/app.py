@@ -26,6 +26,7 @@ from datetime import datetime, timedelta
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakSet
 
 from billiard.common import terminate_handler_fired
 from celery import Celery, Task, bootsteps, signals
@@ -279,6 +280,8 @@ class PlatformTask(Task):  # type: ignore[misc]
         """Run the delivery in the message. Returns a line that says how it went."""
         request = self.request
         delivery = request.get("delivery")
+        if delivery is None and not request.called_directly:
+            self._set_aside("it has no header delivery: the platform did not release it")
         if request.called_directly or delivery is None:
             raise InvalidInput(f"{self.name} runs only as a job: use delay(user=…), apply_async or Platform.enqueue")
         worker = worker_id(request.hostname)
@@ -297,6 +300,8 @@ class PlatformTask(Task):  # type: ignore[misc]
         _starts().over()
         if not start.go:
             log.info("delivery %s of job %s dropped: the job is %s", delivery, request.id, start.refusal)
+            if start.refusal == "unknown":
+                self._set_aside(f"the ledger has no job {request.id}")
             raise Ignore
         request.platform_run = run = _Run(request.id, delivery, worker, start, asked)
         params = {**self.definition.params, **start.params}
@@ -308,6 +313,16 @@ class PlatformTask(Task):  # type: ignore[misc]
         except SoftTimeLimitExceeded as fault:
             limit = format_duration(self.definition.work_limit)
             raise self.retry(exc=fault, reason=f"time limit of {limit} exceeded", timed_out=True) from fault
+
+    def _set_aside(self, reason: str) -> None:
+        """Keep what this process knows of a message that is no job's."""
+        request = self.request
+        headers = {name: request.get(name) for name in ("task", "id", "delivery", "origin", "kwargs")}
+        queue = str((request.delivery_info or {}).get("routing_key") or "")
+        log.error("queue %s: a message was set aside (taskplatform garbage list): %s", queue, reason)
+        text = json.dumps(headers, default=str)
+        with _not_fatal(request.id):
+            platform().store.set_aside(queue, text, reason=reason, worker=worker_id(request.hostname))
 
     def _call_target(self, run: _Run, user: str, params: Mapping[str, Any], abort: http.Abort) -> str:
         config = self.definition.config
@@ -424,6 +439,10 @@ def _function(call: str) -> Callable[[RunningJob], object]:
     return cast("Callable[[RunningJob], object]", getattr(importlib.import_module(module), name))
 
 
+#: What this process was given and its pool still holds. Celery's own sets lose, with the connection, what the pool has not begun.
+_requests: WeakSet[PlatformRequest] = WeakSet()
+
+
 class PlatformRequest(Request):  # type: ignore[misc]
     """What the worker's main process does for a message: notes when it came, and records runs whose process is gone."""
 
@@ -431,6 +450,7 @@ class PlatformRequest(Request):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         # by the clock of the machine that nobody sets, which its pool processes read too
         self._request_dict["received_at"] = time.monotonic()
+        _requests.add(self)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """The pool killed the process at the hard limit."""
@@ -528,7 +548,8 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
             owner.store,
             owner.settings,
             worker=worker_id(worker.hostname),
-            slots=lambda: int(worker.pool.num_processes),
+            # who takes no messages offers no slots
+            slots=lambda: int(worker.pool.num_processes) if worker.consumer.consumes else 0,
             queues=lambda: [str(name) for name in worker.app.amqp.queues.consume_from],
             stop_run=lambda stop: _stop_run(worker, stop),
             has_run=lambda job_id, delivery: (job_id, delivery) in _endings or _request(job_id, delivery) is not None,
@@ -589,12 +610,9 @@ _main_pid = 0
 
 def _request(job_id: str, delivery: int) -> PlatformRequest | None:
     """The request of a run that this worker makes or is about to. It may have two deliveries of a job, so Celery's own index is no help."""
-    return next((request for request in _held_requests() if request.id == job_id and getattr(request, "delivery", None) == delivery), None)
-
-
-def _held_requests() -> list[Any]:
-    # one that has started may stand in the second set alone: Celery empties the first when it closes
-    return [*snapshot(worker_state.reserved_requests), *snapshot(worker_state.active_requests)]
+    found = [one for one in snapshot(_requests) if one.id == job_id and one.delivery == delivery and not one.acknowledged]
+    # after a lost connection there may be a copy, that is dropped: it came later
+    return min(found, key=lambda one: one.time_start or math.inf, default=None)
 
 
 def _limit_of(definition: str) -> timedelta | None:
@@ -637,7 +655,7 @@ def _tell_stopped(worker: Any, stop: Stop, note: str, *, discarded: bool = False
 
 
 def _terminate(worker: Any, request: PlatformRequest, stop: Stop) -> None:
-    if request not in _held_requests():
+    if request.acknowledged:
         _tell_stopped(worker, stop, "")
         return
     request.terminate(worker.pool)
@@ -677,6 +695,10 @@ def _register(application: Celery, definition: Definition) -> None:
 
 
 class _Application(Celery):  # type: ignore[misc]
+    #: For the consumer, which lies below this module.
+    platform = staticmethod(platform)
+    worker_id = staticmethod(worker_id)
+
     @cached_property
     def Worker(self) -> Any:  # noqa: N802 - the name is Celery's
         """What `celery worker` runs."""

@@ -49,7 +49,7 @@ from taskplatform.model import (
 )
 from taskplatform.planner import Due, Window, Windows, published
 from taskplatform.settings import Settings, environment, settings
-from taskplatform.store import Change, Enqueue, LimitState, Occurrence, Page, Store, Subscribe, SubscribeResult
+from taskplatform.store import Change, Enqueue, Garbage, LimitState, Occurrence, Page, Store, Subscribe, SubscribeResult
 
 log = logging.getLogger(__name__)
 
@@ -469,6 +469,16 @@ class Platform:
         With `about`, those that name each of these users or definitions.
         """
         return self.store.changes(about=about, limit=_limit(limit))
+
+    # what came out of a queue and was no message
+
+    def garbage(self, *, limit: int = 100) -> list[Garbage]:
+        """What workers set aside because it was no message, the newest first."""
+        return self.store.garbage(limit=_limit(limit))
+
+    def clear_garbage(self) -> int:
+        """Forget what was set aside. Returns how many."""
+        return self.store.clear_garbage()
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

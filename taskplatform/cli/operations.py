@@ -11,7 +11,7 @@ from taskplatform.cli.arguments import connected, definition_argument, duration,
 from taskplatform.cli.output import Columns, counted, moment_text, plain, seconds_text, show_rows
 
 if TYPE_CHECKING:
-    from taskplatform.store import Change, Occurrence, Worker
+    from taskplatform.store import Change, Garbage, Occurrence, Worker
 
 
 @click.command(epilog=example("trigger daily_user_report --window 5m"))
@@ -135,6 +135,42 @@ def nodes(*, as_json: bool) -> None:
     show_rows(workers, columns, as_json=as_json)
 
 
+@click.group()
+def garbage() -> None:
+    """What lay in a queue and was no message.
+
+    Workers set it aside and go on.
+    """
+
+
+_GARBAGE: Columns[Garbage] = {
+    "at": lambda one: moment_text(one.at_ms),
+    "queue": lambda one: one.queue,
+    "reason": lambda one: one.reason,
+    "worker": lambda one: one.worker,
+    "begins": lambda one: one.text[:100],
+}
+
+
+@garbage.command("list", epilog=example("garbage list --json"))
+@limit_option(50)
+@json_option
+def list_garbage(limit: int, *, as_json: bool) -> None:
+    """List what was set aside, the newest first.
+
+    The newest 1000 are kept. JSON has up to 4 KB of each, the table how it begins.
+    """
+    with connected(definitions=False) as platform:
+        show_rows(platform.garbage(limit=limit), _GARBAGE, as_json=as_json)
+
+
+@garbage.command("clear", epilog=example("garbage clear"))
+def clear_garbage() -> None:
+    """Forget what was set aside."""
+    with connected(definitions=False) as platform:
+        click.echo(f"{counted(platform.clear_garbage(), 'message')} forgotten")
+
+
 @click.command(epilog=example("up --workers 4 --slots 8"))
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Worker processes.")
 @click.option("--slots", type=click.IntRange(1, 1000), help="Jobs that each runs at a time. Default: TASKPLATFORM_WORKER_SLOTS.")
@@ -163,4 +199,4 @@ def demo(ctx: click.Context) -> None:
     ctx.exit(run())
 
 
-COMMANDS = (trigger, pause, resume, changes, occurrences, nodes, up, demo)
+COMMANDS = (trigger, pause, resume, changes, occurrences, nodes, garbage, up, demo)

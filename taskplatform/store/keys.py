@@ -74,6 +74,7 @@ NAMES = {
     "capacity": "capacity",  # hash: priority → how many jobs its queue may hold; "<higher>><lower>" → share of the slots
     # what happened and should be rare
     "counters": "counters",  # hash: what happened → how often
+    "garbage": "garbage",  # stream, bounded: what came out of a queue and was no message
     # what people changed
     "changes": "changes",  # stream, bounded
 }

@@ -202,6 +202,19 @@ class Worker:
 
 
 @dataclass(frozen=True, slots=True)
+class Garbage:
+    """What came out of a broker queue, and no worker could take."""
+
+    at_ms: int
+    queue: str
+    reason: str
+    worker: str
+    """Who took it out of the queue."""
+    text: str
+    """Its beginning. Bytes that are not UTF-8 are escaped."""
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """An entry of the change log."""
 

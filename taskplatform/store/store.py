@@ -34,6 +34,7 @@ from taskplatform.store.records import (
     Commitment,
     DueItem,
     Enqueue,
+    Garbage,
     Group,
     LimitState,
     Occurrence,
@@ -64,6 +65,12 @@ T = TypeVar("T")
 _BATCH = 500
 #: A job whose runs were held up before their calls this often fails.
 _MOST_GIVEN_BACK = 20
+#: A job whose definition a worker did not know this often is rejected. It waits longer each time: about a quarter of an hour in all.
+_MOST_REFUSALS = 20
+_REFUSED_FOR = timedelta(seconds=5)
+#: What is kept of messages that no worker can take.
+_MOST_GARBAGE = 1000
+_MOST_GARBAGE_BYTES = 4096
 
 
 def milliseconds(duration: timedelta) -> int:
@@ -405,6 +412,10 @@ class Store:
         """How often happened what should be rare, since this Redis is used: lost workers, lost messages and the like, by name."""
         return {name: int(times) for name, times in cast("dict[str, str]", self._redis.hgetall(self._key("counters"))).items()}
 
+    def count(self, what: str) -> None:
+        """Count what a process saw itself, beside what the scripts count."""
+        self._redis.hincrby(self._key("counters"), what, 1)
+
     def due(self, now_ms: int, *, limit: int = 100) -> list[DueItem]:
         """Groups and occurrences that the planner must look at by now, the longest due first."""
         rows = self._redis.zrange(self._key("due"), "-inf", now_ms, byscore=True, withscores=True, offset=0, num=limit)
@@ -518,6 +529,13 @@ class Store:
             params=json.loads(params) if params else {},
             failures=attempt - 1 - budget,
         )
+
+    def refuse(self, job_id: str, *, delivery: int, worker: str, why: str) -> str:
+        """Give a delivery back that this worker cannot take; another may. After 20 times the job is rejected.
+
+        Returns "given back", "rejected", the job's state when the delivery no longer counts, or "unknown".
+        """
+        return str(self._scripts.run("refuse", job_id, delivery, worker, why, milliseconds(_REFUSED_FOR), _MOST_REFUSALS))
 
     def renew(self, job_id: str, *, delivery: int, worker: str) -> Renewal:
         """Ask whether a run that was held up between its start and its call may still make it."""
@@ -882,6 +900,11 @@ class Store:
         """
         return cast("list[str]", self._scripts.run("reclaim", milliseconds(patience), limit, int(clock_set)))
 
+    def heads(self, queues: Sequence[str]) -> dict[str, str]:
+        """By queue, a mark of the message that is next in it. Empty queues are left out."""
+        marks = self._scripts.run("heads", *queues)
+        return {queue: mark for queue, mark in zip(queues, marks, strict=True) if mark}
+
     def running_on(self, worker: str) -> set[str]:
         """Ids of the jobs that the worker runs, as far as it is recorded."""
         return cast("set[str]", self._redis.smembers(self._key("worker_jobs", worker)))
@@ -912,6 +935,26 @@ class Store:
             (read_worker(worker, int(beat), fields, jobs) for (worker, beat), (fields, jobs) in zip(rows, answers, strict=True)),
             key=lambda one: one.id,
         )
+
+    # what is no message
+
+    def set_aside(self, queue: str, message: bytes | str, *, reason: str, worker: str) -> None:
+        """Keep the beginning of what came out of a queue and no worker can take; the newest 1000 are kept. It is counted."""
+        data = message.encode("utf-8", "backslashreplace") if isinstance(message, str) else message
+        text = data.decode("utf-8", "backslashreplace").encode()[:_MOST_GARBAGE_BYTES].decode("utf-8", "ignore")
+        self._scripts.run("set_aside", queue, reason, worker, text, _MOST_GARBAGE)
+
+    def garbage(self, *, limit: int = 100) -> list[Garbage]:
+        """What was set aside, the newest first."""
+        rows = cast("list[tuple[str, dict[str, str]]]", self._redis.xrevrange(self._key("garbage"), count=limit))
+        return [Garbage(int(row["at"]), row["queue"], row["reason"], row["worker"], row["text"]) for _, row in rows]
+
+    def clear_garbage(self) -> int:
+        """Forget what was set aside. Returns how many. The counter stays."""
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.xlen(self._key("garbage"))
+        pipe.delete(self._key("garbage"))
+        return int(pipe.execute()[0])
 
     # housekeeping
 

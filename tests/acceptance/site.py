@@ -23,6 +23,7 @@ from taskplatform.local import find_port
 from taskplatform.model import Job, JobState, Transition
 from taskplatform.platform import Platform
 from tests.acceptance.clocks import SteppedClock
+from tests.acceptance.deafness import Deafness
 from tests.acceptance.faults import MACHINE, Fault
 from tests.acceptance.nodes import ROOT, BeatNode, FlowerNode, ProcessNode, ServerNode, WorkerNode
 from tests.acceptance.proxy import Proxy
@@ -90,7 +91,7 @@ class Site:
     def worker(
         self,
         *options: str,
-        fault: Fault | None = None,
+        fault: Fault | Deafness | None = None,
         proxy: Proxy | None = None,
         machine: str = "",
         clock: SteppedClock | None = None,
@@ -120,8 +121,12 @@ class Site:
         """A fault for a worker or a beat of this site, see `Fault`."""
         return Fault(self._folder / f"{self._name('fault')}.happened", point, nth, **options)
 
+    def deafness(self, kind: str) -> Deafness:
+        """A deafness for a worker of this site, as its `fault`; see `Deafness`."""
+        return Deafness(kind, self._folder / f"{self._name('deaf')}.since")
+
     def _environment(
-        self, fault: Fault | None, proxy: Proxy | None, settings: Mapping[str, str], clock: SteppedClock | None
+        self, fault: Fault | Deafness | None, proxy: Proxy | None, settings: Mapping[str, str], clock: SteppedClock | None
     ) -> dict[str, str]:
         own = {f"TASKPLATFORM_{name.upper()}": value for name, value in settings.items()}
         through = {} if proxy is None else {"TASKPLATFORM_REDIS_URL": proxy.url}

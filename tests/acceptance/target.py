@@ -25,7 +25,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Call:
-    """A request as it arrived."""
+    """A request as it arrived, and when it ended."""
 
     at_ms: int
     at_seconds: float
@@ -39,6 +39,10 @@ class Call:
     """Calls of the same job whose callers still waited for their answers when this one came."""
     answered: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
     """Set when the answer was sent to a caller that was still there."""
+    number: int = 0
+    """The how manieth it is."""
+    ended_seconds: float | None = None
+    """When the answer was sent, or the caller was found to be gone, by the same clock; None while neither is."""
 
     @property
     def job(self) -> str:
@@ -88,19 +92,21 @@ class Target:
     def ended_ms(self, call: Call) -> int | None:
         """When the answer to a call was sent, or the caller was found to be gone. None: not yet."""
         with self._lock:
-            return self._ended.get(id(call))
+            return self._ended.get(call.number)
 
     def end(self, call: Call) -> None:
         """Log that a call is over."""
         with self._lock:
-            self._ended[id(call)] = time.time_ns() // 1_000_000
+            self._ended[call.number] = time.time_ns() // 1_000_000
+            self._calls[call.number] = replace(call, ended_seconds=time.monotonic())
 
     def take(self, call: Call) -> tuple[Call, Answer | None]:
         """Log a request and choose its answer. Returns when it is to be sent; None when the caller has gone before."""
         with self._lock:
             opened = self._open.setdefault(call.job, [])
             # by the sockets, now: the threads of earlier calls may not have seen yet that theirs were closed
-            call = replace(call, beside=tuple(other for other in opened if call.job and not _has_gone(other)))
+            beside = tuple(other for other in opened if call.job and not _has_gone(other))
+            call = replace(call, beside=beside, number=len(self._calls))
             self._calls.append(call)
             opened.append(call)
             answers = self._answers.get(call.user, [Answer()])

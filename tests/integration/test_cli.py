@@ -993,3 +993,18 @@ def test_a_day_ago(platform: Platform) -> None:
     assert len(run_json(f"jobs list --since 1d --until {soon}")) == 1
     time.sleep(0.002)
     assert run_json(f"jobs list --since {datetime.now(UTC).isoformat()}") == []
+
+
+def test_garbage(platform: Platform) -> None:
+    assert run_json("garbage list") == []
+    platform.store.set_aside("low", b"\xffhello" + b"x" * 200, reason="not UTF-8", worker="w@host#1")
+    cells = dict(zip(*rows(run("garbage list").stdout), strict=True))
+    assert (cells["queue"], cells["reason"], cells["worker"]) == ("low", "not UTF-8", "w@host#1")
+    assert cells["begins"].startswith("\\xffhello")
+    (kept,) = run_json("garbage list")
+    assert ISO.fullmatch(kept.pop("at"))
+    assert kept == {"queue": "low", "reason": "not UTF-8", "worker": "w@host#1", "text": "\\xffhello" + "x" * 200}
+    assert [one.reason for one in platform.garbage()] == ["not UTF-8"]
+    assert run("garbage clear").stdout == "1 message forgotten\n"
+    assert run("garbage clear").stdout == "0 messages forgotten\n"
+    assert platform.clear_garbage() == 0

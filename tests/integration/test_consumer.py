@@ -7,7 +7,8 @@ import logging
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,8 @@ import pytest
 import redis
 from kombu import Connection
 
-from taskplatform.consumer import JobQoS, PlatformConsumer
+from taskplatform.consumer import JobTransport, PlatformConsumer
+from taskplatform.hearing import Hearing
 from taskplatform.local import EmbeddedServer, embedded_server
 from taskplatform.store import Store, connect
 from tests.conftest import Clock
@@ -40,22 +42,27 @@ def release_jobs(store: Store, clock: Clock, count: int) -> list[str]:
     return jobs
 
 
-def send_other(client: redis.Redis) -> str:
+def send_other(client: redis.Redis, *, body: str = "[[], {}, {}]") -> str:
     """A message as kombu makes it for any other task; returns its tag."""
     tag = str(uuid.uuid4())
     properties = {"delivery_info": {"exchange": "", "routing_key": QUEUE}, "delivery_tag": tag, "priority": 0}
-    message = {"body": "[]", "content-type": "application/json", "content-encoding": "utf-8", "headers": {}, "properties": properties}
+    headers = {"task": "other", "id": tag}
+    message = {"body": body, "content-type": "application/json", "content-encoding": "utf-8", "headers": headers, "properties": properties}
     client.lpush(QUEUE, json.dumps(message))
     return tag
 
 
 @contextmanager
-def consuming(url: str, *, messages: int, prefetch: int = 0) -> Iterator[tuple[Any, list[Any]]]:
-    """A channel that has taken so many messages, and these."""
+def consuming(
+    url: str, *, messages: int, prefetch: int = 0, aside: list[tuple[str, bytes | str, str]] | None = None
+) -> Iterator[tuple[Any, list[Any]]]:
+    """A channel that has taken so many messages, and these. What it set aside goes to `aside`."""
     taken: list[Any] = []
+    aside = [] if aside is None else aside
     with Connection(url, transport_options={"priority_steps": [0]}) as connection:
+        hearing = Hearing(patience=10, interval=1)
+        connection.create_transport = partial(JobTransport, connection, hearing=hearing, set_aside=lambda *told: aside.append(told))
         channel = connection.default_channel
-        channel.QoS = JobQoS
         channel.basic_qos(prefetch_count=prefetch)
         channel.basic_consume(QUEUE, no_ack=False, callback=taken.append, consumer_tag="t")
         while len(taken) < messages:
@@ -141,10 +148,8 @@ def test_without_a_server_nothing_is_put_back_and_nothing_breaks(
 
 def test_a_message_that_came_too_late_goes_back_as_it_was(client: redis.Redis, server: EmbeddedServer, store: Store, clock: Clock) -> None:
     """A worker that stops has asked for the next message already, and nobody reads the answer."""
-    with Connection(server.url, transport_options={"priority_steps": [0]}) as connection:
-        channel = connection.default_channel
-        channel.QoS = JobQoS
-        channel.basic_consume(QUEUE, no_ack=False, callback=lambda _: pytest.fail("it was delivered"), consumer_tag="t")
+    with consuming(server.url, messages=0) as (channel, taken):
+        connection = channel.connection.client
         connection.transport.cycle._register_BRPOP(channel)
         consumer = object.__new__(PlatformConsumer)
         consumer.task_consumer = SimpleNamespace(channel=channel)
@@ -155,4 +160,46 @@ def test_a_message_that_came_too_late_goes_back_as_it_was(client: redis.Redis, s
         assert tags(client) == [f"{first}#1", f"{second}#1"]
         consumer._put_back_last()
         assert consumer.held() == []
+        assert taken == []
     assert tags(client) == [f"{first}#1", f"{second}#1"]
+
+
+def test_what_is_no_message_is_set_aside_and_the_next_one_taken(
+    client: redis.Redis, server: EmbeddedServer, store: Store, clock: Clock
+) -> None:
+    for raw in (b"\xff\x00", b"[]", b'{"body": 7}'):
+        client.lpush(QUEUE, raw)
+    other = send_other(client, body="[[], {}, {}]")
+    aside: list[tuple[str, bytes | str, str]] = []
+    with consuming(server.url, messages=1, prefetch=1, aside=aside) as (channel, taken):
+        assert [message.delivery_tag for message in taken] == [other]
+        assert [(queue, raw) for queue, raw, _ in aside] == [(QUEUE, b"\xff\x00"), (QUEUE, b"[]"), (QUEUE, b'{"body": 7}')]
+        assert all(reason for _, _, reason in aside)
+        taken[0].ack()
+        assert channel.qos.can_consume()
+    assert client.llen(QUEUE) == 0
+
+
+def test_a_message_that_breaks_its_handler_is_set_aside_and_holds_no_slot(client: redis.Redis, server: EmbeddedServer) -> None:
+    aside: list[tuple[str, bytes | str, str]] = []
+    with consuming(server.url, messages=0, prefetch=1, aside=aside) as (channel, _):
+        other = send_other(client)
+        channel.connection._callbacks[QUEUE] = _breaking(channel.connection._callbacks[QUEUE])
+        for _ in range(20):
+            if aside:
+                break
+            with suppress(TimeoutError):
+                channel.connection.client.drain_events(timeout=1)
+        assert channel.qos.can_consume()
+    ((queue, message, reason),) = aside
+    assert (queue, reason) == (QUEUE, "breaks its handler: ZeroDivisionError: division by zero")
+    assert json.loads(message)["properties"]["delivery_tag"] == other
+    assert client.exists("unacked", "unacked_index", QUEUE) == 0
+
+
+def _breaking(callback: Any) -> Any:
+    def handle(message: Any) -> None:
+        callback(message)
+        1 / 0  # noqa: B018
+
+    return handle

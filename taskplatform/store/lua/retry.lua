@@ -10,7 +10,7 @@ if not (ALLOWED[before] and ALLOWED[before].pending) or not job.finished then re
 move(id, before, 'pending', now, job.attempt, '', ARGV[3], '')
 local seq = call('INCR', K.seq)
 call('HSET', K.job .. id, 'after', text(now), 'seq', seq, 'budget', job.attempt, 'losses', 0)
-call('HDEL', K.job .. id, 'finished')
+call('HDEL', K.job .. id, 'finished', 'refusals')
 call('ZREM', K.finished, id)
 count_unfinished(id, 1)
 job.state = 'pending'

@@ -1,0 +1,121 @@
+"""The server cuts workers' connections again and again while it lives. The target judges: no job is lost, and none runs twice at a time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+from collections import defaultdict
+from typing import cast
+
+import pytest
+
+from taskplatform.model import JobState
+from tests.acceptance.nodes import WorkerNode
+from tests.acceptance.site import Site, eventually
+from tests.acceptance.target import Answer, Call, Target
+from tests.support import wait_until
+
+JOBS = 30
+#: A worker needs a second to consume again: it looks for others first.
+PAUSES_SECONDS = (1.8, 2.2, 0.2, 1.7, 2.5, 0.1)
+CALL_SECONDS = 1.5
+
+
+@pytest.fixture
+def site(own_site: Site) -> Site:
+    """Its workers lose their connections."""
+    return own_site
+
+
+def cut(site: Site) -> int:
+    """Cut every connection but the tests' own. Returns how many."""
+    return sum(int(cast("str", site.redis.client_kill_filter(_type=kind, skipme=True))) for kind in ("normal", "pubsub"))
+
+
+class Cutter:
+    """Cuts every connection but its own, again and again, for `with`."""
+
+    def __init__(self, site: Site) -> None:
+        self.cut = 0
+        self._site = site
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Cutter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        pauses = itertools.cycle(PAUSES_SECONDS)
+        while not self._ended.wait(next(pauses)):
+            self.cut += cut(self._site)
+
+
+def overlaps(calls: list[Call]) -> list[tuple[Call, Call]]:
+    """Calls of one job of which the next began before the one ended."""
+    by_job: defaultdict[str, list[Call]] = defaultdict(list)
+    for call in calls:
+        by_job[call.job].append(call)
+    found = []
+    for own in by_job.values():
+        for one, following in itertools.pairwise(own):
+            if one.ended_seconds is None or following.at_seconds < one.ended_seconds:
+                found.append((one, following))
+    return found
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_cut_connections_double_and_lose_nothing(site: Site, target: Target, user: str, pool: str) -> None:
+    target.answer(user, Answer(after_seconds=CALL_SECONDS))
+    workers = [site.worker("--pool", pool, "--concurrency", "3") for _ in range(2)]
+    for worker in workers:
+        worker.ready()
+    with Cutter(site) as cutter:
+        jobs = [site.platform.enqueue("call", user=user).id for _ in range(JOBS)]
+        site.wait_for_all(jobs, seconds=60)
+    _judge(site, target, user, jobs, workers)
+    assert cutter.cut > 50
+
+
+def _judge(site: Site, target: Target, user: str, jobs: list[str], workers: list[WorkerNode]) -> None:
+    wait_until(lambda: all(call.ended_seconds for call in target.calls(user=user)), message="a call has not ended")
+    calls = target.calls(user=user)
+    assert overlaps(calls) == []
+    counts = {job_id: [call.job for call in calls].count(job_id) for job_id in jobs}
+    # no worker was lost, so each ran once
+    assert {job_id: count for job_id, count in counts.items() if count != 1} == {}, "\n\n".join(
+        site.story(job_id) for job_id, count in counts.items() if count != 1
+    )
+    for job_id in jobs:
+        job = site.platform.job(job_id)
+        assert (job.state, job.attempt) == (JobState.COMPLETED, 1), site.story(job_id)
+    assert [worker.status for worker in workers] == ["running"] * len(workers), workers[0].logs() + workers[1].logs()
+    wait_until(lambda: site.redis.exists("unacked", "unacked_index", "high", "medium", "low") == 0, message="the broker is not empty")
+    assert not any(site.platform.store.running_on(worker.id) for worker in site.platform.store.workers())
+    site.remove(*workers)
+
+
+def test_a_job_that_was_received_and_not_started_runs_once(site: Site, target: Target, user: str) -> None:
+    """Its message goes back to the queue when the connection is lost, while the pool has it already."""
+    target.answer(user, Answer(after_seconds=4.0))
+    worker = site.worker("--concurrency", "2")
+    worker.ready()
+    wait_until(lambda: any(one.id.startswith(f"{worker.node}#") for one in site.platform.store.workers()))
+    children = [process.pid for process in worker.processes() if process.pid != worker.pid]
+    for pid in children:
+        os.kill(pid, signal.SIGSTOP)
+    job = site.platform.enqueue("call", user=user)
+    wait_until(lambda: f"[{job.id}] received" in worker.logs(), message="it was not received")
+    cut(site)
+    wait_until(lambda: "Connection to broker lost" in worker.logs(), message="the worker has not noticed")
+    for pid in children:
+        os.kill(pid, signal.SIGCONT)
+    # the message is put back, taken again, and dropped
+    eventually(lambda: f"delivery 1 of job {job.id} dropped" in worker.logs(), "no copy came")
+    _judge(site, target, user, [site.wait_for(job.id).id], [worker])
