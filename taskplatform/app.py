@@ -290,8 +290,9 @@ class PlatformTask(Task):  # type: ignore[misc]
             # the first one of a process loads certificates, and a call must come soon after its start
             _http_client_of(os.getpid())
         asked = time.monotonic()
+        version = self.definition.version
         try:
-            start = platform().store.start(request.id, delivery=delivery, worker=worker, waited_ms=waited_ms)
+            start = platform().store.start(request.id, delivery=delivery, worker=worker, waited_ms=waited_ms, version=version)
         except StoreUnavailable as fault:
             # the message is gone with that, but not the job: `reclaim` or, if only the answer was lost, `recover` or this worker finds it
             _starts().failed(fault)

@@ -1,35 +1,49 @@
 """The beat scheduler: redbeat's, with the planner in its tick.
 
-Each tick extends the lock, sends what redbeat has due, and advances the planner. A standby does none of it, and in particular
-leaves the leader's entries alone until it leads. SIGTERM and SIGINT end it at once, wherever it is: planning goes on at the cursor, and
-the lock is released, so that the standby leads at its next look.
+Each tick of the leader extends the lock, sends what redbeat has due, and advances the planner. A standby looks in each tick whether
+the lock is free, and leaves the leader's entries alone until it leads and may publish. A leader that has lost the lock, because it stood
+still for too long, becomes a standby.
+
+Beats with different catalogues may run side by side, as in a rolling deployment. The newest leads: an older leader steps down for it.
+Where an older one must lead, because the newer ones died, it publishes nothing for a while: it plans what is published, as far
+as that is the same in its own catalogue. A beat that is stopped signs off, so that going back to an older release takes effect at once.
+
+SIGTERM and SIGINT end a beat at once, wherever it is: planning goes on at the cursor, and the lock is released, so that the standby leads
+at its next look. What Redis cannot do for now is tried again, in this process.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import signal
 import socket
 import threading
-from datetime import timedelta
-from types import FrameType, SimpleNamespace
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from types import FrameType
 from typing import Any
 
 from celery.signals import beat_init
-from redbeat.schedulers import RedBeatScheduler, acquire_distributed_beat_lock
+from redbeat.schedulers import LUA_EXTEND_TO_SCRIPT, RedBeatScheduler, acquire_distributed_beat_lock, get_redis
 
 from taskplatform.app import platform_when_reachable
-from taskplatform.errors import Outage, StoreUnavailable
+from taskplatform.errors import Conflict, Outage, StoreError, StoreUnavailable
 from taskplatform.outage import OutageLog
 from taskplatform.planner import Planner
 from taskplatform.settings import environment
-from taskplatform.store import LockLost, unavailable
+from taskplatform.store import LockLost, Newer, unavailable
 
 log = logging.getLogger(__name__)
 
-# Celery would swallow what it raises where Redis cannot be used: the first tick does it.
+# Redbeat would wait for the lock before the first tick: a standby could not say that it lives, and a beat that lost its lock had to end.
 beat_init.disconnect(acquire_distributed_beat_lock)
+
+#: A beat that died, and did not sign off, counts for so many times the lock's timeout: 5 minutes as the settings are by themselves.
+_ACCOUNT = 20
+
 
 #: So long a beat that stops waits for Redis, to release its lock; without that the lock ends at its timeout.
 _CLOSE_SECONDS = 3.0
@@ -41,13 +55,18 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
     lock: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._leads = False
         _end_at_signals()
         self._outage = OutageLog(log, "beat")
+        self._term: int | None = None
+        self._published = False
+        self._number: int | None = None
+        self._newer = Newer.NONE
+        self._signs_off = False
         super().__init__(*args, **kwargs)
         owner = platform_when_reachable()
         self._store = owner.store
         self._settings = owner.settings
+        self._catalogue = owner.catalogue
         self._name = f"beat@{socket.gethostname()}#{os.getpid()}"
         self._planner = Planner(
             owner.store,
@@ -57,46 +76,30 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
             name=self._name,
             environment=environment(),
         )
+        self._digest = self._digest_of_all()
 
     def setup_schedule(self) -> None:
-        """Redbeat's, but only as leader: a standby whose entries differ would delete the leader's."""
-        if self._leads:
+        """Redbeat's, but only by a leader that publishes: any other whose entries differ would delete those that are in force."""
+        if self._published:
             super().setup_schedule()
 
     def tick(self, **kwargs: Any) -> float:
-        """One round as leader. Returns the seconds until the next.
-
-        What Redis cannot do for now is tried again; if it cost the lock, this beat stands by until it gets one. Raises LockNotOwnedError
-        when another leads by now for another reason; then this one ends, and whoever supervises it starts a standby.
-        """
+        """One round as leader or as standby. Returns the seconds until the next."""
         try:
-            wait = self._round(**kwargs)
-        except LockLost:
-            if not self._outage.lasts:
-                raise
-            log.warning("beat could not keep its lock while Redis could not be used: it stands by")
-            self.lock, self._leads = None, False
-            return 0.0
+            wait = self._tick(**kwargs)
+        except (LockLost, Conflict):
+            self._step_down(self._why_lost())
+            return float(self.max_interval)
         except Exception as fault:
             outage = unavailable(fault)
             if outage is None:
+                # this ends the process, and not in good order
+                self._signs_off = False
                 raise
             self._make_room(outage)
             return min(self._outage.failed(outage), float(self.max_interval))
         self._outage.over()
         return wait
-
-    def _round(self, **kwargs: Any) -> float:
-        if self.lock_key and self.lock is None:
-            # returns when the leader has gone
-            acquire_distributed_beat_lock(SimpleNamespace(scheduler=self))
-        if not self._leads:
-            self._take_over()
-        else:
-            self.lock.extend(int(self.lock_timeout))
-        # first: what Redis refuses comes out here, and not in redbeat, that would log it with a traceback for each entry
-        wait = self._advance()
-        return min(wait, self.max_interval, super().tick(**kwargs))
 
     def _make_room(self, outage: StoreUnavailable) -> None:
         """Where memory is full the sweep cannot be sent to a worker, because a message takes some."""
@@ -107,16 +110,19 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
                 log.debug("the sweep: %s", fault)
 
     def close(self) -> None:
-        """Release the lock, if Redis can be reached."""
+        """Give the lock back if this beat leads, and sign off unless it was broken by an error; if Redis can be reached."""
         lock, token = self.lock, self.lock and self.lock.local.token
 
         def release() -> None:
             try:
+                if self._signs_off:
+                    self._signs_off = False
+                    self._store.sign_off(self._name)
                 if lock:
                     lock.local.token = token  # each thread has its own
                 super(Scheduler, self).close()
             except Exception as fault:
-                log.warning("the lock was not released, because of %s; a standby leads when it has run out", fault)
+                log.warning("the lock may not be released, because of %s; then a standby leads when it has run out", fault)
 
         # Redbeat's client tries again for half an hour
         thread = threading.Thread(target=release, name="beat-close", daemon=True)
@@ -125,14 +131,106 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         if thread.is_alive():
             log.warning("the lock was not released within %g s; a standby leads when it has run out", _CLOSE_SECONDS)
 
-    def _take_over(self) -> None:
-        self.lock.extend(int(self.lock_timeout))
-        self._store.configure_limits(self._settings.limits, actor=self._name)
-        self._store.set_options(fairness=self._settings.fairness, share=self._settings.lower_share)
-        self._planner.lead(confirm=lambda: self.lock.extend(int(self.lock_timeout)))
-        self._leads = True
-        self.setup_schedule()
+    # --- leader or standby -----------------------------------------------------------------------------------------
+
+    def _tick(self, **kwargs: Any) -> float:
+        self._attend()
+        if self._newer is Newer.LIVES:
+            if self._term is not None:
+                self._step_down("a beat with a newer catalogue is here")
+            return float(self.max_interval)
+        if self._term is None and not self._take_over():
+            return float(self.max_interval)
+        if not self._published and self._newer is Newer.NONE:
+            self._publish()
+        self._extend()
+        # first: what Redis refuses comes out here, and not in redbeat, that would log it with a traceback for each entry
+        wait = self._advance()
+        return float(min(wait, self.max_interval, super().tick(**kwargs)))
+
+    def _attend(self) -> None:
+        """Say that this beat lives, and see whether another has something newer."""
+        alive = self._settings.beat_lock_timeout
+        self._number, self._newer = self._store.attend(
+            self._name,
+            catalogue=self._digest,
+            number=self._number,
+            leads=self._term is not None,
+            alive=alive,
+            account=_ACCOUNT * alive,
+        )
+        self._signs_off = True
+
+    def _take_over(self) -> bool:
+        """Lead, if nobody does."""
+        if self.lock_key and not self._acquire():
+            return False
+        self._extend()
+        self._published = False
+        self._term = self._planner.begin(confirm=self._extend)
         log.info("beat leads and plans from now on")
+        if self._newer is not Newer.NONE:
+            log.warning(
+                "a beat with a newer catalogue was here not long ago: this one plans what is published, as far as it has the same, and "
+                "publishes its own only when the newer one stays away"
+            )
+        return True
+
+    def _acquire(self) -> bool:
+        if self.lock is not None:
+            return True  # what came after it failed
+        client = get_redis(self.app)
+        lock = client.lock(self.lock_key, timeout=self.lock_timeout)
+        # redbeat's: to so many seconds from now on, not by so many
+        lock.lua_extend = client.register_script(LUA_EXTEND_TO_SCRIPT)
+        if lock.acquire(blocking=False):
+            self.lock = lock
+        return self.lock is not None
+
+    def _extend(self) -> None:
+        if self.lock is not None:
+            self.lock.extend(int(self.lock_timeout))
+
+    def _step_down(self, why: str) -> None:
+        """Be a standby."""
+        log.warning("%s: stepping down", why)
+        lock, self.lock = self.lock, None
+        self._term, self._published = None, False
+        if lock is not None:
+            with suppress(LockLost):
+                lock.release()
+
+    def _why_lost(self) -> str:
+        with suppress(StoreError):
+            planner = self._store.planner()
+            if planner.get("leader") != self._name:
+                since = datetime.fromtimestamp(int(planner.get("since", 0)) / 1000, UTC)
+                return f"another beat, {planner.get('leader')}, leads since {since:%Y-%m-%dT%H:%M:%SZ}"
+        return "the lock was lost"
+
+    # --- as leader -------------------------------------------------------------------------------------------------
+
+    def _publish(self) -> None:
+        """Put this beat's catalogue and settings in force."""
+        settings, term = self._settings, self._term
+        assert term is not None
+        self._store.configure_limits(settings.limits, actor=self._name, term=term)
+        self._store.set_options(fairness=settings.fairness, share=settings.lower_share, term=term)
+        self._planner.publish(term)
+        self._extend()
+        self._published = True
+        self.setup_schedule()
+
+    def _digest_of_all(self) -> str:
+        """Of what `_publish` puts in force."""
+        content = {
+            "definitions": {name: definition.version for name, definition in self._catalogue.items()},
+            "limits": {name: str(limit) for name, limit in self._settings.limits.items()},
+            "options": [self._settings.fairness, self._settings.lower_share],
+            "entries": self.app.redbeat_conf.schedule,
+        }
+        text = json.dumps(content, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def _advance(self) -> float:
         try:
@@ -141,8 +239,8 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
             return self._planner.advance(budget=budget).total_seconds()
         except StoreUnavailable:
             raise
-        except Exception:
-            log.exception("planning failed; trying again at the next tick")
+        except Exception as fault:
+            self._planner.failed(fault)
             return float(self.max_interval)
 
 

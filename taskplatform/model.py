@@ -640,6 +640,13 @@ class Definition(_Frozen):
         own = self.config.max_duration if self.config is not None else None
         return own or self.max_duration or self.timeout
 
+    @cached_property
+    def version(self) -> str:
+        """Tells this content from any other that the definition had: equal content gives the same text, however it was written."""
+        content = self.model_dump(mode="json", exclude_defaults=True)
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+
     def missing_params(self, params: Mapping[str, Any]) -> list[str]:
         """Names that the call needs and neither `params` nor the definition's defaults give."""
         needed = self.config.param_names if self.config is not None else frozenset()
@@ -816,3 +823,5 @@ class Job:
     """Of the last transition."""
     source: str
     """What made it: schedule, catch_up, trigger or api."""
+    version: str
+    """Of the definition, as its last run had it; empty before the first."""

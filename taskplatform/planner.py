@@ -13,13 +13,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 
 from taskplatform.capacity import Demand, Fit, Load, fit
-from taskplatform.errors import StoreUnavailable
+from taskplatform.errors import StoreError, StoreUnavailable
 from taskplatform.message import message_template
 from taskplatform.model import CatchUpPolicy, Definition, Limit, Priority, format_duration
 from taskplatform.schedule import latest_occurrence, next_occurrence, occurrences
@@ -37,6 +37,11 @@ _PUT_OFF = timedelta(seconds=10)
 _SET_BACK_MS = 1000
 #: So many groups that are due are opened together at the most, each in about a millisecond.
 _TOGETHER = 1000
+#: Planning as a whole, among what can fail.
+_WHOLE = "what is due"
+_ERROR_CHARACTERS = 300
+#: The same trouble is logged once in this time.
+_LOG_AGAIN = timedelta(minutes=1)
 #: So many widened windows are logged one by one in a round; the rest are counted.
 _LOGGED = 10
 
@@ -52,6 +57,7 @@ def published(definition: Definition, environment: Mapping[str, str] | None = No
         overlap=definition.overlap,
         message=message_template(definition),
         window=definition.window,
+        version=definition.version,
         limit=Limit(limit.per_second if limit else None, limit.burst if limit else None, definition.concurrency),
         host=host,
     )
@@ -162,6 +168,48 @@ class _Round:
     warnings: list[str] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _Trouble:
+    """Something that cannot be planned."""
+
+    since_ms: int
+    error: str
+    at: float
+    """When it was met last, by the monotonic clock; and when it was last logged."""
+    logged_at: float
+
+
+class Troubles:
+    """What cannot be planned, by its name: since when, and why. The same is logged once a minute, however often it is met."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, _Trouble] = {}
+
+    def met(self, name: str, fault: Exception, now_ms: int, advice: str) -> None:
+        """`name` failed. Logs it with its traceback, unless that was done a while ago."""
+        now, error = time.monotonic(), f"{type(fault).__name__}: {fault}"
+        known = self._by_name.get(name)
+        told = known is not None and known.error == error and now - known.logged_at < _LOG_AGAIN.total_seconds()
+        if not told:
+            log.error("cannot plan %s; %s", name, advice, exc_info=fault)
+        logged_at = known.logged_at if known and told else now
+        self._by_name[name] = _Trouble(known.since_ms if known else now_ms, error, now, logged_at)
+
+    def over(self, name: str) -> None:
+        """`name` went well."""
+        self._by_name.pop(name, None)
+
+    def worst(self) -> tuple[int, str] | None:
+        """Since when (ms) something fails, and what, of those that were met in the last minute."""
+        oldest = time.monotonic() - _LOG_AGAIN.total_seconds()
+        self._by_name = {name: one for name, one in self._by_name.items() if one.at > oldest}
+        if not self._by_name:
+            return None
+        name, worst = min(self._by_name.items(), key=lambda item: item[1].since_ms)
+        more = f" (and {len(self._by_name) - 1} more)" if len(self._by_name) > 1 else ""
+        return worst.since_ms, f"{name}: {worst.error}"[:_ERROR_CHARACTERS] + more
+
+
 class Planner:
     """Advances the plan of one catalogue."""
 
@@ -184,29 +232,55 @@ class Planner:
         self._windows = Windows(store, catalogue, horizon=horizon, environment=environment)
         #: What the server's clock last showed to a planner.
         self._seen_ms = 0
+        self._troubles = Troubles()
+        self._reports_trouble = False
+        self._as_published = False
 
-    def lead(self, *, confirm: Callable[[], object] = lambda: None) -> None:
-        """Take over: finish what the schedules so far made due, then publish this catalogue.
+    def lead(self, *, confirm: Callable[[], object] = lambda: None) -> int:
+        """Take over, and publish this catalogue. Returns the term.
 
-        `confirm` is called when the new term has begun, and raises if another leads by then. Raises Conflict if one does later:
-        a leader that slept meanwhile must not publish an old catalogue over a new one.
+        `confirm` is called when the new term has begun, and raises if another leads by then. Raises Conflict as `publish` does.
+        """
+        term = self.begin(confirm=confirm)
+        self.publish(term)
+        return term
+
+    def begin(self, *, confirm: Callable[[], object] = lambda: None) -> int:
+        """Take over, with what is published. Returns the term.
+
+        Until this catalogue is published only those of its definitions are planned that are published as they are here; the others,
+        and those that it does not have, are a newer catalogue's.
         """
         self._seen_ms = int(self._store.planner().get("tick", 0))
         term = self._store.lead(horizon=self._horizon, leader=self._name)
         confirm()
+        self._store.planner_is_well()
+        self._as_published = True
+        return term
+
+    def publish(self, term: int) -> None:
+        """Finish what the schedules so far made due, then publish this catalogue.
+
+        Raises Conflict when another leads since `term`: a leader that slept must not publish an old catalogue over a new one. Whoever
+        publishes next completes what was left undone, also of an attempt that was broken off.
+        """
+        self._as_published = False
         self._open_due()
-        before = self._store.published()
         for definition in self._catalogue.values():
             if self._store.publish(published(definition, self._environment), actor=self._name, term=term):
-                log.info("published definition %s", definition.id)
-                self._store.follow_priority(definition.id, definition.priority)
-        self._store.log_added(sorted(self._catalogue.keys() - before), actor=self._name)
+                log.info("published definition %s, version %s", definition.id, definition.version)
+        for name, priority in self._store.behind().items():
+            self._store.follow_priority(name, priority)
+        self._store.announce(actor=self._name)
         for name in sorted(self._store.published() - self._catalogue.keys()):
             self._store.retract(name, actor=self._name, term=term)
             log.warning("definition %s is no longer in the catalogue: what waits of it will be rejected", name)
 
     def advance(self, *, budget: timedelta = timedelta(seconds=2)) -> timedelta:
-        """Plan what is due, for about `budget` at the most. Returns how long until there is more to do."""
+        """Plan what is due, for about `budget` at the most. Returns how long until there is more to do.
+
+        What fails is put off, and stands in the store (`Store.planner`) until it goes well.
+        """
         deadline = time.monotonic() + budget.total_seconds()
         planned = 0
         now_ms = self._store.now_ms()
@@ -222,13 +296,29 @@ class Planner:
                 # with the others that are due, because they share the limits
                 self._open(self._due_groups()[:_TOGETHER])
             due = self._store.due(self._store.now_ms())
+        self._troubles.over(_WHOLE)
         self._store.planner_tick(planned=planned)
+        self._report()
         if due:
             return timedelta()
         next_ms = self._store.next_due_ms()
         if next_ms is None:
             return timedelta(days=1)
         return timedelta(milliseconds=max(0, next_ms - self._store.now_ms()))
+
+    def failed(self, fault: Exception) -> None:
+        """`advance` raised: let it be seen, as far as the store can be told."""
+        self._troubles.met(_WHOLE, fault, round(time.time() * 1000), "trying again at the next tick")
+        with suppress(StoreError):
+            self._report()
+
+    def _report(self) -> None:
+        worst = self._troubles.worst()
+        if worst:
+            self._store.planner_fails(since_ms=worst[0], error=worst[1])
+        elif self._reports_trouble:
+            self._store.planner_is_well()
+        self._reports_trouble = worst is not None
 
     def _open_due(self) -> None:
         seen: set[str] = set()
@@ -246,25 +336,27 @@ class Planner:
             yield
         except StoreUnavailable:
             raise
-        except Exception:
+        except Exception as fault:
             # one that is broken, such as a zone that this machine does not know, must not hold back the others
-            log.exception("cannot plan %s %s; trying again in %s", item.kind, item.id, _PUT_OFF)
+            self._troubles.met(f"{item.kind} {item.id}", fault, self._store.now_ms(), f"trying again in {format_duration(_PUT_OFF)}")
             self._store.postpone(item, by=_PUT_OFF)
 
     def _plan(self, item: DueItem) -> int:
         made = 0
         with self._postponed_if_broken(item):
             made, _ = self._store.plan(item.id, horizon=self._horizon, batch=self._batch)
+            self._troubles.over(f"{item.kind} {item.id}")
         return made
 
     def _open(self, items: Sequence[DueItem]) -> None:
         """Open what is due of these groups, so that it shares what the limits can carry."""
         now_ms = self._store.now_ms()
         rounds = []
+        planned = self._planned()
         for item in items:
             with self._postponed_if_broken(item):
                 group = self._store.group(item.id)
-                definition = self._catalogue.get(group.definition) if group else None
+                definition = planned.get(group.definition) if group else None
                 if group is None or definition is None:
                     self._store.postpone(item, by=_PUT_OFF)
                 else:
@@ -275,10 +367,19 @@ class Planner:
             with self._postponed_if_broken(one.item):
                 if self._open_one(one) is not None:
                     warnings += one.warnings
+                self._troubles.over(f"{one.item.kind} {one.item.id}")
         for line in warnings[:_LOGGED]:
             log.warning("%s", line)
         if len(warnings) > _LOGGED:
             log.warning("limits made the windows of %d more occurrences wider or later", len(warnings) - _LOGGED)
+
+    def _planned(self) -> Mapping[str, Definition]:
+        """The definitions that this planner may plan."""
+        if not self._as_published:
+            return self._catalogue
+        versions = self._store.versions(list(self._catalogue))
+        pairs = zip(self._catalogue.items(), versions, strict=True)
+        return {name: definition for (name, definition), version in pairs if definition.version == version}
 
     def _round(self, item: DueItem, group: Group, definition: Definition, now_ms: int) -> _Round:
         until_ms = max(now_ms + _ms(self._horizon), group.cursor_ms)

@@ -116,7 +116,8 @@ class Platform:
         missing = sorted(self.catalogue.keys() - self.store.published())
         for name in missing:
             self.store.publish(published(self.catalogue[name]), actor=self._actor, only_new=True)
-        self.store.log_added(missing, actor=self._actor)
+        if missing:
+            self.store.announce(actor=self._actor)
 
     def close(self) -> None:
         """Close the connections."""

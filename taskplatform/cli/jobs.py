@@ -180,6 +180,7 @@ def _fields(job: Job) -> dict[str, object]:
     return {
         "job": job.id,
         "definition": job.definition,
+        "version": job.version,
         "user": job.user,
         "state": job.state,
         "reason": job.reason,

@@ -11,7 +11,7 @@ from taskplatform.cli.arguments import connected, definition_argument, duration,
 from taskplatform.cli.output import Columns, counted, moment_text, plain, seconds_text, show_rows
 
 if TYPE_CHECKING:
-    from taskplatform.store import Change, Garbage, Occurrence, Worker
+    from taskplatform.store import Beat, Change, Garbage, Occurrence, Worker
 
 
 @click.command(epilog=example("trigger daily_user_report --window 5m"))
@@ -135,6 +135,28 @@ def nodes(*, as_json: bool) -> None:
     show_rows(workers, columns, as_json=as_json)
 
 
+@click.command(epilog=example("beats --json"))
+@json_option
+def beats(*, as_json: bool) -> None:
+    """List the beats.
+
+    Which one leads, and what each would publish. The highest number is the newest release. One that died is shown for some hours.
+    """
+    with connected(definitions=False) as platform:
+        found = platform.store.beats()
+        now_ms = platform.store.now_ms()
+    columns: Columns[Beat] = {
+        "beat": lambda one: one.id,
+        "leads": lambda one: one.leads,
+        "catalogue": lambda one: one.catalogue,
+        "number": lambda one: one.number,
+        "since": lambda one: moment_text(one.since_ms),
+        "heartbeat": lambda one: moment_text(one.heartbeat_ms),
+        "silent for": lambda one: seconds_text(max(0, now_ms - one.heartbeat_ms)),
+    }
+    show_rows(found, columns, as_json=as_json)
+
+
 @click.group()
 def garbage() -> None:
     """What lay in a queue and was no message.
@@ -199,4 +221,4 @@ def demo(ctx: click.Context) -> None:
     ctx.exit(run())
 
 
-COMMANDS = (trigger, pause, resume, changes, occurrences, nodes, garbage, up, demo)
+COMMANDS = (trigger, pause, resume, changes, occurrences, nodes, beats, garbage, up, demo)

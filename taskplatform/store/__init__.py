@@ -6,6 +6,7 @@ never disagree, whatever dies between two calls. Times are milliseconds since th
 
 from taskplatform.store.connection import LockLost, connect, unavailable
 from taskplatform.store.records import (
+    Beat,
     Change,
     Commitment,
     DueItem,
@@ -13,6 +14,7 @@ from taskplatform.store.records import (
     Garbage,
     Group,
     LimitState,
+    Newer,
     Occurrence,
     Opening,
     Page,
@@ -27,6 +29,7 @@ from taskplatform.store.records import (
 from taskplatform.store.store import Store
 
 __all__ = [
+    "Beat",
     "Change",
     "Commitment",
     "DueItem",
@@ -35,6 +38,7 @@ __all__ = [
     "Group",
     "LimitState",
     "LockLost",
+    "Newer",
     "Occurrence",
     "Opening",
     "Page",

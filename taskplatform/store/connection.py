@@ -14,7 +14,7 @@ from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
     ConnectionError,
-    LockNotOwnedError,
+    LockError,
     NoScriptError,
     RedisError,
     ResponseError,
@@ -25,7 +25,7 @@ from redis.retry import Retry
 from taskplatform.errors import InvalidInput, Outage, StoreError, StoreUnavailable
 
 #: What redbeat's lock raises when it is another's by now, or nobody's.
-LockLost = LockNotOwnedError
+LockLost = LockError
 
 #: A connection that was idle for so long is looked at before it is used.
 _HEALTH_SECONDS = 30

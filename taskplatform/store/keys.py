@@ -18,6 +18,8 @@ NAMES = {
     "user": "user:",  # hash: @created, @paused, @name, and by definition id the subscription as JSON
     # what beat plans
     "definitions": "definitions",  # set of ids that are published
+    "unannounced": "unannounced",  # set of ids that are published and not yet in the change log
+    "following": "following",  # hash: definition whose waiting jobs do not all have its new priority yet → that priority
     "definition": "definition:",  # hash: what the scripts need to know of a definition
     "groups": "groups:",  # by definition, set of <gid>
     "group": "group:",  # by <gid>, hash: definition, schedule, cursor
@@ -29,7 +31,8 @@ NAMES = {
     "committed": "committed",  # hash: <oid> of an open occurrence → "<start of its window> <window> <subscribers>"
     "occurrences": "occurrences:",  # by definition, sorted set: <oid> → its time
     "closed": "closed",  # sorted set: <oid> → when it was done, for the retention
-    "planner": "planner",  # hash: horizon, term, up to where anything was planned, what the leading planner last did, widened windows
+    "planner": "planner",  # hash: horizon, term, reach, what it last did and what fails, widened windows, see Store.planner
+    "beats": "beats",  # hash: beat → "<digest of what it would publish> <its number> <last seen> <1: leads> <since>"
     "server": "server",  # the run id of the Redis server that this data was last used on
     # jobs
     "seq": "seq",  # counter: order of submission

@@ -26,6 +26,8 @@ class PublishedDefinition:
     """The Celery message with @@ID@@, @@USER@@, @@DELIVERY@@, @@RETRIES@@ and @@QUEUE@@ to be filled in."""
     window: timedelta
     limit: Limit = field(default_factory=Limit)
+    version: str = ""
+    """Of the definition, see `Definition.version`."""
     host: str | None = None
     """The host that its jobs call; "" where they call none, None where it is not known here."""
 
@@ -201,6 +203,30 @@ class Worker:
     info: Mapping[str, str]
 
 
+class Newer(IntEnum):
+    """Whether another beat would publish something newer than this one."""
+
+    NONE = 0
+    WAS = 1
+    """There was one not long ago, or one has just started."""
+    LIVES = 2
+    """And it lives, and has for a while."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A beat as it last said that it lives."""
+
+    id: str
+    leads: bool
+    catalogue: str
+    """A digest of what it would publish: its catalogue, and the settings that the scripts follow."""
+    number: int
+    """The later deployed, the higher."""
+    since_ms: int
+    heartbeat_ms: int
+
+
 @dataclass(frozen=True, slots=True)
 class Garbage:
     """What came out of a broker queue, and no worker could take."""
@@ -289,6 +315,7 @@ def read_job(job_id: str, fields: Mapping[str, str], last: str | None) -> Job:
         finished_ms=int(fields["finished"]) if "finished" in fields else None,
         reason=read_transition(last).reason if last else _CREATED_BY[fields["source"]],
         source=fields["source"],
+        version=fields.get("version", ""),
     )
 
 
@@ -337,6 +364,11 @@ def read_commitment(oid: str, committed: str, *, now_ms: int, next_ms: float | N
     left = jobs * max(0.0, end - left_from) / window if window else jobs * (start >= left_from)
     definition = oid.partition("|")[0].partition("~")[0]
     return Commitment(definition, None, round(left_from + late), max(round(left_from + late), round(end + late)), left)
+
+
+def read_beat(name: str, line: str) -> Beat:
+    catalogue, number, seen, leads, since = line.split(" ")
+    return Beat(name, leads == "1", catalogue, int(number), int(since), int(seen))
 
 
 def read_worker(name: str, beat: int, fields: Mapping[str, str], jobs: Iterable[str]) -> Worker:

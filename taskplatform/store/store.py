@@ -30,6 +30,7 @@ from taskplatform.model import (
 from taskplatform.store.connection import connect
 from taskplatform.store.keys import key
 from taskplatform.store.records import (
+    Beat,
     Change,
     Commitment,
     DueItem,
@@ -37,6 +38,7 @@ from taskplatform.store.records import (
     Garbage,
     Group,
     LimitState,
+    Newer,
     Occurrence,
     Opening,
     Page,
@@ -47,6 +49,7 @@ from taskplatform.store.records import (
     Subscribe,
     SubscribeResult,
     Worker,
+    read_beat,
     read_commitment,
     read_creation,
     read_due_item,
@@ -123,6 +126,7 @@ class Store:
             "overlap": definition.overlap,
             "message": definition.message,
             "window": str(milliseconds(definition.window)),
+            "version": definition.version,
         }
         flat = [part for pair in fields.items() for part in pair]
         schedule = schedule_to_json(definition.schedule)
@@ -132,10 +136,9 @@ class Store:
         size = self._log_size
         return self._led(self._scripts.run("publish", definition.id, schedule, int(only_new), actor, size, since, limit, host, *flat))
 
-    def log_added(self, definitions: Sequence[str], *, actor: str) -> None:
-        """One entry of the change log for definitions that were published for the first time."""
-        if definitions:
-            self._log(actor, "definitions added", " ".join(definitions), f"{len(definitions)} definitions")
+    def announce(self, *, actor: str) -> None:
+        """One entry of the change log for all definitions that were published for the first time since the last."""
+        self._scripts.run("announce", actor, self._log_size)
 
     def retract(self, definition: str, *, actor: str, term: int | None = None) -> bool:
         """Remove a definition; what waits of it is rejected when its turn comes. With `term`, raises Conflict as `publish` does."""
@@ -150,6 +153,13 @@ class Store:
     def published(self) -> set[str]:
         """Ids of the definitions that the scripts know."""
         return cast("set[str]", self._redis.smembers(self._key("definitions")))
+
+    def versions(self, definitions: Sequence[str]) -> list[str | None]:
+        """The versions in which these are published. None: not, or by a release that had no versions."""
+        pipe = self._redis.pipeline(transaction=False)
+        for definition in definitions:
+            pipe.hget(self._key("definition", definition), "version")
+        return pipe.execute()
 
     def pause_definition(self, definition: str, *, why: str, actor: str) -> bool:
         """Nothing of it is planned or released until it is resumed. Raises UnknownDefinition."""
@@ -401,12 +411,41 @@ class Store:
             pipe.hincrby(self._key("planner"), "planned", planned)
         pipe.execute()
 
-    def planner(self) -> dict[str, str]:
-        """What the planner last said of itself: horizon (ms), leader, since, tick (ms), planned, widened, widened_ms.
+    def planner_fails(self, *, since_ms: int, error: str) -> None:
+        """Say what cannot be planned, and since when."""
+        self._redis.hset(self._key("planner"), mapping={"failing_since": since_ms, "error": error})
 
-        `widened` counts the windows that limits made wider or later, `widened_ms` by how much in all.
+    def planner_is_well(self) -> None:
+        """Say that nothing fails."""
+        self._redis.hdel(self._key("planner"), "failing_since", "error")
+
+    def planner(self) -> dict[str, str]:
+        """What the planner last said of itself: horizon (ms), leader, since, term, tick (ms), planned, widened, widened_ms.
+
+        `widened` counts the windows that limits made wider or later, `widened_ms` by how much in all. While something cannot be
+        planned: failing_since (ms) and error.
         """
         return cast("dict[str, str]", self._redis.hgetall(self._key("planner")))
+
+    def attend(
+        self, beat: str, *, catalogue: str, number: int | None, leads: bool, alive: timedelta, account: timedelta
+    ) -> tuple[int, Newer]:
+        """A beat lives. `catalogue` is a digest of what it would publish, `number` what it was told last (None: it has just started).
+
+        Who was silent for longer than `alive` does not live; for longer than `account`, counts for nothing. Returns the number of what
+        it would publish, and whether there is something newer.
+        """
+        told = "" if number is None else number
+        number, newer = self._scripts.run("attend", beat, catalogue, told, int(leads), milliseconds(alive), milliseconds(account))
+        return number, Newer(newer)
+
+    def sign_off(self, beat: str) -> None:
+        """A beat stops in good order: what only it would publish is of no account from now on."""
+        self._redis.hdel(self._key("beats"), beat)
+
+    def beats(self) -> list[Beat]:
+        """Those that have not signed off, in order of their names; one that died stays for some hours."""
+        return [read_beat(name, line) for name, line in sorted(cast("dict[str, str]", self._redis.hgetall(self._key("beats"))).items())]
 
     def counters(self) -> dict[str, int]:
         """How often happened what should be rare, since this Redis is used: lost workers, lost messages and the like, by name."""
@@ -515,9 +554,9 @@ class Store:
         released, wait, _ = self._scripts.run("release", limit)
         return released, int(wait) if wait else None
 
-    def start(self, job_id: str, *, delivery: int, worker: str, waited_ms: int = 0) -> Start:
-        """Let a delivery run, if it is the job's current one."""
-        answer = self._scripts.run("start", job_id, delivery, worker, waited_ms, secrets.token_hex(8))
+    def start(self, job_id: str, *, delivery: int, worker: str, waited_ms: int = 0, version: str = "") -> Start:
+        """Let a delivery run, if it is the job's current one. `version` is that of the definition by which it will."""
+        answer = self._scripts.run("start", job_id, delivery, worker, waited_ms, secrets.token_hex(8), version)
         if answer[0] != "run":
             return Start(go=False, refusal=answer[0])
         _, attempt, losses, after, params, budget = answer
@@ -584,6 +623,10 @@ class Store:
         """
         return self._state(self._scripts.run("prioritize", job_id, priority, reason), job_id)
 
+    def behind(self) -> dict[str, Priority]:
+        """Definitions whose waiting jobs do not all have the priority yet that was published last."""
+        return {name: Priority(text) for name, text in cast("dict[str, str]", self._redis.hgetall(self._key("following"))).items()}
+
     def follow_priority(self, definition: str, priority: Priority) -> int:
         """Give what waits of a definition its new priority, but for jobs that were given one of their own. Returns how many."""
         total = 0
@@ -594,6 +637,7 @@ class Store:
                     looked, changed = self._scripts.run("follow", definition, former, turns, kept, _BATCH)
                     kept += looked - changed
                     total += changed
+        self._scripts.run("follow", definition, priority, 0, 0, 0)
         return total
 
     def retry(self, job_id: str, *, reason: str) -> JobState:
@@ -796,26 +840,32 @@ class Store:
         """Take a live limit away: what is configured is in force again. Returns whether that changed something."""
         return self._limit(name, "", actor, configured)
 
-    def _limit(self, name: str, value: str, actor: str, configured: bool) -> bool:
-        changed = self._scripts.run("limit", name, "configured" if configured else "live", value, actor, self._log_size)
+    def _limit(self, name: str, value: str, actor: str, configured: bool, term: int | None = None) -> bool:
+        layer, since = "configured" if configured else "live", "" if term is None else term
+        changed = self._led(self._scripts.run("limit", name, layer, value, actor, self._log_size, since))
         if changed and name.startswith("user"):
             while self._scripts.run("uncap", _BATCH):
                 pass
-        return bool(changed)
+        return changed
 
-    def configure_limits(self, limits: Mapping[str, Limit], *, actor: str) -> None:
-        """What the settings say of limits that are no definition's, all of them."""
+    def configure_limits(self, limits: Mapping[str, Limit], *, actor: str, term: int | None = None) -> None:
+        """What the settings say of limits that are no definition's, all of them. With `term`, raises Conflict as `publish` does."""
         known = cast("list[str]", self._redis.hkeys(self._key("limits_configured")))
         for name in known:
             if not name.startswith("definition:") and name not in limits:
-                self.reset_limit(name, actor=actor, configured=True)
+                self._limit(name, "", actor, True, term)
         for name, limit in limits.items():
-            self.set_limit(name, limit, actor=actor, configured=True)
+            self._limit(name, write_limit(limit), actor, True, term)
 
-    def set_options(self, *, fairness: bool, share: float) -> None:
-        """How jobs are released: with turns for the users inside a priority, and what part of all releases each lower one gets."""
-        while self._scripts.run("options", int(fairness), repr(share), _BATCH) == _BATCH:
-            pass
+    def set_options(self, *, fairness: bool, share: float, term: int | None = None) -> None:
+        """How jobs are released: with turns for the users inside a priority, and what part of all releases each lower one gets.
+
+        With `term`, raises Conflict as `publish` does.
+        """
+        moved, since = _BATCH, "" if term is None else term
+        while moved == _BATCH:
+            moved = self._scripts.run("options", int(fairness), repr(share), _BATCH, since)
+            self._led(moved)
 
     def sizes(self, groups: Sequence[tuple[str, str]]) -> list[int]:
         """How many subscribers an occurrence of (group, its definition) has; none while the definition is paused."""

@@ -27,7 +27,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-_POINT, _NTH, _SIGNAL, _WHO, _MARK = (f"TEST_FAULT_{name}" for name in ("POINT", "NTH", "SIGNAL", "WHO", "MARK"))
+_POINT, _NTH, _SIGNAL, _WHO, _FIRST, _MARK = (f"TEST_FAULT_{name}" for name in ("POINT", "NTH", "SIGNAL", "WHO", "FIRST", "MARK"))
 
 MACHINE = "TEST_MACHINE"
 """In a process's environment: it takes itself to run on a machine of this name."""
@@ -44,11 +44,14 @@ class Fault:
     signal: signal.Signals = signal.SIGKILL
     whole_node: bool = True
     """To all processes of the node, not only to the one that comes to the point."""
+    fresh: bool = False
+    """Only at the first delivery of a job, so that no job meets two faults."""
 
     @property
     def environment(self) -> Mapping[str, str]:
         who = "node" if self.whole_node else "process"
-        return {_POINT: self.point, _NTH: str(self.nth), _SIGNAL: str(int(self.signal)), _WHO: who, _MARK: str(self.mark)}
+        common = {_POINT: self.point, _NTH: str(self.nth), _SIGNAL: str(int(self.signal)), _MARK: str(self.mark)}
+        return {**common, _WHO: who, _FIRST: str(int(self.fresh))}
 
     @property
     def happened(self) -> bool:
@@ -57,7 +60,7 @@ class Fault:
     @property
     def job(self) -> str:
         """At which job it happened, where the point is one of a job's steps."""
-        return self.mark.read_text(encoding="utf-8")
+        return self.mark.read_text(encoding="utf-8").rpartition("#")[0]
 
     @property
     def at_ms(self) -> int:
@@ -69,12 +72,15 @@ _passes: defaultdict[str, itertools.count[int]] = defaultdict(lambda: itertools.
 _thread = threading.local()
 
 
-def _pass(point: str, job: str = "") -> None:
-    if point != os.environ[_POINT] or next(_passes[point]) != int(os.environ[_NTH]):
+def _pass(point: str, tag: str = "") -> None:
+    """A process comes to a point with a delivery, `<job>#<number>`, or with none."""
+    if point != os.environ[_POINT] or (os.environ[_FIRST] == "1" and tag and not tag.endswith("#1")):
+        return
+    if next(_passes[point]) != int(os.environ[_NTH]):
         return
     mark = Path(os.environ[_MARK])
     own = mark.with_suffix(f".{os.getpid()}")
-    own.write_text(job, encoding="utf-8")
+    own.write_text(tag, encoding="utf-8")
     try:
         os.link(own, mark)  # with all that is in it, for whoever sees it
     except FileExistsError:
@@ -82,21 +88,22 @@ def _pass(point: str, job: str = "") -> None:
     number = int(os.environ[_SIGNAL])
     if os.environ[_WHO] == "node":
         os.killpg(os.getsid(0), number)
-    else:
+    if os.environ[_WHO] != "node" or os.getpgrp() != os.getsid(0):
+        # else it was among them, and one that goes on after a stop must not stop again
         os.kill(os.getpid(), number)
     time.sleep(0.05)  # the kernel may let this thread run on for a moment
 
 
-def _around(step: str, call: Callable[[], Any], job: str = "") -> Any:
-    _pass(f"before:{step}", job)
+def _around(step: str, call: Callable[[], Any], tag: str = "") -> Any:
+    _pass(f"before:{step}", tag)
     _pass("step")
     result = call()
-    _pass(f"after:{step}", job)
+    _pass(f"after:{step}", tag)
     return result
 
 
-#: Scripts whose first argument is a job.
-_OF_A_JOB = ("start", "finish", "renew", "lose", "cancel", "enqueue")
+#: Scripts whose first arguments are a job and the number of its delivery.
+_OF_A_DELIVERY = ("start", "finish", "renew", "lose")
 
 
 def install() -> None:
@@ -123,10 +130,10 @@ def install() -> None:
 
     @wraps(run)
     def run_script(self: Any, name: str, *args: Any) -> Any:
-        job = str(args[0]) if name in _OF_A_JOB else ""
+        tag = f"{args[0]}#{args[1]}" if name in _OF_A_DELIVERY else ""
         if name == "start":
-            _thread.job = job
-        result = _around(name, lambda: run(self, name, *args), job)
+            _thread.tag = tag
+        result = _around(name, lambda: run(self, name, *args), tag)
         if name == "release" and result[0]:
             _pass("released")
         return result
@@ -143,24 +150,24 @@ def install() -> None:
 
     @wraps(deliver)
     def note_popped(self: Any, message: Any, queue: str) -> Any:
-        job = message.get("headers", {}).get("id")
-        if job is not None:  # others are of Celery's remote control
-            _pass("popped", job)
+        headers = message.get("headers", {})
+        if "delivery" in headers:  # others are of Celery's remote control
+            _pass("popped", f"{headers['id']}#{headers['delivery']}")
         return deliver(self, message, queue)
 
     @wraps(make_request)
     def note_received(self: Any, *args: Any, **kwargs: Any) -> None:
         make_request(self, *args, **kwargs)
-        _pass("received", self.id)
+        _pass("received", f"{self.id}#{self.delivery}")
 
     @wraps(ack)
     def note_ack(self: Any, delivery_tag: str) -> None:
-        _pass("before:ack", delivery_tag.rpartition("#")[0])
+        _pass("before:ack", delivery_tag)
         ack(self, delivery_tag)
 
     @wraps(get_response)
     def note_called(self: Any, *args: Any, **options: Any) -> Any:
-        _pass("called", _thread.job)
+        _pass("called", _thread.tag)
         return get_response(self, *args, **options)
 
     patches: list[tuple[type, str, Any]] = [

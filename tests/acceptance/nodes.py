@@ -213,7 +213,9 @@ class BeatNode(CeleryNode):
 
     @property
     def leads(self) -> bool:
-        return "beat leads" in self.logs()
+        """Whether it leads by now: it may have stepped down since it began to."""
+        lines = [line for line in self.logs().splitlines() if "beat leads and plans" in line or "stepping down" in line]
+        return bool(lines) and "stepping down" not in lines[-1]
 
 
 class FlowerNode(CeleryNode):

@@ -681,6 +681,19 @@ def test_nodes(platform: Platform) -> None:
     assert node == {"id": "w@host", "slots": 3, "queues": ["high", "low"], "running": [], "info": {"host": "host", "pid": "7"}}
 
 
+def test_beats(platform: Platform) -> None:
+    assert run_json("beats") == []
+    alive = timedelta(seconds=15)
+    platform.store.attend("beat@host#1", catalogue="0a1b2c", number=None, leads=True, alive=alive, account=20 * alive)
+    cells = dict(zip(*rows(run("beats").stdout), strict=True))
+    assert (cells["beat"], cells["leads"], cells["catalogue"], cells["number"]) == ("beat@host#1", "yes", "0a1b2c", "1")
+    assert re.fullmatch(r"\d\.\d s", cells["silent for"])
+    (beat,) = run_json("beats")
+    assert ISO.fullmatch(beat.pop("since"))
+    assert ISO.fullmatch(beat.pop("heartbeat"))
+    assert beat == {"id": "beat@host#1", "leads": True, "catalogue": "0a1b2c", "number": 1}
+
+
 @pytest.mark.parametrize("answer", [0, 1])
 def test_up_and_demo_are_run(monkeypatch: pytest.MonkeyPatch, answer: int) -> None:
     calls: list[tuple[Any, ...]] = []

@@ -1,9 +1,11 @@
 -- Sets a limit or takes it away, at once for all that waits.
 -- ARGV[1] now   ARGV[2] limit   ARGV[3] 'live' or 'configured'   ARGV[4] "<rate per second> <burst> <concurrency>", '-' for none;
 -- '' takes it away, and what is configured is in force again   ARGV[5] actor   ARGV[6] size of the change log
--- Returns 1 when that changed what is in force, else 0.
+-- ARGV[7] the term of the leader that says so ('' whoever it is)
+-- Returns 1 when that changed what is in force, 0 when not, -1 when another leads by now.
 
 local now, name, layer, value = clock(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
+if not leads(ARGV[7]) then return -1 end
 local function in_words(limit)
   if not limit then return 'none' end
   local words = {}

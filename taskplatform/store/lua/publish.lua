@@ -3,6 +3,8 @@
 -- ARGV[5] actor   ARGV[6] size of the change log   ARGV[7] the term of the leader that says so ('' whoever it is)
 -- ARGV[8] its limit ('' none)   ARGV[9] the host that it calls ('' none, 'keep' not known here)
 -- ARGV[10…] by twos: fields and their values ('' removes the field)
+-- A definition that is new is noted for `announce`, and one whose waiting jobs must follow to another priority for `follow`: both are
+-- then done also when who publishes dies.
 -- Returns 1 when something changed, 0 when not, -1 when another leads by now.
 
 local now, definition, schedule = clock(ARGV[1]), ARGV[2], ARGV[3]
@@ -15,7 +17,12 @@ for i = 10, #ARGV, 2 do
   local field, value = ARGV[i], ARGV[i + 1]
   local before = call('HGET', key, field) or ''
   if before ~= value then
-    changed[#changed + 1] = field
+    if field ~= 'version' then
+      changed[#changed + 1] = field
+    elseif before ~= '' then
+      changed[#changed + 1] = 'version ' .. before .. ' -> ' .. value
+    end
+    if field == 'priority' and before ~= '' then call('HSET', K.following, definition, value) end
     if value == '' then call('HDEL', key, field) else call('HSET', key, field, value) end
   end
 end
@@ -42,9 +49,10 @@ if call('EXISTS', group_key) == 1 and call('HGET', group_key, 'schedule') ~= sch
   call('ZADD', K.due, text(now), 'g|' .. definition)
 end
 if is_new then
+  call('SADD', K.unannounced, definition)
   for _, gid in ipairs(call('SMEMBERS', K.groups .. definition)) do call('ZADD', K.due, text(now), 'g|' .. gid) end
 end
 if #changed == 0 then return 0 end
--- who publishes tells of the new ones, of all in one
+-- `announce` tells of the new ones, of all in one
 if not is_new then log_change(now, ARGV[6], ARGV[5], 'definition changed', definition, table.concat(changed, ', ')) end
 return 1

@@ -9,6 +9,8 @@ if call('SREM', K.definitions, definition) == 0 then return 0 end
 for _, priority in ipairs(PRIORITIES) do unblock_lane(priority, definition) end
 local host = host_of(definition)
 call('DEL', K.definition .. definition)
+call('SREM', K.unannounced, definition)
+call('HDEL', K.following, definition)
 hosts_read[definition] = nil
 set_limit('definition:' .. definition, K.limits_configured, '', now)
 recount(now)

@@ -1,6 +1,7 @@
 -- Lets a delivery run, if it is the job's current one: queued → assigned → running. Then releases what there is room for.
 -- ARGV[1] now   ARGV[2] job id   ARGV[3] delivery   ARGV[4] worker   ARGV[5] how long ago the message arrived, in ms
 -- ARGV[6] a mark of this call: one that is sent again, because its answer was lost, is answered as the first time
+-- ARGV[7] the version of the definition that the worker will run ('' not known)
 -- Returns {'run', attempt, losses, execute_after, params, attempts that do not count} or {why not}: unknown, stale, early, limited or the job's state.
 
 local now, id, delivery, worker = clock(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4]
@@ -18,7 +19,8 @@ if tonumber(job.after) > now then
   return { 'early' }
 end
 local definition = parts(id)
-if call('EXISTS', K.definition .. definition) == 0 then
+local known = call('HMGET', K.definition .. definition, 'priority', 'version')
+if not known[1] then
   -- its limits are not known any more, nor its host
   conclude(id, job, 'rejected', now, worker, 'definition ' .. definition .. ' does not exist any more', '')
   release(now, 10)
@@ -30,11 +32,15 @@ if not have_tokens(definition, now) then
   release(now, 10)
   return { 'limited' }
 end
-local attempt = job.attempt + 1
+local attempt, version, started = job.attempt + 1, ARGV[7], 'started'
+if version ~= '' and known[2] and known[2] ~= version then
+  -- a deployment is under way, or this worker was left out of one
+  started = 'started by version ' .. version .. ' of its definition, published is ' .. known[2]
+end
 local released_at = tonumber(call('ZSCORE', K.queued .. (job.queue or job.priority), id) or now)
 move(id, 'queued', 'assigned', math.min(now, math.max(now - tonumber(ARGV[5]), released_at)), attempt, worker, 'received', '')
-move(id, 'assigned', 'running', now, attempt, worker, 'started', '')
-call('HSET', K.job .. id, 'attempt', attempt, 'worker', worker, 'started', text(now), 'mark', ARGV[6])
+move(id, 'assigned', 'running', now, attempt, worker, started, '')
+call('HSET', K.job .. id, 'attempt', attempt, 'worker', worker, 'started', text(now), 'mark', ARGV[6], 'version', version)
 call('ZREM', K.queued .. (job.queue or job.priority), id)
 each_bucket(definition, now, spend)
 call('ZADD', K.active, text(now), id)
