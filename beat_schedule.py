@@ -8,7 +8,7 @@ beat_schedule: dict[str, dict[str, Any]] = {
     "forget-finished-jobs": {
         "task": "taskplatform.sweep",
         "schedule": 60.0,
-        # one that waited longer is superseded by the next
-        "options": {"queue": "low", "expires": 60},
+        # in the low queue it would never run while the high one is full; one that waited longer is superseded by the next
+        "options": {"queue": "high", "expires": 60},
     },
 }

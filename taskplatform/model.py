@@ -761,6 +761,9 @@ class JobState(StrEnum):
         return self in TERMINAL_STATES
 
 
+#: How the reason begins of a job that failed because its workers or processes died again and again.
+POISON_PILL = "poison pill"
+
 _S = JobState
 TERMINAL_STATES = frozenset({_S.COMPLETED, _S.FAILED, _S.TIMED_OUT, _S.CANCELED, _S.REJECTED})
 
@@ -820,8 +823,13 @@ class Job:
     started_ms: int | None
     finished_ms: int | None
     reason: str
-    """Of the last transition."""
+    """Of the last line of its history; of a dead letter why it died, whatever was noted since."""
     source: str
     """What made it: schedule, catch_up, trigger or api."""
     version: str
     """Of the definition, as its last run had it; empty before the first."""
+
+    @property
+    def poison(self) -> bool:
+        """Whether it ended as a poison pill: so many workers or processes died with it."""
+        return self.state.terminal and self.reason.startswith(POISON_PILL)

@@ -60,6 +60,7 @@ def published(definition: Definition, environment: Mapping[str, str] | None = No
         version=definition.version,
         limit=Limit(limit.per_second if limit else None, limit.burst if limit else None, definition.concurrency),
         host=host,
+        timeout=definition.timeout,
     )
 
 

@@ -18,7 +18,8 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -30,6 +31,7 @@ from pydantic import ValidationError
 from taskplatform.catalogue import Catalogue, load
 from taskplatform.errors import Conflict, InvalidInput, UnknownDefinition
 from taskplatform.faults import did_you_mean, explain
+from taskplatform.health import Health, check
 from taskplatform.model import (
     MAX_PARAMS_BYTES,
     Definition,
@@ -49,7 +51,7 @@ from taskplatform.model import (
 )
 from taskplatform.planner import Due, Window, Windows, published
 from taskplatform.settings import Settings, environment, settings
-from taskplatform.store import Change, Enqueue, Garbage, LimitState, Occurrence, Page, Store, Subscribe, SubscribeResult
+from taskplatform.store import Change, DeadLetterResult, Enqueue, Garbage, LimitState, Occurrence, Page, Store, Subscribe, SubscribeResult
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ MAX_DELAY = timedelta(days=366)
 MAX_KEY_LENGTH = 255
 #: The most items of one page of a listing.
 MAX_LIMIT = 10_000
+#: Dead letters that are redriven or discarded in one step.
+_DEAD_BATCH = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,9 +181,7 @@ class Platform:
         params = {**subscribed, **_check_params(request.params, definition, subscribed)}
         after_ms, delay_ms = _when(request.countdown, request.eta, now_ms)
         key = request.idempotency_key
-        if key is not None and (not isinstance(key, str) or not 0 < len(key) <= MAX_KEY_LENGTH):
-            raise InvalidInput(f"idempotency_key {key!r} is not accepted: a text of 1 to {MAX_KEY_LENGTH} characters is")
-        suffix = f"m{secrets.token_hex(8)}" if key is None else f"k{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()[:24]}"
+        suffix = f"m{secrets.token_hex(8)}" if key is None else f"k{_digest(key)}"
         return Enqueue(
             id=f"{definition.id}:{user}:{suffix}",
             priority=None if request.priority is None else _priority(request.priority),
@@ -235,7 +237,11 @@ class Platform:
         return self.job(job_id)
 
     def retry(self, job_id: str) -> Job:
-        """Run a job again that failed, timed out, was rejected or canceled. Raises UnknownJob, Conflict."""
+        """Run a job again that failed, timed out, was rejected or canceled.
+
+        One that was retried already, and has not ended so again, stays as it is. Raises UnknownJob, Conflict, and
+        UnknownDefinition when its definition was removed.
+        """
         self.store.retry(job_id, reason=f"retried by {self._actor}")
         return self.job(job_id)
 
@@ -247,14 +253,129 @@ class Platform:
             raise Conflict(f"job {job_id} is {state}: the priority of a job that waits can be changed")
         return self.job(job_id)
 
-    def trigger(self, definition: str, *, window: timedelta | None = None) -> tuple[datetime, int]:
+    # dead letters
+
+    def dead_letters(
+        self,
+        *,
+        definition: str | None = None,
+        user: str | None = None,
+        since: datetime | None = None,
+        reason: str = "",
+        cursor: str | None = None,
+        limit: int = 100,
+    ) -> Page[Job]:
+        """Jobs that failed or timed out for good, the newest first; `cursor` is the last page's.
+
+        They are kept with their histories until they are redriven or discarded, or for the setting `dead_retention`. `reason`
+        is a part of the reason; "poison pill" finds those that took their workers down. Also of definitions that were removed.
+        """
+        return self.store.dead_letters(
+            definition=None if definition is None else check_definition_id(definition),
+            user=None if user is None else check_user_id(user),
+            since_ms=None if since is None else _instant(since, "since"),
+            reason=reason,
+            cursor=cursor,
+            limit=_limit(limit),
+        )
+
+    def redrive(self, job_id: str) -> Job:
+        """Run a dead letter again with a fresh budget of retries and losses. It keeps its id, and so its Idempotency-Key.
+
+        One that was redriven already, and has not died again, stays as it is. Raises UnknownJob, Conflict, and
+        UnknownDefinition when its definition was removed.
+        """
+        (result,) = self.store.redrive([job_id], reason=self._redriven)
+        if result is DeadLetterResult.REMOVED:
+            raise UnknownDefinition(f"job {job_id} cannot be redriven: its definition was removed from the catalogue")
+        job = self.job(job_id)
+        if result is DeadLetterResult.NOT_DEAD:
+            raise Conflict(f"job {job_id} is {job.state} and no dead letter; `taskplatform dead list` shows those")
+        return job
+
+    def redrive_all(
+        self, *, definition: str | None = None, user: str | None = None, since: datetime | None = None, reason: str = ""
+    ) -> tuple[int, int]:
+        """The same for all that `dead_letters` lists now, a batch after the other; what dies meanwhile again is left.
+
+        Returns how many were redriven, and how many were left because their definition was removed.
+        """
+        redriven = left = 0
+        for batch in self._dead_batches(definition, user, since, reason):
+            answers = self.store.redrive([job.id for job in batch], reason=self._redriven)
+            left += answers.count(DeadLetterResult.REMOVED)
+            redriven += answers.count(DeadLetterResult.DONE)
+        return redriven, left
+
+    @property
+    def _redriven(self) -> str:
+        return f"redriven by {self._actor}"
+
+    def discard(self, job_id: str) -> None:
+        """Forget a dead letter now, with its history; the change log says so. Nothing, where there is no such job any more.
+
+        Raises Conflict for a job that is no dead letter.
+        """
+        found = self.store.jobs_by_id([job_id])
+        subject = f"{found[0].user} {found[0].definition}" if found else ""
+        detail = f"{job_id}: {found[0].reason}" if found else ""
+        (result,) = self.store.discard([job_id], actor=self._actor, subject=subject, detail=detail)
+        if result is DeadLetterResult.NOT_DEAD:
+            raise Conflict(f"job {job_id} is {self.job(job_id).state} and no dead letter; `taskplatform dead list` shows those")
+
+    def discard_all(
+        self, *, definition: str | None = None, user: str | None = None, since: datetime | None = None, reason: str = ""
+    ) -> int:
+        """The same for all that `dead_letters` lists now, a batch after the other. Returns how many."""
+        discarded = 0
+        subject = " ".join(filter(None, (user, definition)))
+        detail = f"reason contains {reason!r}" if reason else ""
+        for batch in self._dead_batches(definition, user, since, reason):
+            answers = self.store.discard([job.id for job in batch], actor=self._actor, subject=subject, detail=detail)
+            discarded += answers.count(DeadLetterResult.DONE)
+        return discarded
+
+    def _dead_batches(self, definition: str | None, user: str | None, since: datetime | None, reason: str) -> Iterator[tuple[Job, ...]]:
+        """The dead letters that there are now, in batches."""
+        until_ms, cursor = self.store.now_ms(), None
+        while True:
+            page = self.store.dead_letters(
+                definition=None if definition is None else check_definition_id(definition),
+                user=None if user is None else check_user_id(user),
+                since_ms=None if since is None else _instant(since, "since"),
+                until_ms=until_ms,
+                reason=reason,
+                cursor=cursor,
+                limit=_DEAD_BATCH,
+            )
+            if page.items:
+                yield page.items
+            cursor = page.cursor
+            if cursor is None:
+                return
+
+    def sweep(self, *, budget: timedelta = timedelta(seconds=10)) -> int:
+        """Forget what is past its retention, for about `budget` at the most; the next call goes on. Returns how much it was."""
+        deadline = time.monotonic() + budget.total_seconds()
+        chosen, total = self.settings, 0
+        while forgotten := self.store.sweep(retention=chosen.retention, dead_retention=chosen.dead_retention, dead_max=chosen.dead_max):
+            total += forgotten
+            if time.monotonic() >= deadline:
+                break
+        return total
+
+    # triggers
+
+    def trigger(self, definition: str, *, window: timedelta | None = None, idempotency_key: str | None = None) -> tuple[datetime, int]:
         """An extra occurrence now, for all subscribers, spread over the definition's window or the one given.
 
-        The window is wider where limits cannot carry so many jobs in it.
+        The window is wider where limits cannot carry so many jobs in it. The same `idempotency_key` for the same definition
+        gives the same occurrence, for the setting `retention`; without one each call is another.
 
-        Returns its time and how many subscribers there are. Raises UnknownDefinition.
+        Returns its time and how many subscribers there are. Raises UnknownDefinition, InvalidInput.
         """
         known = self.definition(definition)
+        key = "" if idempotency_key is None else _digest(idempotency_key)
         if window is not None and not timedelta() <= window <= MAX_DELAY:
             raise InvalidInput(f"window {window} is not accepted: 0 to 366 days is")
         asked = known.window if window is None else window
@@ -262,7 +383,13 @@ class Platform:
         if used.note:
             log.info("%s, triggered: %s", known.id, used.note)
         at_ms, subscribers = self.store.trigger(
-            known.id, window=asked, actor=self._actor, window_ms=used.window_ms, delay_ms=used.delay_ms, note=used.note
+            known.id,
+            window=asked,
+            actor=self._actor,
+            window_ms=used.window_ms,
+            delay_ms=used.delay_ms,
+            note=used.note,
+            idempotency_key=key,
         )
         return datetime.fromtimestamp(at_ms / 1000, UTC), subscribers
 
@@ -457,6 +584,15 @@ class Platform:
         """The reverse of `pause_subscription`."""
         return self.store.resume_subscription(check_user_id(user), check_definition_id(definition), actor=self._actor)
 
+    # health
+
+    def health(self) -> Health:
+        """What is wrong with the platform, if anything is, since when, and what to do. Cheap enough for every few seconds.
+
+        Raises StoreError, and StoreUnavailable where Redis cannot be reached.
+        """
+        return check(self.store, self.settings)
+
     # what happened
 
     def occurrences(self, definition: str, *, since: datetime | None = None, limit: int = 100) -> list[Occurrence]:
@@ -523,6 +659,13 @@ def _when(countdown: float | timedelta | None, eta: datetime | None, now_ms: Cal
     if not 0 <= seconds <= MAX_DELAY.total_seconds():
         raise InvalidInput(f"countdown {countdown!r} is not accepted: 0 to {MAX_DELAY.days} days is")
     return None, round(seconds * 1000)
+
+
+def _digest(key: str) -> str:
+    """What an idempotency key is known by."""
+    if not isinstance(key, str) or not 0 < len(key) <= MAX_KEY_LENGTH:
+        raise InvalidInput(f"idempotency_key {key!r} is not accepted: a text of 1 to {MAX_KEY_LENGTH} characters is")
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
 def _instant(value: datetime, name: str) -> int:

@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import Any
 
 from taskplatform.errors import StoreError, StoreUnavailable
+from taskplatform.health import Alarm
 from taskplatform.model import JobState, format_duration
 from taskplatform.outage import OutageLog
 from taskplatform.process import has_ended
@@ -214,6 +215,7 @@ class RecoveryLoop:
         self._endings = endings
         self._info = info
         self._clock = clock
+        self._alarm = Alarm(store, settings)
         self._draining = False
         self._stopped = threading.Event()
         look = self._look_seconds
@@ -253,6 +255,7 @@ class RecoveryLoop:
                 if now >= next_care:
                     self.care()
                     next_care = now + self._care_seconds
+                self._alarm.sound()
             except Exception as fault:
                 wait = min(self._settings.heartbeat_interval.total_seconds(), outage.failed(fault))
             else:

@@ -79,7 +79,11 @@ class Settings(BaseSettings):
         default=timedelta(seconds=20),
         description="a worker that is asked to stop lets its jobs go on so long; whoever stops it must give it 10 s more",
     )
-    retention: PositiveDuration = Field(default=timedelta(days=3), description="finished jobs and their histories are kept this long")
+    retention: PositiveDuration = Field(default=timedelta(days=3), description="other finished jobs and their histories are kept this long")
+    dead_retention: PositiveDuration = Field(
+        default=timedelta(days=14), description="jobs that failed for good (dead letters) and their histories are kept this long"
+    )
+    dead_max: int = Field(default=100_000, ge=1, description="dead letters that are kept; the oldest go first")
     change_log_size: int = Field(default=100_000, ge=100, description="entries of the change log that are kept")
 
     rate_limit: RateLimit | None = Field(

@@ -1,7 +1,7 @@
 """The command `taskplatform`.
 
 What a person did wrong, or what is not there, is said in a line or two on stderr, never as a traceback. Exit codes: 0 done, 1 it
-could not be done, 2 the command line was wrong, 130 stopped by Ctrl-C.
+could not be done, 2 the command line was wrong, 130 stopped by Ctrl-C. `health` exits with 2 where Redis cannot be asked.
 
 Results go to stdout: a table on a terminal, else lines with tabs, and JSON with `--json`; remarks go to stderr. What a
 command needs is imported when it runs, so that help comes at once.
@@ -16,9 +16,10 @@ from urllib.parse import urlsplit
 
 import click
 
-from taskplatform.cli import jobs, limits, operations, subscriptions, tasks, users
+from taskplatform.cli import dead, jobs, limits, operations, subscriptions, tasks, users
+from taskplatform.cli.arguments import NO_ANSWER
 from taskplatform.cli.output import complain, counted, remark
-from taskplatform.errors import CatalogueError, Outage, StoreUnavailable, TaskPlatformError
+from taskplatform.errors import CatalogueError, Outage, StoreError, StoreUnavailable, TaskPlatformError
 
 INTERRUPTED = 130
 
@@ -42,10 +43,18 @@ class Failure(click.ClickException):
             complain(self.message)
 
 
+class Unanswered(Failure):
+    """The same, for a command that asks how it is and got no answer."""
+
+    exit_code = 2
+
+
 class _Root(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except StoreError as fault:
+            raise (Unanswered if NO_ANSWER in ctx.meta else Failure)(fault) from fault
         except TaskPlatformError as fault:
             raise Failure(fault) from fault
 
@@ -59,7 +68,7 @@ def cli() -> None:
     """
 
 
-for command in (tasks.tasks, users.users, subscriptions.subscriptions, jobs.jobs, limits.limits, *operations.COMMANDS):
+for command in (tasks.tasks, users.users, subscriptions.subscriptions, jobs.jobs, dead.dead, limits.limits, *operations.COMMANDS):
     cli.add_command(command)
 
 

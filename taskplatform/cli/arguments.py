@@ -20,6 +20,10 @@ PRIORITIES = ("high", "medium", "low")
 STATES = ("pending", "queued", "assigned", "running", "retrying", "completed", "failed", "timed_out", "canceled", "rejected")
 
 
+#: In the context of a command that has an exit code of its own for a Redis that cannot be asked.
+NO_ANSWER = "taskplatform.no_answer"
+
+
 def example(line: str) -> str:
     """A command's example, for the end of its help."""
     return f"\b\nExample:\n  taskplatform {line}"

@@ -167,6 +167,11 @@ def list_(
 @json_option
 def show(job_id: str, *, as_json: bool) -> None:
     """Show a job and its history."""
+    show_job(job_id, as_json=as_json)
+
+
+def show_job(job_id: str, *, as_json: bool) -> None:
+    """What `jobs show` does."""
     with connected(definitions=False) as platform:
         job = platform.job(job_id)
         history = platform.history(job_id)
@@ -209,7 +214,7 @@ def cancel(ctx: click.Context, ids: tuple[str, ...]) -> None:
     One that waits never starts; one that runs is stopped, or its result discarded.
     """
     with connected(definitions=False) as platform:
-        _each(ctx, ids, lambda job_id: platform.cancel(job_id).state)
+        act_on_each(ctx, ids, lambda job_id: platform.cancel(job_id).state)
 
 
 @jobs.command(epilog=example("jobs retry daily_user_report:u1:1800000000000"))
@@ -218,7 +223,7 @@ def cancel(ctx: click.Context, ids: tuple[str, ...]) -> None:
 def retry(ctx: click.Context, ids: tuple[str, ...]) -> None:
     """Run jobs again that ended without success."""
     with connected(definitions=False) as platform:
-        _each(ctx, ids, lambda job_id: platform.retry(job_id).state)
+        act_on_each(ctx, ids, lambda job_id: platform.retry(job_id).state)
 
 
 @jobs.command("priority", epilog=example("jobs priority daily_user_report:u1:1800000000000 high"))
@@ -231,10 +236,10 @@ def set_priority(ctx: click.Context, ids: tuple[str, ...], wanted: str) -> None:
     Each keeps its place among those of its time.
     """
     with connected(definitions=False) as platform:
-        _each(ctx, ids, lambda job_id: platform.set_priority(job_id, wanted).priority)
+        act_on_each(ctx, ids, lambda job_id: platform.set_priority(job_id, wanted).priority)
 
 
-def _each(ctx: click.Context, ids: tuple[str, ...], act: Callable[[str], str]) -> None:
+def act_on_each(ctx: click.Context, ids: tuple[str, ...], act: Callable[[str], str]) -> None:
     """Do it to each and say what came of it; one that cannot be done holds back no other."""
     failed = False
     for job_id in ids:

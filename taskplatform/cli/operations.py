@@ -7,23 +7,25 @@ from typing import TYPE_CHECKING
 
 import click
 
-from taskplatform.cli.arguments import connected, definition_argument, duration, example, json_option, limit_option
-from taskplatform.cli.output import Columns, counted, moment_text, plain, seconds_text, show_rows
+from taskplatform.cli.arguments import NO_ANSWER, connected, definition_argument, duration, example, json_option, limit_option
+from taskplatform.cli.output import Columns, counted, moment_text, plain, remark, seconds_text, show_json, show_rows
 
 if TYPE_CHECKING:
+    from taskplatform.health import Problem
     from taskplatform.store import Beat, Change, Garbage, Occurrence, Worker
 
 
 @click.command(epilog=example("trigger daily_user_report --window 5m"))
 @definition_argument
 @click.option("--window", type=duration, help="Spread over so long. Default: the definition's window.")
-def trigger(definition: str, window: timedelta | None) -> None:
+@click.option("--key", metavar="TEXT", help="The same key gives the same occurrence, so that a repeated call runs nothing twice.")
+def trigger(definition: str, window: timedelta | None, key: str | None) -> None:
     """Run a definition now for all its subscribers.
 
     It is an extra occurrence; those of the schedules stay as they are.
     """
     with connected() as platform:
-        at, subscribers = platform.trigger(definition, window=window)
+        at, subscribers = platform.trigger(definition, window=window, idempotency_key=key)
         at_ms = round(at.timestamp() * 1000)
         found = platform.store.occurrences(definition, since_ms=at_ms)
         opened = [one for one in found if (one.at_ms, one.source) == (at_ms, "trigger")]
@@ -193,6 +195,31 @@ def clear_garbage() -> None:
         click.echo(f"{counted(platform.clear_garbage(), 'message')} forgotten")
 
 
+@click.command(epilog=example("health --json"))
+@json_option
+@click.pass_context
+def health(ctx: click.Context, *, as_json: bool) -> None:
+    """Say what is wrong, since when, and what to do.
+
+    Exits with 0 if all is well (remarks of severity info do not count), 1 if not, and 2 if Redis cannot be asked.
+    """
+    ctx.meta[NO_ANSWER] = True
+    columns: Columns[Problem] = {
+        "severity": lambda one: one.severity,
+        "what": lambda one: one.code,
+        "since": lambda one: moment_text(one.since_ms),
+        "problem": lambda one: one.text,
+    }
+    with connected(definitions=False) as platform:
+        found = platform.health()
+    if as_json:
+        show_json({**plain(found), "well": found.well})
+    else:
+        show_rows(found.problems, columns, as_json=False)
+        remark("all is well" if found.well else f"{counted(sum(one.severity != 'info' for one in found.problems), 'problem')}")
+    ctx.exit(0 if found.well else 1)
+
+
 @click.command(epilog=example("up --workers 4 --slots 8"))
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Worker processes.")
 @click.option("--slots", type=click.IntRange(1, 1000), help="Jobs that each runs at a time. Default: TASKPLATFORM_WORKER_SLOTS.")
@@ -221,4 +248,4 @@ def demo(ctx: click.Context) -> None:
     ctx.exit(run())
 
 
-COMMANDS = (trigger, pause, resume, changes, occurrences, nodes, beats, garbage, up, demo)
+COMMANDS = (trigger, pause, resume, changes, occurrences, nodes, beats, health, garbage, up, demo)

@@ -9,6 +9,7 @@ from taskplatform.store.records import (
     Beat,
     Change,
     Commitment,
+    DeadLetterResult,
     DueItem,
     Enqueue,
     Garbage,
@@ -24,6 +25,7 @@ from taskplatform.store.records import (
     Stop,
     Subscribe,
     SubscribeResult,
+    Vitals,
     Worker,
 )
 from taskplatform.store.store import Store
@@ -32,6 +34,7 @@ __all__ = [
     "Beat",
     "Change",
     "Commitment",
+    "DeadLetterResult",
     "DueItem",
     "Enqueue",
     "Garbage",
@@ -49,6 +52,7 @@ __all__ = [
     "Store",
     "Subscribe",
     "SubscribeResult",
+    "Vitals",
     "Worker",
     "connect",
     "unavailable",

@@ -9,7 +9,7 @@ Instants are milliseconds since the epoch. `<gid>` names a group: a definition's
 
 from __future__ import annotations
 
-from taskplatform.model import START_SLACK_MS, TRANSITIONS, Priority
+from taskplatform.model import POISON_PILL, START_SLACK_MS, TRANSITIONS, Priority
 
 #: Name → what follows the namespace. A name that ends in ":" is a prefix that an id completes.
 NAMES = {
@@ -33,6 +33,7 @@ NAMES = {
     "closed": "closed",  # sorted set: <oid> → when it was done, for the retention
     "planner": "planner",  # hash: horizon, term, reach, what it last did and what fails, widened windows, see Store.planner
     "beats": "beats",  # hash: beat → "<digest of what it would publish> <its number> <last seen> <1: leads> <since>"
+    "triggers": "triggers",  # sorted set: "<definition>:<digest of a caller's key>" → the time of its trigger
     "server": "server",  # the run id of the Redis server that this data was last used on
     # jobs
     "seq": "seq",  # counter: order of submission
@@ -44,6 +45,7 @@ NAMES = {
     "definition_jobs": "jobs:",  # by definition, sorted set: job id → created
     "unfinished": "unfinished:",  # by definition with overlap=skip, hash: user → number of unfinished jobs
     "finished": "finished",  # sorted set: job id → when, for the retention
+    "dead": "dead",  # sorted set: job id of a dead letter → when it died; such a job is not in "finished"
     "counts": "counts",  # hash: how many jobs ever entered each state
     # the waiting set
     "lane": "lane:",  # by "<priority>:<definition>", sorted set: "<seq>:<job id>" → execute_after
@@ -93,7 +95,7 @@ def key(namespace: str, name: str, part: str = "") -> str:
 
 
 def lua_table(namespace: str) -> str:
-    """Lua source that gives the scripts these names, the priorities in order, and the allowed transitions."""
+    """Lua source that gives the scripts these names, the priorities in order, the allowed transitions and the constants."""
     keys = ", ".join(f"{name} = '{key(namespace, name)}'" for name in NAMES)
     priorities = ", ".join(f"'{priority}'" for priority in Priority)
     allowed = ", ".join(
@@ -104,4 +106,5 @@ def lua_table(namespace: str) -> str:
         f"local PRIORITIES = {{{priorities}}}\n"
         f"local ALLOWED = {{{allowed}}}\n"
         f"local SLACK = {START_SLACK_MS}\n"
+        f"local POISON = '{POISON_PILL}'\n"
     )

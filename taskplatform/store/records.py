@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum, IntEnum, auto
@@ -30,6 +30,8 @@ class PublishedDefinition:
     """Of the definition, see `Definition.version`."""
     host: str | None = None
     """The host that its jobs call; "" where they call none, None where it is not known here."""
+    timeout: timedelta | None = None
+    """Hard limit of one attempt."""
 
 
 class SubscribeResult(IntEnum):
@@ -171,6 +173,19 @@ class Renewal(Enum):
     """It has ended, or was given back."""
 
 
+class DeadLetterResult(Enum):
+    """What became of a dead letter that was to be redriven or discarded."""
+
+    DONE = auto()
+    """Now, or by an earlier call."""
+    GONE = auto()
+    """There is no such job any more."""
+    NOT_DEAD = auto()
+    """It is no dead letter, and stays as it is."""
+    REMOVED = auto()
+    """Its definition was removed from the catalogue: it stays a dead letter."""
+
+
 @dataclass(frozen=True, slots=True)
 class LimitState:
     """A limit and how it stands."""
@@ -238,6 +253,49 @@ class Garbage:
     """Who took it out of the queue."""
     text: str
     """Its beginning. Bytes that are not UTF-8 are escaped."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueVitals:
+    """How the jobs of a priority get to their queue."""
+
+    oldest_ready_ms: int | None
+    """When the first job that may be released is due; it may be in the future. None: none waits, or all that do are held back."""
+    released: int
+    """Jobs that are released and not started."""
+    oldest_released_ms: int | None
+    messages: int
+    """What lies in the broker's queue, whatever it is."""
+    has_room: bool
+    """Whether another job may be released."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """What health is judged by, read at once."""
+
+    now_ms: int
+    server: Mapping[str, str]
+    """What INFO says."""
+    planner: Mapping[str, str]
+    oldest_due_ms: int | None
+    """When the planner should have looked at the first thing that it has to; it may be in the future."""
+    workers: tuple[Worker, ...]
+    """Without what they run."""
+    running_on: Mapping[str, int]
+    """How many jobs each worker runs."""
+    queues: Mapping[Priority, QueueVitals]
+    total_has_room: bool
+    """Whether the limit of all jobs lets one start."""
+    running: int
+    oldest_runs: tuple[tuple[str, int], ...]
+    """(job, when it started), the oldest of those that run."""
+    timeouts_ms: Mapping[str, int]
+    """Of the published definitions."""
+    paused: Mapping[str, str]
+    """Definitions that are paused, and why."""
+    dead_letters: int
+    counters: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +371,7 @@ def read_job(job_id: str, fields: Mapping[str, str], last: str | None) -> Job:
         worker=fields.get("worker", ""),
         started_ms=int(fields["started"]) if "started" in fields else None,
         finished_ms=int(fields["finished"]) if "finished" in fields else None,
-        reason=read_transition(last).reason if last else _CREATED_BY[fields["source"]],
+        reason=fields.get("died") or (read_transition(last).reason if last else _CREATED_BY[fields["source"]]),
         source=fields["source"],
         version=fields.get("version", ""),
     )
@@ -381,3 +439,21 @@ def read_worker(name: str, beat: int, fields: Mapping[str, str], jobs: Iterable[
         running=tuple(sorted(jobs)),
         info={name: value for name, value in fields.items() if name not in known},
     )
+
+
+def read_queues(capacity: Mapping[str, str], rows: Mapping[Priority, Sequence[Any]]) -> dict[Priority, QueueVitals]:
+    """By priority from its lanes' first, how many are released, the first of those, and how many messages lie in its queue.
+
+    Whether there is room is decided as by the release in lib.lua.
+    """
+    found: dict[Priority, QueueVitals] = {}
+    for priority, (ready, released, oldest, messages) in rows.items():
+        before = sum(one.released * float(capacity.get(f"{higher}>{priority}", 0)) for higher, one in found.items())
+        found[priority] = QueueVitals(
+            oldest_ready_ms=int(ready[0][1]) if ready else None,
+            released=released,
+            oldest_released_ms=int(oldest[0][1]) if oldest else None,
+            messages=messages,
+            has_room=before + released < float(capacity.get(priority, 0)),
+        )
+    return found

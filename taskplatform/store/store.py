@@ -33,6 +33,7 @@ from taskplatform.store.records import (
     Beat,
     Change,
     Commitment,
+    DeadLetterResult,
     DueItem,
     Enqueue,
     Garbage,
@@ -48,6 +49,7 @@ from taskplatform.store.records import (
     Stop,
     Subscribe,
     SubscribeResult,
+    Vitals,
     Worker,
     read_beat,
     read_commitment,
@@ -57,6 +59,7 @@ from taskplatform.store.records import (
     read_limit,
     read_occurrence,
     read_packed,
+    read_queues,
     read_transition,
     read_worker,
     write_limit,
@@ -66,6 +69,11 @@ from taskplatform.store.scripts import Clock, Scripts, greeting
 T = TypeVar("T")
 
 _BATCH = 500
+_DEAD_LETTER_RESULTS = {
+    "unknown": DeadLetterResult.GONE,
+    "not dead": DeadLetterResult.NOT_DEAD,
+    "removed": DeadLetterResult.REMOVED,
+}
 #: A job whose runs were held up before their calls this often fails.
 _MOST_GIVEN_BACK = 20
 #: A job whose definition a worker did not know this often is rejected. It waits longer each time: about a quarter of an hour in all.
@@ -127,6 +135,7 @@ class Store:
             "message": definition.message,
             "window": str(milliseconds(definition.window)),
             "version": definition.version,
+            "timeout": "" if definition.timeout is None else str(milliseconds(definition.timeout)),
         }
         flat = [part for pair in fields.items() for part in pair]
         schedule = schedule_to_json(definition.schedule)
@@ -504,15 +513,25 @@ class Store:
         return made, int(again) if again else None
 
     def trigger(
-        self, definition: str, *, window: timedelta, actor: str, window_ms: int | None = None, delay_ms: int = 0, note: str = ""
+        self,
+        definition: str,
+        *,
+        window: timedelta,
+        actor: str,
+        window_ms: int | None = None,
+        delay_ms: int = 0,
+        note: str = "",
+        idempotency_key: str = "",
     ) -> tuple[int, int]:
         """Open an extra occurrence now. Returns its time and how many subscribers there are. Raises UnknownDefinition.
 
-        `window` is what was asked for; `window_ms` and `delay_ms` are as of `Opening`, `note` says why they are.
+        `window` is what was asked for; `window_ms` and `delay_ms` are as of `Opening`, `note` says why they are. With an
+        `idempotency_key` that was used for the definition before, it is the occurrence of then.
         """
         asked = milliseconds(window)
         used = asked if window_ms is None else window_ms
-        answer = self._scripts.run("trigger", definition, asked, actor, self._log_size, self.now_ms(), used, delay_ms, note)
+        now_ms = self.now_ms()
+        answer = self._scripts.run("trigger", definition, asked, actor, self._log_size, now_ms, used, delay_ms, note, idempotency_key)
         at_ms, subscribers = answer
         if at_ms == -1:
             raise UnknownDefinition(f"no definition {definition!r} is published")
@@ -578,7 +597,7 @@ class Store:
 
     def renew(self, job_id: str, *, delivery: int, worker: str) -> Renewal:
         """Ask whether a run that was held up between its start and its call may still make it."""
-        answer = self._scripts.run("renew", job_id, delivery, worker, _MOST_GIVEN_BACK)
+        answer = self._scripts.run("renew", job_id, delivery, worker, _MOST_GIVEN_BACK, secrets.token_hex(8))
         return {"go": Renewal.IN_TIME, "free": Renewal.ANY_TIME}.get(answer, Renewal.NEVER)
 
     def finish(
@@ -641,17 +660,81 @@ class Store:
         return total
 
     def retry(self, job_id: str, *, reason: str) -> JobState:
-        """Run a job again that ended without success. Raises UnknownJob, Conflict."""
-        before = self._state(self._scripts.run("retry", job_id, reason), job_id)
+        """Run a job again that ended without success. One that was retried and has not ended badly since stays as it is.
+
+        Returns the state that it was in. Raises UnknownJob, Conflict, and UnknownDefinition when its definition was removed.
+        """
+        before = self._retried(job_id, self._retry([job_id], reason, dead=False)[0])
         if before not in (JobState.FAILED, JobState.TIMED_OUT, JobState.CANCELED, JobState.REJECTED):
             raise Conflict(f"job {job_id} is {before}: only a failed, timed_out, canceled or rejected job can be retried")
         return before
+
+    def _retry(self, ids: Sequence[str], reason: str, *, dead: bool) -> list[str]:
+        """What the script says of each; with `dead` only dead letters are retried."""
+        return cast("list[str]", self._scripts.run("retry", reason, int(dead), secrets.token_hex(8), *ids))
+
+    def _retried(self, job_id: str, answer: str) -> JobState:
+        if answer == "removed":
+            definition = job_id.partition(":")[0]
+            raise UnknownDefinition(f"job {job_id} cannot run again: its definition {definition!r} was removed from the catalogue")
+        return self._state(answer, job_id)
 
     @staticmethod
     def _state(answer: str, job_id: str) -> JobState:
         if answer == "unknown":
             raise UnknownJob(f"no job {job_id!r}: it never was, or its record is past the retention")
         return JobState(answer)
+
+    # dead letters
+
+    def dead_letters(
+        self,
+        *,
+        definition: str | None = None,
+        user: str | None = None,
+        since_ms: int | None = None,
+        until_ms: int | None = None,
+        reason: str = "",
+        cursor: str | None = None,
+        limit: int = 100,
+    ) -> Page[Job]:
+        """Jobs that died, by when, the newest first; with `reason`, those whose reason contains it.
+
+        Paging is stable while jobs die and are redriven or discarded.
+        """
+        upper, last_seen = _place(cursor, until_ms)
+        found: list[Job] = []
+        while rows := self._newest([self._key("dead")], (), since_ms or 0, upper, last_seen, max(limit, _BATCH)):
+            wanted = [job_id for _, job_id in rows if _is_of(job_id, definition, user)]
+            for job in self._jobs(wanted):
+                # one that was redriven just now is no dead letter any more
+                if job.finished_ms is not None and reason in job.reason:
+                    found.append(job)
+                    if len(found) == limit:
+                        return Page(tuple(found), f"{job.finished_ms}|{job.id}")
+            last_seen = rows[-1]
+            upper = last_seen[0]
+        return Page(tuple(found), None)
+
+    def count_dead_letters(self) -> int:
+        """How many there are."""
+        return self._redis.zcard(self._key("dead"))
+
+    def redrive(self, ids: Sequence[str], *, reason: str) -> list[DeadLetterResult]:
+        """Run dead letters again, each with a fresh budget of retries and losses and under its old id."""
+        answers: list[DeadLetterResult] = []
+        for batch in _batches(ids, 100):
+            # else it is the state in which it died
+            answers += [_DEAD_LETTER_RESULTS.get(answer, DeadLetterResult.DONE) for answer in self._retry(batch, reason, dead=True)]
+        return answers
+
+    def discard(self, ids: Sequence[str], *, actor: str, subject: str, detail: str) -> list[DeadLetterResult]:
+        """Forget dead letters now, with an entry in the change log about `subject` for each 100."""
+        answers: list[DeadLetterResult] = []
+        for batch in _batches(ids, 100):
+            found = self._scripts.run("discard", actor, self._log_size, subject, detail, *batch)
+            answers += [_DEAD_LETTER_RESULTS.get(answer, DeadLetterResult.DONE) for answer in found]
+        return answers
 
     def note(self, job_id: str, *, worker: str, text: str) -> None:
         """Add a line to a job's history."""
@@ -724,14 +807,7 @@ class Store:
         else:
             names = [definition] if definition is not None else sorted(self.published())
             indexes = [self._key("definition_jobs", name) for name in names]
-        upper = until_ms if until_ms is not None else 1 << 53
-        last_seen: tuple[int, str] | None = None
-        if cursor:
-            at, _, job_id = cursor.partition("|")
-            if not at.isdigit() or not job_id:
-                raise InvalidInput(f"cursor {cursor!r} is not one that a listing gave")
-            last_seen = (int(at), job_id)
-            upper = min(upper, last_seen[0])
+        upper, last_seen = _place(cursor, until_ms)
         found: list[Job] = []
         while True:
             rows = self._newest(indexes, packed, since_ms or 0, upper, last_seen, limit)
@@ -843,7 +919,8 @@ class Store:
     def _limit(self, name: str, value: str, actor: str, configured: bool, term: int | None = None) -> bool:
         layer, since = "configured" if configured else "live", "" if term is None else term
         changed = self._led(self._scripts.run("limit", name, layer, value, actor, self._log_size, since))
-        if changed and name.startswith("user"):
+        if name.startswith("user"):
+            # also where nothing changed: the call may be a repeated one
             while self._scripts.run("uncap", _BATCH):
                 pass
         return changed
@@ -1006,11 +1083,73 @@ class Store:
         pipe.delete(self._key("garbage"))
         return int(pipe.execute()[0])
 
+    # health
+
+    def vitals(self) -> Vitals:
+        """What health is judged by, in three round trips."""
+        now_ms = self.now_ms()
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.info()
+        pipe.hgetall(self._key("planner"))
+        # a group that was made just now has 0
+        pipe.zrange(self._key("due"), "(0", "+inf", byscore=True, withscores=True, offset=0, num=1)
+        pipe.zrange(self._key("workers"), 0, -1, withscores=True)
+        pipe.smembers(self._key("definitions"))
+        pipe.zcard(self._key("active"))
+        pipe.zrange(self._key("active"), 0, 999, withscores=True)
+        pipe.zcard(self._key("dead"))
+        pipe.hgetall(self._key("counters"))
+        pipe.hget(self._key("limits"), "total")
+        pipe.get(self._key("limit", "total"))
+        pipe.hgetall(self._key("capacity"))
+        for priority in Priority:
+            pipe.zrange(self._key("ready", priority), 0, 0, withscores=True)
+            pipe.zcard(self._key("queued", priority))
+            pipe.zrange(self._key("queued", priority), 0, 0, withscores=True)
+            pipe.llen(str(priority))
+        info, planner, due, beats, known, running, runs, dead, counters, total, bucket, capacity, *rest = pipe.execute()
+        definitions = sorted(known)
+        for worker, _ in beats:
+            pipe.hgetall(self._key("worker", worker))
+            pipe.scard(self._key("worker_jobs", worker))
+        for definition in definitions:
+            pipe.hmget(self._key("definition", definition), "paused", "timeout")
+        answers = pipe.execute()
+        of_workers = list(zip(beats, _batches(answers[: 2 * len(beats)], 2), strict=True))
+        of_definitions = list(zip(definitions, answers[2 * len(beats) :], strict=True))
+        tokens = None if total is None else _bucket(bucket, read_limit(total), now_ms)[0]
+        return Vitals(
+            now_ms=now_ms,
+            server={str(name): str(value) for name, value in info.items()},
+            planner=planner,
+            oldest_due_ms=int(due[0][1]) if due else None,
+            workers=tuple(read_worker(worker, int(beat), fields, ()) for (worker, beat), (fields, _) in of_workers),
+            running_on={worker: count for (worker, _), (_, count) in of_workers},
+            queues=read_queues(capacity, dict(zip(Priority, _batches(rest, 4), strict=True))),
+            total_has_room=tokens is None or tokens >= 1,
+            running=running,
+            oldest_runs=tuple((job_id, int(started)) for job_id, started in runs),
+            timeouts_ms={definition: int(timeout) for definition, (_, timeout) in of_definitions if timeout},
+            paused={definition: why for definition, (why, _) in of_definitions if why},
+            dead_letters=dead,
+            counters={name: int(times) for name, times in counters.items()},
+        )
+
     # housekeeping
 
-    def sweep(self, *, retention: timedelta, limit: int = 500) -> int:
-        """Forget what ended longer ago than that. Returns how many jobs and occurrences."""
-        return int(self._scripts.run("sweep", milliseconds(retention), limit))
+    def sweep(
+        self,
+        *,
+        retention: timedelta,
+        dead_retention: timedelta = timedelta(days=14),
+        dead_max: int = 100_000,
+        limit: int = 500,
+    ) -> int:
+        """Forget what ended longer ago than that, at most `limit` of each kind. Returns how many; 0 when nothing is left.
+
+        Dead letters have a retention of their own, and the oldest go where there are more than `dead_max`.
+        """
+        return int(self._scripts.run("sweep", milliseconds(retention), milliseconds(dead_retention), dead_max, limit))
 
     def changes(self, *, about: Sequence[str] = (), limit: int = 100) -> list[Change]:
         """The change log, the newest first; with `about`, what names all of these users or definitions."""
@@ -1043,6 +1182,23 @@ def _bucket(kept: str | None, limit: Limit, now_ms: int) -> tuple[float | None, 
     at_ms, level, reserved = kept.split()
     filled = min(limit.capacity, float(level) + max(0, now_ms - int(at_ms)) * limit.per_second / 1000)
     return filled / limit.tokens_per_start - int(reserved), int(reserved)
+
+
+def _place(cursor: str | None, until_ms: int | None) -> tuple[int, tuple[int, str] | None]:
+    """Where a listing of jobs by time, the newest first, goes on: the latest instant, and the last that it gave."""
+    upper = until_ms if until_ms is not None else 1 << 53
+    if not cursor:
+        return upper, None
+    at, _, job_id = cursor.partition("|")
+    if not at.isdigit() or not job_id:
+        raise InvalidInput(f"cursor {cursor!r} is not one that a listing gave")
+    return min(upper, int(at)), (int(at), job_id)
+
+
+def _is_of(job_id: str, definition: str | None, user: str | None) -> bool:
+    """Whether a job is of the definition and of the user, where these are given."""
+    of, owner, _ = job_id.split(":", 2)
+    return definition in (None, of) and user in (None, owner)
 
 
 def _no_user(user: str) -> UnknownUser:

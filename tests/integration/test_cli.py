@@ -137,7 +137,7 @@ def test_each_command_has_an_example_that_it_accepts(path: str, command: click.C
     command.make_context(path, [str(tmp_path / word) if word == "subscriptions.csv" else word for word in arguments]).close()
 
 
-@pytest.mark.parametrize("path", ["", "tasks", "users", "subscriptions", "jobs", "limits"])
+@pytest.mark.parametrize("path", ["", "tasks", "users", "subscriptions", "jobs", "dead", "limits"])
 def test_lists_of_commands_say_whole_sentences(path: str) -> None:
     listed = run(f"{path} --help").stdout.partition("Commands:\n")[2].splitlines()
     assert listed
@@ -589,6 +589,65 @@ def test_a_wrong_command_line_of_jobs_is_said(line: str, said: str) -> None:
     assert said in fails(f"jobs {line}", code=2)
 
 
+# --- dead letters ----------------------------------------------------------------------------------------------------
+
+
+def dead_job(platform: Platform, reason: str, user: str = "u1", definition: str = "clean") -> str:
+    """The id of a job that has just died."""
+    platform.create_user(user)
+    platform.store.heartbeat("w@host", slots=9, queues=list(Priority), buffer=1.0)
+    job = platform.enqueue(definition, user=user)
+    assert platform.store.start(job.id, delivery=job.delivery, worker="w@host").go
+    assert platform.store.finish(job.id, delivery=job.delivery, worker="w@host", state=JobState.FAILED, reason=reason)
+    return job.id
+
+
+def test_dead_letters(platform: Platform) -> None:
+    first = dead_job(platform, "HTTP 500")
+    second = dead_job(platform, "poison pill: its process died, 3 losses in all", "u2")
+    third = dead_job(platform, "HTTP 404", definition="hourly_sync")
+    table = rows(run("dead list").stdout)
+    assert table[0] == ["job", "died", "state", "attempt", "poison", "reason"]
+    assert [row[0] for row in table[1:]] == [third, second, first]
+    assert [row[4] for row in table[1:]] == ["no", "yes", "no"]
+    found = run_json('dead list --reason "poison pill"')
+    assert [(one["id"], one["poison"], one["state"]) for one in found] == [(second, True, "failed")]
+    assert ISO.fullmatch(found[0]["finished"])
+    assert [one["id"] for one in run_json("dead list --definition clean --user u1 --since 1h")] == [first]
+    page = run("dead list --limit 2 --json")
+    cursor = page.stderr.split("'")[1]
+    assert [one["id"] for one in run_json(f"dead list --cursor '{cursor}'")] == [first]
+    assert [one["to_state"] for one in run_json(f"dead show {first}")["history"]][-1] == "failed"
+    assert "HTTP 500" in run(f"dead show {first}").stdout
+
+    assert run(f"dead redrive {first}").stdout == f"{first} queued\n"
+    result = run(f"dead redrive {first} no-such-job", code=1)
+    assert result.stdout == f"{first} queued\n"
+    assert "no job 'no-such-job'" in result.stderr
+    assert run("dead redrive --user u2").stdout == "1 job redriven\n"
+    assert run(f"dead discard {third} {third}").stdout == f"{third} discarded\n" * 2
+    assert run("dead list").stdout.count("\n") == 1
+    assert "is queued and no dead letter; `taskplatform dead list` shows those" in fails(f"dead discard {first}")
+    (change,) = run_json("changes hourly_sync u1")
+    assert (change["kind"], change["detail"]) == ("dead letters discarded", f"1 dead letter, {third}: HTTP 404")
+
+
+def test_dead_letters_of_a_removed_definition_stay(platform: Platform) -> None:
+    job_id = dead_job(platform, "HTTP 500")
+    platform.store.retract("clean", actor="tests")
+    result = run("dead redrive --all")
+    assert (result.stdout, result.stderr) == ("0 jobs redriven\n", "1 job left: the definition was removed from the catalogue\n")
+    assert "its definition was removed from the catalogue" in fails(f"dead redrive {job_id}")
+    assert "its definition 'clean' was removed from the catalogue" in fails(f"jobs retry {job_id}")
+    assert run("dead discard --all").stdout == "1 job discarded\n"
+
+
+@pytest.mark.parametrize("verb", ["redrive", "discard"])
+@pytest.mark.parametrize("line", ["", "--all --user u1", "some-job --all", "some-job --reason x"])
+def test_nobody_acts_on_all_dead_letters_by_mistake(platform: Platform, verb: str, line: str) -> None:
+    assert "give ids, or filters, or --all" in fails(f"dead {verb} {line}", code=2)
+
+
 # --- operations ------------------------------------------------------------------------------------------------------
 
 
@@ -604,6 +663,10 @@ def test_trigger(platform: Platform) -> None:
     assert (moment_text(occurrence.at_ms), occurrence.window_ms) == (match[1], 300_000)
     assert run("trigger clean").stdout.endswith("for 0 subscribers, over 1m\n")
     assert "no definition 'nothing'" in fails("trigger nothing")
+    keyed = run("trigger clean --key monday").stdout
+    assert run("trigger clean --key monday").stdout == keyed
+    assert run("trigger clean --key tuesday").stdout != keyed
+    assert "a text of 1 to 255 characters is" in fails("trigger clean --key ''")
     assert "is not a duration" in fails("trigger daily_report --window wide", code=2)
 
 

@@ -11,8 +11,7 @@ local mark = string.sub(redis.sha1hex(table.concat({ delivery, worker, to, ARGV[
 if job.mark == mark then return 'done' end
 even_when_full()
 if not is_run(job, delivery, worker) then
-  remember(id, now, job.state, job.state, job.attempt, worker, 'discarded the result of delivery ' .. delivery .. ': ' .. to .. ', ' .. ARGV[6], ARGV[7])
-  count('discarded')
+  if add_note(id, now, job, worker, 'discarded the result of delivery ' .. delivery .. ': ' .. to .. ', ' .. ARGV[6], ARGV[7]) then count('discarded') end
   return job.state
 end
 if to == 'retrying' then

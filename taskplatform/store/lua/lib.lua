@@ -107,10 +107,42 @@ end
 
 -- State and history ----------------------------------------------------------------------------------------------
 
+-- So many lines of a history are kept at the most. When there are more, those after the first FIRST_LINES and before the last
+-- NEWEST_LINES are dropped, all in one, so that it is seldom done, and a line in their place says how many they were.
+local MOST_LINES, FIRST_LINES, NEWEST_LINES = 200, 20, 129
+
+local function shorten_history(id)
+  local key = K.history .. id
+  local lines = call('LRANGE', key, 0, -NEWEST_LINES - 1)
+  local last, dropped = cjson.decode(lines[#lines]), #lines - FIRST_LINES
+  local before = cjson.decode(lines[FIRST_LINES + 1])[7]
+  if type(before) == 'table' and before.dropped then dropped = dropped - 1 + before.dropped end
+  call('LTRIM', key, -NEWEST_LINES, -1)
+  -- as it was after the last of them
+  call('LPUSH', key, '[' .. text(last[1]) .. ',"' .. last[3] .. '","' .. last[3] .. '",' .. last[4] .. ',"","' ..
+    dropped .. ' lines were dropped: a history is kept to ' .. MOST_LINES .. '",{"dropped":' .. dropped .. '}]')
+  for i = FIRST_LINES, 1, -1 do call('LPUSH', key, lines[i]) end
+end
+
+-- A line of a history without its time.
+local function line_of(from, to, attempt, worker, reason, detail)
+  return ',"' .. from .. '","' .. to .. '",' .. attempt .. ',' .. cjson.encode(worker) .. ',' .. cjson.encode(reason) ..
+    (detail ~= '' and (',' .. detail) or '') .. ']'
+end
+
 local function remember(id, now, from, to, attempt, worker, reason, detail)
   unpack_record(id)
-  call('RPUSH', K.history .. id, '[' .. text(now) .. ',"' .. from .. '","' .. to .. '",' .. attempt .. ',' ..
-    cjson.encode(worker) .. ',' .. cjson.encode(reason) .. (detail ~= '' and (',' .. detail) or '') .. ']')
+  local length = call('RPUSH', K.history .. id, '[' .. text(now) .. line_of(from, to, attempt, worker, reason, detail))
+  if length > MOST_LINES then shorten_history(id) end
+end
+
+-- Adds a line that changes nothing; not where it is the last one already, because the call that brings it was repeated.
+local function add_note(id, now, job, worker, reason, detail)
+  local last = call('LINDEX', K.history .. id, -1)
+  local line = line_of(job.state, job.state, job.attempt, worker, reason, detail)
+  if last and string.sub(last, -#line) == line then return false end
+  remember(id, now, job.state, job.state, job.attempt, worker, reason, detail)
+  return true
 end
 
 -- Moves a job from the state it is in to another, and keeps that. An error here is a bug of a script; what was written before
@@ -605,8 +637,16 @@ local function conclude(id, job, to, now, worker, reason, detail)
     unwait(id, job)
     end_delay(id)
   end
-  call('HSET', K.job .. id, 'finished', text(now))
-  call('ZADD', K.finished, text(now), id)
+  if to == 'failed' or to == 'timed_out' or string.sub(reason, 1, #POISON) == POISON then
+    -- a dead letter: kept, with why, until it is redriven or discarded, or its own retention passes
+    call('HSET', K.job .. id, 'finished', text(now), 'died', reason)
+    call('ZADD', K.dead, text(now), id)
+    count('dead_letters')
+    if string.sub(reason, 1, #POISON) == POISON then count('poison_pills') end
+  else
+    call('HSET', K.job .. id, 'finished', text(now))
+    call('ZADD', K.finished, text(now), id)
+  end
   count_unfinished(id, -1)
   job.state = to
 end
@@ -675,7 +715,7 @@ local function lose(id, job, now, worker, what, most_losses, backoff)
   local losses, ran = job.losses + 1, job.state == 'running'
   local wait_ms = backoff * 2 ^ (losses - 1)
   if losses >= most_losses then
-    conclude(id, job, ran and 'failed' or 'rejected', now, worker, 'poison pill: ' .. what .. ', ' .. losses .. ' losses in all', '')
+    conclude(id, job, ran and 'failed' or 'rejected', now, worker, POISON .. ': ' .. what .. ', ' .. losses .. ' losses in all', '')
   else
     give_back(id, job, 'retrying', now, now + wait_ms, worker, what .. '; again in ' .. string.format('%g', wait_ms / 1000) .. ' s', '')
   end
@@ -963,6 +1003,7 @@ local function forget_job(id)
   call('ZREM', K.user_jobs .. user, id)
   call('ZREM', K.definition_jobs .. definition, id)
   call('ZREM', K.finished, id)
+  call('ZREM', K.dead, id)
 end
 
 -- Workers --------------------------------------------------------------------------------------------------------
@@ -1012,6 +1053,15 @@ end
 
 -- Subscriptions --------------------------------------------------------------------------------------------------
 
+-- Forgets a group that nobody is in; who joins it makes it anew. Returns whether it was so.
+local function drop_empty_group(definition, gid)
+  if call('EXISTS', K.slots .. gid) == 1 then return false end
+  call('DEL', K.group .. gid)
+  call('SREM', K.groups .. definition, gid)
+  call('ZREM', K.due, 'g|' .. gid)
+  return true
+end
+
 -- Most are plain, and that must be seen without decoding.
 local function encode_subscription(subscription)
   local plain = true
@@ -1045,15 +1095,19 @@ end
 
 local function leave_groups(user, definition, subscription)
   if call('HINCRBY', K.subscribers, definition, -1) <= 0 then call('HDEL', K.subscribers, definition) end
-  call('ZREM', K.slots .. (subscription.group or definition), user)
-  for _, before in ipairs(subscription.prev or {}) do call('ZREM', K.slots .. before[1], user) end
+  local function leave(gid)
+    call('ZREM', K.slots .. gid, user)
+    drop_empty_group(definition, gid)
+  end
+  leave(subscription.group or definition)
+  for _, before in ipairs(subscription.prev or {}) do leave(before[1]) end
 end
 
 -- Cancels the planned jobs of a subscription that have not started; what was submitted by hand stays.
 local function cancel_waiting(user, definition, now, reason)
   local canceled, ids = 0, packed_jobs(user, definition)
   for _, id in ipairs(call('ZRANGE', K.user_jobs .. user, 0, -1)) do
-    if parts(id) == definition and not call('ZSCORE', K.finished, id) then ids[#ids + 1] = id end
+    if parts(id) == definition and not call('ZSCORE', K.finished, id) and not call('ZSCORE', K.dead, id) then ids[#ids + 1] = id end
   end
   for _, id in ipairs(ids) do
     local job = load_job(id)

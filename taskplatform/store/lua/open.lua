@@ -15,12 +15,7 @@ if not definition then
   call('ZREM', K.due, 'g|' .. gid)
   return -2
 end
-if call('ZCARD', K.slots .. gid) == 0 then
-  call('DEL', group_key)
-  call('SREM', K.groups .. definition, gid)
-  call('ZREM', K.due, 'g|' .. gid)
-  return -2
-end
+if drop_empty_group(definition, gid) then return -2 end
 if group[2] ~= seen or group[3] ~= ARGV[8] then return -1 end
 
 local paused = call('HGET', K.definition .. definition, 'paused')

@@ -228,6 +228,8 @@ if following[2] then again = base + math.floor(tonumber(following[2]) * window) 
 if not following[2] and base + window <= now + horizon then
   -- what was unusual about it stays
   close('done', occurrence.reason == 'due' and 'planned' or 'planned: ' .. occurrence.reason)
+  -- who had left the group was in it until now
+  drop_empty_group(definition, group)
   return { 'done', made, '' }
 end
 call('ZADD', K.due, text(again - horizon), 'o|' .. oid)

@@ -1,6 +1,7 @@
 -- A run that was held up between its start and its call asks whether it may still make it: its token was for the time of its start.
 -- ARGV[1] now   ARGV[2] job id   ARGV[3] delivery   ARGV[4] worker
 -- ARGV[5] how often a run of the job may be given back, before it fails
+-- ARGV[6] a mark of this call: one that is sent again, because its answer was lost, takes no second token
 -- Returns 'go', 'free' (no rate binds it, there is no need to ask), 'given back' (to its old place), or the job's state when this
 -- delivery no longer counts, or 'unknown'.
 
@@ -8,11 +9,13 @@ local now, id, delivery, worker = clock(ARGV[1]), ARGV[2], tonumber(ARGV[3]), AR
 local job = load_job(id)
 if not job then return 'unknown' end
 if not is_run(job, delivery, worker) then return job.state end
+if job.mark == ARGV[6] then return 'go' end
 local definition = parts(id)
 if not next(rates(definition)) then return 'free' end
 -- it goes before what is released and has not started, because it took a token at its start
 if have_tokens(definition, now) then
   each_bucket(definition, now, function(bucket) bucket.level = bucket.level - bucket.cost end)
+  call('HSET', K.job .. id, 'mark', ARGV[6])
   return 'go'
 end
 local budget = tonumber(job.budget or '0')

@@ -6,6 +6,6 @@
 local now, worker, id, delivery, words = clock(ARGV[1]), ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 if call('HDEL', K.stops .. worker, id .. '#' .. delivery) == 0 then return 0 end
 local job = words ~= '' and load_job(id)
-if job then remember(id, now, job.state, job.state, job.attempt, worker, words, '') end
+if job then add_note(id, now, job, worker, words, '') end
 if ARGV[6] == '1' then count('discarded') end
 return 1

@@ -42,6 +42,7 @@ for i = 5, #ARGV, 7 do
         elseif not was_in(prev, before) then
           -- it was never in force
           call('ZREM', K.slots .. before, user)
+          drop_empty_group(definition, before)
         end
       end
       if enabled == 'off' then

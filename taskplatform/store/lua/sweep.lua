@@ -1,11 +1,20 @@
--- Forgets jobs and occurrences that ended longer ago than their retention.
--- ARGV[1] now   ARGV[2] retention in ms   ARGV[3] most of each in one go
--- Returns how many jobs and occurrences were forgotten.
+-- Forgets what is past its retention: finished jobs, dead letters, occurrences, keys of triggers.
+-- ARGV[1] now   ARGV[2] retention in ms   ARGV[3] retention of dead letters in ms   ARGV[4] most dead letters, the oldest go first
+-- ARGV[5] most of each in one go
+-- Returns how many were forgotten.
 
-local now, retention, most = clock(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
-local before = text(now - retention)
+local now, most_dead, most = clock(ARGV[1]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local before = text(now - tonumber(ARGV[2]))
 local jobs = call('ZRANGEBYSCORE', K.finished, '-inf', before, 'LIMIT', 0, most)
 for _, id in ipairs(jobs) do forget_job(id) end
+
+local dead = call('ZRANGEBYSCORE', K.dead, '-inf', text(now - tonumber(ARGV[3])), 'LIMIT', 0, most)
+for _, id in ipairs(dead) do forget_job(id) end
+local over = math.min(call('ZCARD', K.dead) - most_dead, most - #dead)
+local too_many = over > 0 and call('ZRANGE', K.dead, 0, over - 1) or {}
+for _, id in ipairs(too_many) do forget_job(id) end
+if #too_many > 0 then count('dead_letters_dropped', #too_many) end
+
 local occurrences = call('ZRANGEBYSCORE', K.closed, '-inf', before, 'LIMIT', 0, most)
 for _, oid in ipairs(occurrences) do
   local definition = call('HGET', K.occurrence .. oid, 'definition')
@@ -13,4 +22,6 @@ for _, oid in ipairs(occurrences) do
   call('DEL', K.occurrence .. oid)
   call('ZREM', K.closed, oid)
 end
-return #jobs + #occurrences
+local keys = call('ZRANGEBYSCORE', K.triggers, '-inf', before, 'LIMIT', 0, most)
+for _, one in ipairs(keys) do call('ZREM', K.triggers, one) end
+return #jobs + #dead + #too_many + #occurrences + #keys

@@ -1,0 +1,273 @@
+"""A call whose answer was lost is sent again by redis-py, and people press a key twice: twice gives the same as once.
+
+One story goes through every script, at moments when it has something to do. It is told once as it is, and once for each script
+with each of its calls sent twice, with the same arguments. After every step the whole database must be the same.
+"""
+
+# mypy: disable-error-code="func-returns-value"
+# (a step is one expression, also where it is made of several calls)
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, cast
+
+import pytest
+import redis
+
+from taskplatform.errors import UnknownSubscription, UnknownUser
+from taskplatform.model import Definition, JobState, Limit, Priority
+from taskplatform.planner import Planner, published
+from taskplatform.store import Enqueue, Store
+from taskplatform.store.scripts import Scripts, names
+from tests.conftest import Clock
+from tests.integration.harness import ACTOR, HORIZON, arrive, assert_consistent, define, offer, subscribe, take
+
+S = JobState
+SECOND = timedelta(seconds=1)
+MIDNIGHT_MS = 1_800_057_600_000
+assert MIDNIGHT_MS % 86_400_000 == 0
+
+#: Scripts whose second call answers something else than the first, though it changes nothing more, and why that harms nobody.
+OTHER_ANSWER = {
+    "arrive": "whether the server is another one: nobody reads it",
+    "cancel": "the state that it was in is now canceled, which Platform.cancel takes for done",
+    "create_user": "that the user exists, which Platform.create_user takes for done",
+    "create_users": "how many were new: a number for people",
+    "delete_user": "that there is no such user: who asks for it twice is told so, and the user is gone",
+    "discard": "that there is no such job, which Platform.discard takes for done",
+    "enqueue": "that the jobs exist: Platform.enqueue gives them either way",
+    "follow": "how many were changed: the loop around it goes on until none is",
+    "heartbeat": "no runs to stop: a run that is not stopped ends by itself, and its result is discarded",
+    "leave": "how many were given back: a line in the log",
+    "limit": "whether that changed something: a number for people",
+    "lose": "that the delivery no longer counts: nobody reads it",
+    "open": "that the group is not as it was seen: the planner looks again at the next tick",
+    "pause_definition": "whether that changed something: for people",
+    "pause_subscription": "whether that changed something: for people",
+    "pause_user": "whether that changed something: for people",
+    "plan": "how many jobs the second call made: a number in the hash planner",
+    "prioritize": "nothing: the state stays",
+    "publish": "whether that changed something: a line in the log",
+    "reclaim": "what was released again: lines in the log",
+    "recover": "what was taken: lines in the log",
+    "release": "how many were released: the loop around it goes on while there are some",
+    "retract": "whether it was published: nobody reads it",
+    "sweep": "how many were forgotten: the loop around it goes on until there are none",
+    "subscribe": "that nothing changed: for people",
+    "uncap": "how many were put back: the loop around it goes on until there are none",
+    "unsubscribe": "that there is no subscription: who asks for it twice is told so, and it is gone",
+}
+
+
+#: What differs in the database all the same, by script: a number or a line for people.
+OTHER_DATABASE = {
+    "create_users": {"tp:changes": "who imports users logs how many were new, by the answer: it is lost with it"},
+    "plan": {"tp:planner": "the planner counts the jobs that it made by the answer"},
+}
+
+
+class Story:
+    """The steps, each a name and what it does."""
+
+    def __init__(self, client: redis.Redis, clock: Clock) -> None:
+        self.client = client
+        self.clock = clock
+        self.store = Store(client, clock=clock)
+        self.definitions = [
+            define("report", priority="medium", rate_limit={"rate": "5/s", "burst": 20}),
+            define("single", overlap="skip", concurrency=1),
+            define("old", priority="low"),
+        ]
+        self.planner = Planner(self.store, {one.id: one for one in self.definitions}, horizon=HORIZON, batch=50)
+
+    def start(self, job_id: str, worker: str = "w1") -> bool:
+        return self.store.start(job_id, delivery=self.store.job(job_id).delivery, worker=worker).go
+
+    def finish(self, job_id: str, state: JobState, worker: str = "w1", delivery: int | None = None) -> bool:
+        current = self.store.job(job_id).delivery if delivery is None else delivery
+        return self.store.finish(job_id, delivery=current, worker=worker, state=state, reason="as it went", retry_in=SECOND)
+
+    def one(self, name: str, user: str = "u1", definition: str = "report", **more: Any) -> str:
+        """A new job that runs on w1, unless `state` says otherwise."""
+        job_id = f"{definition}:{user}:{name}"
+        self.store.enqueue([Enqueue(job_id, **more)])
+        return job_id
+
+    def running(self, name: str, user: str = "u1", worker: str = "w1") -> str:
+        job_id = self.one(name, user)
+        assert self.start(job_id, worker)
+        take(self.client)
+        return job_id
+
+    def steps(self) -> list[tuple[str, Callable[[], Any]]]:
+        store, clock, planner = self.store, self.clock, self.planner
+        old = self.definitions[2]
+        run_of = "report:u1:{}".format
+
+        def unsubscribe() -> int | str:
+            try:
+                return store.unsubscribe("u2", "report", actor=ACTOR)
+            except UnknownSubscription:
+                return "gone"
+
+        def delete(user: str) -> Any:
+            try:
+                return store.delete_user(user, actor=ACTOR)
+            except UnknownUser:
+                return "gone"
+
+        return [
+            ("another server", lambda: arrive(self.client, clock, "server one")),
+            ("publish", lambda: [store.publish(published(one), actor=ACTOR) for one in self.definitions]),
+            ("users", lambda: (store.create_user("u1", actor=ACTOR), store.create_users([f"u{n}" for n in range(2, 8)], actor=ACTOR))),
+            ("subscribe", lambda: [subscribe(store, f"u{n}", "report") for n in range(1, 6)]),
+            ("overlap", lambda: subscribe(store, "u1", "single")),
+            ("own schedule", lambda: subscribe(store, "u2", "report", schedule=hourly().schedule, own_schedule=True)),
+            ("limits", lambda: (store.set_limit("user", Limit(concurrency=2), actor=ACTOR), store.set_options(fairness=True, share=0.05))),
+            ("no turns", lambda: (store.set_options(fairness=False, share=0), store.reset_limit("user", actor=ACTOR))),
+            ("lead", lambda: store.lead(horizon=HORIZON, leader="test")),
+            ("midnight", lambda: setattr(clock, "now_ms", MIDNIGHT_MS)),
+            ("plan", planner.advance),
+            ("a minute later", lambda: clock.advance(60)),
+            ("plan the rest", planner.advance),
+            ("heartbeat", lambda: offer(store, slots=20)),
+            ("release", store.release),
+            ("start all", lambda: [self.start(job.id) for job in store.jobs(states=frozenset({S.QUEUED})).items]),
+            ("later", lambda: clock.advance(1)),
+            ("finish all", lambda: [self.finish(job.id, S.COMPLETED) for job in store.jobs(states=frozenset({S.RUNNING})).items]),
+            ("submit", lambda: store.enqueue([Enqueue(run_of("m1")), Enqueue("single:u2:m2", delay_ms=60_000)])),
+            ("take", lambda: [len(self.client.lpop(one, 100) or ()) for one in Priority]),
+            ("run", lambda: self.start(run_of("m1"))),
+            ("held up", lambda: store.renew(run_of("m1"), delivery=1, worker="w1")),
+            ("note", lambda: store.note(run_of("m1"), worker="w1", text="seen")),
+            ("try again", lambda: self.finish(run_of("m1"), S.RETRYING)),
+            ("a second later", lambda: (clock.advance(1), store.release(), take(self.client))),
+            ("run again", lambda: self.start(run_of("m1"))),
+            ("fail", lambda: self.finish(run_of("m1"), S.FAILED)),
+            ("a late result", lambda: self.finish(run_of("m1"), S.COMPLETED, delivery=1)),
+            ("redrive", lambda: store.redrive([run_of("m1")], reason="redriven")),
+            ("its process dies", lambda: self.lost(run_of("m1"), most=3)),
+            ("and again", lambda: (clock.advance(9), store.release(), self.lost(run_of("m1"), most=2))),
+            ("retry", lambda: store.retry(run_of("m1"), reason="retried")),
+            ("cancel", lambda: store.cancel(run_of("m1"), reason="not wanted")),
+            ("cancel a run", lambda: store.cancel(self.running("m3"), reason="not wanted")),
+            ("stops", lambda: store.heartbeat("w1", slots=20, queues=list(Priority), buffer=1)),
+            ("die", lambda: self.finish(self.running("m4"), S.TIMED_OUT)),
+            ("discard", lambda: store.discard([run_of("m4")], actor=ACTOR, subject="u1", detail="of no use")),
+            ("lost message", lambda: (self.one("m5"), self.client.lpop("medium"), clock.advance(20), store.reclaim(patience=10 * SECOND))),
+            ("no slots", lambda: offer(store, slots=0)),
+            ("priority", lambda: (self.one("m6", "u3"), store.prioritize("report:u3:m6", Priority.HIGH, reason="given"))),
+            ("other priority", lambda: store.publish(published(define("old", priority="high")), actor=ACTOR)),
+            ("follow", lambda: (self.one("m7", "u3", "old", priority=None), store.follow_priority("old", Priority.HIGH))),
+            ("back", lambda: (store.publish(published(old), actor=ACTOR), store.follow_priority("old", Priority.LOW))),
+            ("pause user", lambda: store.pause_user("u3", actor=ACTOR)),
+            ("held", lambda: (offer(store), store.release())),
+            ("resume user", lambda: store.resume_user("u3", actor=ACTOR)),
+            ("pause", lambda: store.pause_definition("old", why="broken", actor=ACTOR)),
+            ("resume", lambda: store.resume_definition("old", actor=ACTOR)),
+            ("pause subscription", lambda: store.pause_subscription("u4", "report", actor=ACTOR)),
+            ("resume subscription", lambda: store.resume_subscription("u4", "report", actor=ACTOR)),
+            ("cap", lambda: store.set_limit("user:u5", Limit(concurrency=1), actor=ACTOR)),
+            ("capped", lambda: [self.one(f"c{n}", "u5") for n in range(4)]),
+            ("uncap", lambda: store.set_limit("user:u5", Limit(concurrency=3), actor=ACTOR)),
+            ("trigger", lambda: store.trigger("report", window=timedelta(), actor=ACTOR, idempotency_key="once")),
+            ("plan the trigger", planner.advance),
+            ("packed", lambda: len(store.jobs(user="u4").items)),
+            ("a broken one", lambda: [store.postpone(item, by=60 * SECOND) for item in store.due(clock.now_ms + 10**9)]),
+            ("a second worker", lambda: (offer(store, "w2"), self.start(run_of("m5"), "w2"))),
+            ("it stops", lambda: store.leave("w2")),
+            ("a third", lambda: (offer(store, "w3"), store.release(), self.start(run_of("m5"), "w3"), clock.advance(20), offer(store))),
+            ("it is lost", lambda: store.recover(silence=10 * SECOND, max_losses=3, backoff=SECOND)),
+            ("another restart", lambda: arrive(self.client, clock, "server two")),
+            ("unsubscribe", unsubscribe),
+            ("delete user", lambda: delete("u4")),
+            ("remove", lambda: store.retract("old", actor=ACTOR)),
+            ("sweep", lambda: store.sweep(retention=SECOND, dead_retention=SECOND)),
+        ]
+
+    def lost(self, job_id: str, *, most: int) -> bool:
+        assert self.start(job_id)
+        take(self.client)
+        delivery = self.store.job(job_id).delivery
+        return self.store.lose(job_id, delivery=delivery, worker="w1", what="it died", max_losses=most, backoff=SECOND)
+
+
+def hourly() -> Definition:
+    return define("hourly", interval={"type": "hourly"})
+
+
+def dump(client: redis.Redis) -> dict[str, Any]:
+    """All that there is. Of the change log what it says; the numbers of its entries are the server's own."""
+    keys = sorted(cast("list[str]", client.keys("*")))
+    pipe = client.pipeline(transaction=False)
+    for key in keys:
+        pipe.type(key)
+    kinds = pipe.execute()
+    reads: dict[str, Callable[[str], Any]] = {
+        "hash": pipe.hgetall,
+        "set": pipe.smembers,
+        "list": lambda key: pipe.lrange(key, 0, -1),
+        "string": pipe.get,
+        "zset": lambda key: pipe.zrange(key, 0, -1, withscores=True),
+        "stream": pipe.xrange,
+    }
+    for key, kind in zip(keys, kinds, strict=True):
+        reads[kind](key)
+    found = dict(zip(keys, pipe.execute(), strict=True))
+    return {key: [row for _, row in value] if kind == "stream" else value for (key, value), kind in zip(found.items(), kinds, strict=True)}
+
+
+def tell(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch, twice: str | None
+) -> tuple[list[tuple[str, Any, dict[str, Any]]], list[tuple[str, Any, Any]]]:
+    """The story, from an empty database: after each step its name, answer and the database; and each repeated call's two answers."""
+    client.flushall()
+    answers: list[tuple[str, Any, Any]] = []
+    tokens = itertools.count(1)
+    run = Scripts.run
+
+    def repeated(self: Scripts, name: str, *args: Any) -> Any:
+        first = run(self, name, *args)
+        if name != twice:
+            answers.append((name, first, None))
+            return first
+        answers.append((name, first, run(self, name, *args)))
+        return answers[-1][2]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("taskplatform.store.store.secrets.token_hex", lambda _: f"{next(tokens):016x}")
+        patch.setattr(Scripts, "run", repeated)
+        story = Story(client, Clock())
+        told = [(name, step(), dump(client)) for name, step in story.steps()]
+        assert_consistent(client, story.store, complete=False)
+    return told, answers
+
+
+@pytest.fixture(scope="module")
+def as_it_is() -> dict[str, Any]:
+    """The story told once, kept for all tests of this module."""
+    return {}
+
+
+@pytest.mark.parametrize("verb", names())
+def test_every_script_twice_is_the_same_as_once(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch, as_it_is: dict[str, Any], verb: str
+) -> None:
+    if not as_it_is:
+        as_it_is["told"], as_it_is["answers"] = tell(client, monkeypatch, None)
+    told, answers = tell(client, monkeypatch, verb)
+    mine = [(first, second) for name, first, second in answers if name == verb]
+    assert mine, f"the story has no {verb}"
+    for (step, _, before), (_, _, after) in zip(as_it_is["told"], told, strict=True):
+        assert before.keys() == after.keys(), f"{verb} twice in {step!r}"
+        other = {key: (before[key], after[key]) for key in before if before[key] != after[key] and key not in OTHER_DATABASE.get(verb, ())}
+        assert other == {}, f"{verb} twice in {step!r}"
+    same = all(first == second for first, second in mine)
+    assert same or verb in OTHER_ANSWER, f"{verb} answers {[pair for pair in mine if pair[0] != pair[1]]}"
+
+
+def test_the_exceptions_are_scripts() -> None:
+    assert OTHER_ANSWER.keys() | OTHER_DATABASE.keys() <= set(names())
