@@ -1,4 +1,7 @@
-"""`python -m bench` runs all benchmarks and prints one table; `python -m bench NAME --json` runs one and ends with one JSON object."""
+"""`python -m bench` runs all benchmarks and prints one table; `python -m bench NAME --json` runs one and ends with one JSON object.
+
+`chaos` and `soak` are runs of their own: `python -m bench chaos --help`.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,18 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-from bench.figures import FIGURES, table
+from bench.figures import BY_NAME, FIGURES, table
+
+#: These take arguments of their own, and say themselves how they ended.
+RUNS = ("chaos", "soak")
 
 
 def main() -> int:
     """Parse the arguments and run. Returns 1 if a benchmark did not run to its end; a figure that is short is no failure."""
+    if sys.argv[1:2] and sys.argv[1] in RUNS:
+        return int(importlib.import_module(f"bench.{sys.argv[1]}").main(sys.argv[2:]))
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("name", nargs="?", choices=list(FIGURES), help="one benchmark; default all")
+    parser.add_argument("name", nargs="?", choices=[*FIGURES, *BY_NAME], help=f"one benchmark; default all but {', '.join(BY_NAME)}")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the amount of work; default 1")
     given = parser.parse_args()

@@ -45,7 +45,7 @@ def run(scale: float = 1.0) -> dict[str, Any]:
                     at_work[role].append(_memory_mb(pid))
                 time.sleep(SAMPLE_EVERY)
             counts = place.platform.store.counts()
-            processes = {role: len(_tree(pid)) for role, pid in roles.items()}
+            processes = {role: len(tree(pid)) for role, pid in roles.items()}
     return {
         "definitions": len(catalogue),
         "subscriptions": users * len(called),
@@ -59,10 +59,10 @@ def run(scale: float = 1.0) -> dict[str, Any]:
 
 
 def _memory_mb(root: int) -> float:
-    return round(sum(map(_pss_kb, _tree(root))) / 1024, 1)
+    return round(sum(map(pss_kb, tree(root))) / 1024, 1)
 
 
-def _tree(root: int) -> list[int]:
+def tree(root: int) -> list[int]:
     """A process and all below it."""
     below: defaultdict[int, list[int]] = defaultdict(list)
     for folder in Path("/proc").glob("[0-9]*"):
@@ -76,7 +76,7 @@ def _tree(root: int) -> list[int]:
     return found
 
 
-def _pss_kb(pid: int) -> int:
+def pss_kb(pid: int) -> int:
     with suppress(OSError):
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text("utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))

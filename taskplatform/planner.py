@@ -252,9 +252,9 @@ class Planner:
         Until this catalogue is published only those of its definitions are planned that are published as they are here; the others,
         and those that it does not have, are a newer catalogue's.
         """
-        self._seen_ms = int(self._store.planner().get("tick", 0))
         term = self._store.lead(horizon=self._horizon, leader=self._name)
         confirm()
+        self._seen_ms = int(self._store.planner().get("tick", 0))
         self._store.planner_is_well()
         self._as_published = True
         return term

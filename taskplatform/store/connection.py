@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,9 +39,9 @@ def connect(url: str, *, greet: Callable[[AbstractConnection], None] | None = No
     if greet is not None:
 
         def on_connect(connection: AbstractConnection) -> None:
-            # its first command would look whether it is healthy, connect again if not, and so on, within each other
-            connection.next_health_check = int(time.monotonic()) + _HEALTH_SECONDS
-            connection.on_connect()  # type: ignore[no-untyped-call]
+            # redis-py checks the health of a connection before a command, and one that fails it connects again: checked in here, on a
+            # server that accepts and does not answer yet (LOADING), that would go deeper and deeper
+            connection.on_connect_check_health(check_health=False)
             greet(connection)
 
         options["redis_connect_func"] = on_connect

@@ -67,7 +67,7 @@ def greeting(namespace: str) -> Callable[[AbstractConnection], None]:
     digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
     def ask(connection: AbstractConnection, *command: str | int) -> Any:
-        connection.send_command(*command)  # type: ignore[no-untyped-call]
+        connection.send_command(*command, check_health=False)  # type: ignore[no-untyped-call]
         return connection.read_response()
 
     def greet(connection: AbstractConnection) -> None:

@@ -114,6 +114,11 @@ class ProcessNode:
         self._start()
         self.ready()
 
+    def start_again(self) -> None:
+        """After it ended: first what is left of its session ends, as with any supervisor. It is not ready yet."""
+        self.kill("SIGKILL")
+        self._start()
+
     def reload(self) -> None:
         """Nothing is cached here."""
 

@@ -108,6 +108,8 @@ class Record:
     paused: int = 0
     disabled: int = 0
     decided: set[str] = field(default_factory=set)
+    counted_ms: int = 0
+    """The instant from which its window was counted, if it was one that a clock showed to a planner."""
 
     @property
     def open(self) -> bool:
@@ -195,7 +197,9 @@ class Model:
             self._record(Record(group, skipped[0], skipped[-1], 0, 0, "skip", why))
         base_ms = now_ms
         for at in caught_up:
-            if self._record(self._opened(group, at, base_ms, "catch_up")):
+            record = self._opened(group, at, base_ms, "catch_up")
+            record.counted_ms = now_ms
+            if self._record(record):
                 base_ms += self.window_ms
         for at in current:
             self._record(self._opened(group, at, at, "schedule"))
@@ -218,6 +222,10 @@ class Model:
                 assert not self._due_users(record, now_ms)
                 assert not record.ends_within(now_ms)
             return
+        back_ms = record.counted_ms - now_ms
+        if back_ms > 1000 and found.base_ms == record.base_ms - back_ms:
+            # the clock was set back: where a planner looked, the window goes on from now
+            record.base_ms, record.counted_ms = found.base_ms, now_ms
         if whole or found.state == "done":
             self._plan(record, now_ms, math.inf)
             record.done = record.ends_within(now_ms)
@@ -237,6 +245,7 @@ class Model:
                 if record.base_ms + offset_ms < now_ms - HORIZON_MS:
                     # late: what is left is spread from now on
                     record.base_ms = now_ms - offset_ms
+                    record.counted_ms = now_ms
                 self.jobs[planned_job_id(self.definition.id, user, record.at_ms)] = (record.base_ms + offset_ms, "pending")
                 record.planned += 1
 

@@ -132,6 +132,8 @@ def test_nobody_who_lives_is_lost_when_the_clock_is_set(client: redis.Redis, sto
             machine.loop.observe()
     assert store.job(job_id).state is S.RUNNING
     assert store.counters() == {}
+    # and by whatever clock it spoke last: when it dies, it is found
+    assert 10 <= seconds_until_lost(world, store, job_id, alive="w2") <= 17
 
 
 def test_a_watcher_that_was_stopped_takes_nobody_for_lost_by_what_it_knew(client: redis.Redis, store: Store, clock: Clock) -> None:
@@ -459,11 +461,16 @@ def test_a_window_that_was_counted_from_now_goes_on_when_the_clock_is_set_right(
     clock.advance(10 - HOUR)
     for _ in range(80):
         planner.advance()
+        store.reclaim(patience=timedelta(days=1))
         clock.advance(1)
     jobs = store.jobs(definition="hourly", limit=1000).items
     mine = [job for job in jobs if (job.source == "trigger") == (source == "trigger")]
     assert made < len(jobs)
     assert len({job.user for job in mine}) == 40
+    late = [
+        (job.id, job.execute_after_ms - clock.now_ms, job.created_ms - clock.now_ms) for job in mine if job.execute_after_ms > clock.now_ms
+    ]
+    assert late == [], client.zrange("tp:delays", 0, -1, withscores=True)
     assert_consistent(client, store, clock_set_back=True)
 
 

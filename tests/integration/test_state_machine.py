@@ -295,6 +295,24 @@ def test_a_message_that_waited_before_its_release_is_not_assigned_before_it(clie
     check_history(store.history(job_id))
 
 
+def test_a_message_that_waited_while_a_late_result_was_noted_is_assigned_after_that(
+    client: redis.Redis, store: Store, clock: Clock
+) -> None:
+    job_id = bring(client, store, clock, S.RUNNING)
+    _recover(store, job_id)
+    clock.advance(10)
+    _release(store, job_id)
+    clock.advance(1)
+    assert not finish(store, job_id, S.COMPLETED)
+    noted_ms = store.history(job_id)[-1].at_ms
+    clock.advance(1)
+    assert store.start(job_id, delivery=2, worker="w2", waited_ms=1500).go
+
+    check_history(store.history(job_id))
+    assert [line.at_ms - noted_ms for line in store.history(job_id)[-2:]] == [0, 1000]
+    assert_consistent(client, store)
+
+
 # --- deliveries ------------------------------------------------------------------------------------------------------
 
 

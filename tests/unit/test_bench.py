@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.figures import FIGURES, Figure, table
+from bench.__main__ import RUNS
+from bench.figures import BY_NAME, FIGURES, Figure, table
 from bench.limiter import TOLERANCE, worst_window_excess
+from bench.soak import trend
 
 
 @given(
@@ -55,6 +57,30 @@ def test_a_bar_may_have_two_sides(value: float, verdict: str) -> None:
     assert Figure("ratio", at_least=0.98, at_most=1.0).verdict(value) == verdict
 
 
-@pytest.mark.parametrize("name", list(FIGURES))
+@pytest.mark.parametrize("name", [*FIGURES, *BY_NAME, *RUNS])
 def test_every_name_is_a_benchmark(name: str) -> None:
     assert importlib.util.find_spec(f"bench.{name}") is not None
+
+
+def sawtooth(minutes: float, *, leak_per_minute: float = 0.0, level: float = 1000.0) -> list[tuple[float, float]]:
+    """What fills up for a minute and is swept, every five seconds."""
+    return [(at, level + leak_per_minute * at / 60 + 3 * (at % 60)) for at in range(0, round(minutes * 60), 5)]
+
+
+def test_a_soak_sees_what_grows_and_not_what_goes_up_and_down() -> None:
+    assert trend("in job", sawtooth(20)).verdict == "flat"
+    assert trend("in job", sawtooth(20, leak_per_minute=5)).verdict == "flat", "45 members: nothing to see"
+    grows = trend("in job", sawtooth(20, leak_per_minute=20))
+    assert (grows.verdict, grows.minutes) == ("grows", 9)
+    assert grows.growth == pytest.approx(8 * 20, rel=0.05)
+    assert trend("redis_used_mb", [(at, 20 + at / 600) for at, _ in sawtooth(20)]).verdict == "flat"
+    assert trend("redis_used_mb", [(at, 20 + at / 300) for at, _ in sawtooth(20)]).verdict == "grows"
+    assert trend("lag_ms", [(at, at / 10) for at, _ in sawtooth(20)]).verdict == "grows"
+    # what it did while it filled up does not count
+    assert trend("keys", [(at, min(at, 300) * 100) for at, _ in sawtooth(20)]).verdict == "flat"
+
+
+def test_a_short_soak_gives_no_verdict() -> None:
+    short = trend("in job", sawtooth(3, leak_per_minute=500))
+    assert short.verdict == ""
+    assert short.growth > 0

@@ -196,7 +196,7 @@ for i = 1, wanting do
     else
       lane[#lane + 1] = after
       lane[#lane + 1] = digits .. ':' .. id
-      if from_now and after > now then
+      if from_now then
         delays[#delays + 1] = made_at
         delays[#delays + 1] = id
       end

@@ -38,7 +38,13 @@ if version ~= '' and known[2] and known[2] ~= version then
   started = 'started by version ' .. version .. ' of its definition, published is ' .. known[2]
 end
 local released_at = tonumber(call('ZSCORE', K.queued .. (job.queue or job.priority), id) or now)
-move(id, 'queued', 'assigned', math.min(now, math.max(now - tonumber(ARGV[5]), released_at)), attempt, worker, 'received', '')
+local received_at = math.max(now - tonumber(ARGV[5]), released_at)
+if delivery > 1 then
+  -- the late result of an earlier delivery may have been noted since
+  local last = call('LINDEX', K.history .. id, -1)
+  received_at = math.max(received_at, tonumber(string.match(last or '', '^%[(%d+)') or 0))
+end
+move(id, 'queued', 'assigned', math.min(now, received_at), attempt, worker, 'received', '')
 move(id, 'assigned', 'running', now, attempt, worker, started, '')
 call('HSET', K.job .. id, 'attempt', attempt, 'worker', worker, 'started', text(now), 'mark', ARGV[6], 'version', version)
 call('ZREM', K.queued .. (job.queue or job.priority), id)
