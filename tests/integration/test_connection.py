@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from taskplatform.errors import StoreUnavailable
+from taskplatform.errors import Outage, StoreUnavailable
 from taskplatform.store import Store
 
 
@@ -31,8 +31,9 @@ def test_a_server_that_loads_its_data_is_unavailable() -> None:
 
         threading.Thread(target=accept, daemon=True).start()
         store = Store.connect(f"redis://127.0.0.1:{listener.getsockname()[1]}/0")
-        with pytest.raises(StoreUnavailable, match="loading"):
+        with pytest.raises(StoreUnavailable, match="reads its data") as error:
             store.ping()
+        assert error.value.outage is Outage.LOADING
         assert 1 <= len(accepted) <= 20
         store.close()
         listener.shutdown(socket.SHUT_RDWR)

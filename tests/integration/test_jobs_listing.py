@@ -406,10 +406,12 @@ def test_publishing_is_logged_once(client: redis.Redis, store: Store) -> None:
     before = len(store.changes())
     publish(store, define("alpha"))
     assert len(store.changes()) == before
+    (old,) = store.versions(["alpha"])
     publish(store, define("alpha", priority="high", rate_limit="5/s"))
+    (new,) = store.versions(["alpha"])
     change = store.changes(limit=1)[0]
     assert (change.kind, change.subject) == ("definition changed", "alpha")
-    assert sorted(change.detail.split(", ")) == ["limit", "priority"]
+    assert sorted(change.detail.split(", ")) == ["limit", "priority", f"version {old} -> {new}"]
     publish(store, define("alpha", priority="high"))
     assert store.limits() == {}
     assert_consistent(client, store)

@@ -13,8 +13,8 @@ LIFE_MODEL_EXAMPLES in the environment makes more programs, and longer ones.
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from taskplatform.errors import Conflict, UnknownDefinition, UnknownJob, UnknownUser
-from taskplatform.model import TRANSITIONS, JobState, Priority
-from taskplatform.store import Enqueue, Renewal, Store
+from taskplatform.model import POISON_PILL, TRANSITIONS, JobState, Priority
+from taskplatform.store import DeadLetterResult, Enqueue, Renewal, Stop, Store
 from taskplatform.store.keys import UNACKED, key
 from taskplatform.store.scripts import Scripts
 from tests.conftest import Clock
@@ -56,6 +56,8 @@ MORE: dict[str, dict[str, Any]] = {
 USERS = ("ann", "bob")
 WORKERS = ("w1", "w2", "w3")
 SILENCE_MS, PATIENCE_MS, RETENTION_MS, BACKOFF_MS = 15_000, 10_000, 5000, 1000
+DEAD_RETENTION_MS, MOST_DEAD = 20_000, 3
+REFUSED_FOR_MS, MOST_REFUSALS = 2000, 3
 RETRYABLE = (S.FAILED, S.TIMED_OUT, S.CANCELED, S.REJECTED)
 MOST_JOBS = 8
 
@@ -92,12 +94,22 @@ class Life:
     losses: int = 0
     forgiven: int = 0
     """Attempts that do not count against its retries."""
+    refusals: int = 0
+    retried: JobState | None = None
+    """In which state it was when it was last retried by hand."""
+    died: bool = False
+    """Whether it is a dead letter."""
     worker: str = ""
+    version: str = ""
+    delayed_ms: int | None = None
+    """Since when it waits for a span of time, if it does."""
     finished_ms: int | None = None
     released_ms: int = 0
     answered: object = None
     """The last call that started or ended a run: it may come again."""
     lines: list[Line] = field(default_factory=list)
+    told: bool = False
+    """Whether the last line of its history is one that is told and not in `lines`."""
 
     def __post_init__(self) -> None:
         self.lines.append(Line(None, S.PENDING, 0, "", ""))
@@ -124,8 +136,15 @@ class Life:
         self.lines.append(Line(self.state, state, self.attempt, worker, says))
         self.state = state
 
-    def note(self, worker: str, says: str) -> None:
+    def tell(self, worker: str, says: str) -> None:
         self.lines.append(Line(self.state, self.state, self.attempt, worker, says))
+
+    def note(self, worker: str, says: str) -> bool:
+        """The same, unless it is the last line already."""
+        if not self.told and self.lines[-1] == Line(self.state, self.state, self.attempt, worker, says):
+            return False
+        self.tell(worker, says)
+        return True
 
 
 @dataclass
@@ -138,7 +157,9 @@ class Model:
     queues: dict[Priority, list[tuple[str, int]]] = field(default_factory=lambda: {priority: [] for priority in Priority})
     workers: dict[str, tuple[int, int]] = field(default_factory=dict)
     """By id, when it was last heard of, and its slots."""
-    stops: defaultdict[str, list[tuple[str, int]]] = field(default_factory=lambda: defaultdict(list))
+    stops: defaultdict[str, dict[tuple[str, int], str]] = field(default_factory=lambda: defaultdict(dict))
+    """By worker, which deliveries it shall stop and why."""
+    counters: Counter[str] = field(default_factory=Counter)
     published: dict[str, Priority] = field(default_factory=lambda: dict(DEFINITIONS))
     users: dict[str, set[str]] = field(default_factory=lambda: {user: set(DEFINITIONS) for user in USERS})
     """By name, what each subscribes to."""
@@ -169,8 +190,16 @@ class Model:
     def submit(self, job_id: str, delay_ms: int, priority: Priority | None) -> bool:
         if job_id in self.jobs:
             return False
-        self.jobs[job_id] = Life(job_id, priority or self.published[job_id.split(":")[0]], priority is not None, self.now_ms + delay_ms)
+        first = priority or self.published[job_id.split(":")[0]]
+        self.jobs[job_id] = job = Life(job_id, first, priority is not None, self.now_ms + delay_ms)
+        job.delayed_ms = self.now_ms if delay_ms > 0 else None
         return True
+
+    def triggered(self, job_id: str, after_ms: int, *, skipped: bool) -> None:
+        assert self.submit(job_id, after_ms - self.now_ms, None)
+        self.jobs[job_id].delayed_ms = self.now_ms
+        if skipped:
+            self._end(self.jobs[job_id], S.REJECTED, "", "overlap")
 
     def overlaps(self, definition: str, user: str) -> bool:
         """Whether a planned job of `single` may be skipped for another."""
@@ -178,16 +207,14 @@ class Model:
             (job.definition, job.user) == (definition, user) and not job.state.terminal for job in self.jobs.values()
         )
 
-    def skip(self, job_id: str) -> None:
-        self._end(self.jobs[job_id], S.REJECTED, "", "overlap")
-
     def released(self, job: Life, into: Priority) -> None:
         job.to(S.QUEUED, "", "released")
         job.delivery += 1
         job.released_ms = self.now_ms
+        job.delayed_ms = None
         self.queues[into].append((job.job_id, job.delivery))
 
-    def start(self, job_id: str, delivery: int, worker: str, call: str) -> str:
+    def start(self, job_id: str, delivery: int, worker: str, call: str, version: str) -> str:
         job = self.jobs.get(job_id)
         if job is None:
             return "unknown"
@@ -205,8 +232,8 @@ class Model:
             return "rejected"
         job.attempt += 1
         job.to(S.ASSIGNED, worker, "received")
-        job.to(S.RUNNING, worker, "started")
-        job.worker, job.answered = worker, call
+        job.to(S.RUNNING, worker, f"started by version {version}" if version else "started")
+        job.worker, job.answered, job.version = worker, call, version
         self.workers.setdefault(worker, (self.now_ms, 0))
         return "run"
 
@@ -223,7 +250,7 @@ class Model:
         if job.answered == call:
             return True
         if not self.is_run(job_id, delivery, worker):
-            job.note(worker, f"discarded the result of delivery {delivery}: {state}, {reason}")
+            self.counters["discarded"] += job.note(worker, f"discarded the result of delivery {delivery}: {state}, {reason}")
             return False
         job.answered = call
         if state is S.RETRYING:
@@ -235,57 +262,112 @@ class Model:
     def renew(self, job_id: str, delivery: int, worker: str) -> Renewal:
         if not self.is_run(job_id, delivery, worker):
             return Renewal.NEVER
-        definition = self.jobs[job_id].definition
-        return Renewal.IN_TIME if definition == "limited" and definition in self.published else Renewal.ANY_TIME
+        job = self.jobs[job_id]
+        if job.definition != "limited" or job.definition not in self.published:
+            return Renewal.ANY_TIME
+        # who asks for that had the answer of the start
+        job.answered = None
+        return Renewal.IN_TIME
 
-    def lose(self, job_id: str, delivery: int, worker: str, what: str, most_losses: int) -> bool:
+    def refuse(self, job_id: str, delivery: int, worker: str, why: str) -> str:
+        job = self.jobs.get(job_id)
+        if job is None:
+            return "unknown"
+        if job.state is not S.QUEUED or job.delivery != delivery:
+            return job.state.value
+        job.refusals += 1
+        self.counters["refused"] += 1
+        if job.definition not in self.published:
+            self._end(job, S.REJECTED, worker, "does not exist any more")
+        elif job.refusals >= MOST_REFUSALS:
+            self._end(job, S.REJECTED, worker, f"{why}; given back {job.refusals} times")
+        else:
+            self._wait(job, job.back, self.now_ms + REFUSED_FOR_MS * job.refusals, worker, f"{why}: given back")
+            return "given back"
+        return "rejected"
+
+    def lose(self, job_id: str, delivery: int, worker: str, what: str, most_losses: int, *, stuck: bool) -> bool:
         job = self.jobs.get(job_id)
         before_start = job is not None and job.state is S.QUEUED and job.delivery == delivery
         if job is None or not (before_start or self.is_run(job_id, delivery, worker)):
             return False
         self._lost(job, worker, what, most_losses)
+        if stuck:
+            self.stops[worker][job_id, delivery] = f"it was {what}"
+            self.counters["stuck"] += 1
         return True
 
     def _lost(self, job: Life, worker: str, what: str, most_losses: int) -> None:
         job.losses += 1
         ran = job.state is S.RUNNING
+        wait_ms = BACKOFF_MS * 2 ** (job.losses - 1)
         if job.losses >= most_losses:
-            self._end(job, S.FAILED if ran else S.REJECTED, worker, f"poison pill: {what}, {job.losses} losses in all")
+            self._end(job, S.FAILED if ran else S.REJECTED, worker, f"{POISON_PILL}: {what}, {job.losses} losses in all")
         else:
-            self._wait(job, S.RETRYING, self.now_ms + BACKOFF_MS * 2 ** (job.losses - 1), worker, what)
+            self._wait(job, S.RETRYING, self.now_ms + wait_ms, worker, f"{what}; again in {wait_ms / 1000:g} s")
         job.forgiven += ran
 
     def runs_of(self, worker: str) -> list[Life]:
         return [job for job in self.jobs.values() if job.state is S.RUNNING and job.worker == worker]
 
-    def silent(self) -> set[str]:
-        return {worker for worker, (heard_ms, _) in self.workers.items() if heard_ms < self.now_ms - SILENCE_MS}
+    def silent(self) -> list[str]:
+        return sorted(worker for worker, (heard_ms, _) in self.workers.items() if heard_ms < self.now_ms - SILENCE_MS)
 
-    def recovered(self, rows: list[tuple[str, str]], most: int, most_losses: int) -> None:
-        """Follow what a call took: of silent workers only; all of them, where there is no more than `most`."""
-        silent = self.silent()
-        for kind, name in rows:
-            if kind == "worker":
-                assert name in silent
-                assert not self.runs_of(name), f"{name} was forgotten with jobs that it runs"
-                del self.workers[name]
-                silent.remove(name)
-            else:
-                job = self.jobs[name]
-                assert job.state is S.RUNNING
-                assert job.worker in silent, f"{name} was taken from {job.worker}, which lives"
-                self._lost(job, job.worker, f"worker {job.worker} lost", most_losses)
-        assert len(rows) >= most or not silent, f"{silent} were silent for too long, and nobody took what they had"
+    def recovered(self, worker: str, seen_ms: int, how: str, rows: list[tuple[str, str]], most: int, most_losses: int) -> None:
+        """Follow what a call took: all that the worker runs, or `most` of it; nothing of one that has been heard of since."""
+        heard_ms, _ = self.workers.get(worker, (None, 0))
+        if heard_ms != seen_ms:
+            assert not rows, f"{rows} were taken from {worker}, which lives"
+            return
+        runs = {job.job_id for job in self.runs_of(worker)}
+        taken = [name for kind, name in rows if kind == "job"]
+        assert len(taken) == len(set(taken)) == min(most, len(runs))
+        assert set(taken) <= runs, f"{taken} were taken, {worker} runs {runs}"
+        for name in taken:
+            job = self.jobs[name]
+            self.stops[worker][name, job.delivery] = f"worker {worker} had been declared lost"
+            self._lost(job, worker, f"worker {worker} lost: {how}", most_losses)
+        self.counters["jobs_recovered"] += len(taken)
+        whole = len(taken) == len(runs)
+        assert [name for kind, name in rows if kind == "worker"] == [worker] * whole
+        if whole:
+            del self.workers[worker]
+            self.counters["workers_lost"] += 1
 
-    def leave(self, worker: str) -> int:
-        jobs = self.runs_of(worker)
-        for job in jobs:
-            self._wait(job, S.RETRYING, job.after_ms, worker, f"worker {worker} stopped")
-            job.forgiven += 1
+    def withdraw(self, worker: str, held: Sequence[tuple[str, int]], *, also_running: bool) -> int:
+        """Give back those of the deliveries that count and have not started, or also such as the worker runs."""
+        given = 0
+        for job_id, delivery in held:
+            job = self.jobs.get(job_id)
+            if job is not None and job.state is S.QUEUED and job.delivery == delivery:
+                self._wait(job, job.back, job.after_ms, worker, f"worker {worker} stops: not started")
+                given += 1
+            elif job is not None and also_running and self.is_run(job_id, delivery, worker):
+                self._wait(job, S.RETRYING, job.after_ms, worker, f"worker {worker} stopped")
+                job.forgiven += 1
+                given += 1
+        return given
+
+    def leave(self, worker: str, held: Sequence[tuple[str, int]]) -> int:
+        runs = [(job.job_id, job.delivery) for job in self.runs_of(worker)]
+        given = self.withdraw(worker, [*runs, *held], also_running=True)
         self.workers.pop(worker, None)
-        return len(jobs)
+        self.stops.pop(worker, None)
+        return given
 
-    def reclaim(self) -> list[str]:
+    def stopped(self, worker: str, job_id: str, delivery: int, note: str, *, discarded: bool) -> bool:
+        if self.stops[worker].pop((job_id, delivery), None) is None:
+            return False
+        if note and job_id in self.jobs:
+            self.jobs[job_id].note(worker, note)
+        self.counters["discarded"] += discarded
+        return True
+
+    def reclaim(self, *, clock_set: bool) -> list[str]:
+        for job in self.jobs.values():
+            # what was queued by another clock has its time from now on
+            if job.state is S.QUEUED and (clock_set or job.released_ms > self.now_ms):
+                job.released_ms = self.now_ms
         lost = [
             job
             for job in self.jobs.values()
@@ -294,7 +376,14 @@ class Model:
             and not any((job.job_id, job.delivery) in messages for messages in self.queues.values())
         ]
         for job in lost:
-            self._wait(job, job.back, job.after_ms, "", "its message was lost")
+            self._wait(job, job.back, job.after_ms, "", "its message was lost: released again")
+        self.counters["messages_reclaimed"] += len(lost)
+        for job in self.jobs.values():
+            if job.delayed_ms is not None and job.delayed_ms > self.now_ms + 1000:
+                job.tell("", "the clock was set back: its wait begins again")
+                job.after_ms = max(self.now_ms, job.after_ms - (job.delayed_ms - self.now_ms))
+                job.delayed_ms = self.now_ms
+                self._follow(job)
         return sorted(job.job_id for job in lost)
 
     def cancel(self, job_id: str, delivery: int | None, reason: str) -> JobState | None:
@@ -309,19 +398,36 @@ class Model:
 
     def _cancel(self, job: Life, reason: str) -> None:
         if job.state is S.RUNNING:
-            self.stops[job.worker].append((job.job_id, job.delivery))
+            self.stops[job.worker][job.job_id, job.delivery] = ""
         self._end(job, S.CANCELED, job.worker if job.state is S.RUNNING else "", reason)
 
-    def retry(self, job_id: str, reason: str) -> JobState | None:
+    def retry(self, job_id: str, reason: str, *, only_dead: bool = False) -> JobState | str:
+        """The state that it was in when it was retried, now or by an earlier call that is in force; or why it is not retried."""
         job = self.jobs.get(job_id)
         if job is None:
-            return None
+            return "unknown"
         before = job.state
-        if before in RETRYABLE:
-            job.finished_ms = None
-            job.losses, job.forgiven = 0, job.attempt
-            self._wait(job, S.PENDING, self.now_ms, "", reason)
+        if job.retried is not None and before not in RETRYABLE:
+            return job.retried
+        if only_dead and not job.died:
+            return "not dead"
+        if before not in RETRYABLE:
+            return "cannot"
+        if job.definition not in self.published:
+            return "removed"
+        job.finished_ms, job.died, job.retried = None, False, before
+        job.losses, job.refusals, job.forgiven = 0, 0, job.attempt
+        self._wait(job, S.PENDING, self.now_ms, "", reason)
         return before
+
+    def discard(self, job_id: str) -> DeadLetterResult:
+        job = self.jobs.get(job_id)
+        if job is None:
+            return DeadLetterResult.GONE
+        if not job.died:
+            return DeadLetterResult.NOT_DEAD
+        self._forget(job)
+        return DeadLetterResult.DONE
 
     def prioritize(self, job_id: str, priority: Priority, reason: str) -> JobState | None:
         job = self.jobs.get(job_id)
@@ -329,7 +435,7 @@ class Model:
             return None
         if job.waits and job.priority is not priority:
             job.priority, job.own_priority = priority, True
-            job.note("", reason)
+            job.tell("", reason)
         return job.state
 
     def publish(self, definition: str, priority: Priority) -> None:
@@ -359,10 +465,20 @@ class Model:
         self.paused = {what for what in self.paused if what.split(":")[0] != user}
         return canceled
 
-    def sweep(self, retention_ms: int) -> None:
+    def dead(self) -> dict[str, int]:
+        """Dead letters, by when they died, and then by id."""
+        found = [(job.finished_ms, job.job_id) for job in self.jobs.values() if job.died and job.finished_ms is not None]
+        return {job_id: at_ms for at_ms, job_id in sorted(found)}
+
+    def sweep(self) -> None:
         for job in list(self.jobs.values()):
+            retention_ms = DEAD_RETENTION_MS if job.died else RETENTION_MS
             if job.finished_ms is not None and job.finished_ms <= self.now_ms - retention_ms:
                 self._forget(job)
+        too_many = list(self.dead())[: max(0, len(self.dead()) - MOST_DEAD)]
+        for job_id in too_many:
+            self._forget(self.jobs[job_id])
+        self.counters["dead_letters_dropped"] += len(too_many)
 
     def reject(self, job: Life) -> None:
         self._end(job, S.REJECTED, "", "does not exist any more")
@@ -371,6 +487,8 @@ class Model:
 
     def _wait(self, job: Life, state: JobState, after_ms: int, worker: str, says: str) -> None:
         job.to(state, worker, says)
+        if after_ms != job.after_ms and after_ms > self.now_ms:
+            job.delayed_ms = self.now_ms
         job.after_ms = after_ms
         self._follow(job)
 
@@ -380,7 +498,11 @@ class Model:
 
     def _end(self, job: Life, state: JobState, worker: str, says: str) -> None:
         job.to(state, worker, says)
-        job.finished_ms = self.now_ms
+        job.finished_ms, job.delayed_ms = self.now_ms, None
+        poison = says.startswith(POISON_PILL)
+        job.died = poison or state in (S.FAILED, S.TIMED_OUT)
+        self.counters["dead_letters"] += job.died
+        self.counters["poison_pills"] += poison
 
     def _forget(self, job: Life) -> None:
         del self.jobs[job.job_id]
@@ -390,28 +512,33 @@ class Model:
 # --- the verbs whose arguments are not the model's concern -----------------------------------------------------------
 
 
-def recover(store: Store, most: int, most_losses: int) -> list[tuple[str, str]]:
-    """One look of somebody who saw each heartbeat when it was made, and takes what is left of the first that is silent too long."""
-    for worker, at_ms in sorted(store.heartbeats().items()):
-        if store.now_ms() - at_ms > SILENCE_MS:
-            backoff = milliseconds(BACKOFF_MS)
-            return store.recover(worker, seen_ms=at_ms, how="silent", max_losses=most_losses, backoff=backoff, limit=most)
-    return []
+def recover(store: Store, worker: str, seen_ms: int, how: str, most: int, most_losses: int) -> list[tuple[str, str]]:
+    """An observer takes what a worker runs that was silent since then."""
+    backoff = milliseconds(BACKOFF_MS)
+    return store.recover(worker, seen_ms=seen_ms, how=how, max_losses=most_losses, backoff=backoff, limit=most)
 
 
-def lose(store: Store, job_id: str, delivery: int, worker: str, what: str, most_losses: int) -> bool:
-    """A worker says that the process died that ran this."""
-    return store.lose(job_id, delivery=delivery, worker=worker, what=what, max_losses=most_losses, backoff=milliseconds(BACKOFF_MS))
+def lose(store: Store, job_id: str, delivery: int, worker: str, what: str, most_losses: int, *, stuck: bool) -> bool:
+    """A worker says that the process died that ran this, or that the run does not end."""
+    backoff = milliseconds(BACKOFF_MS)
+    return store.lose(job_id, delivery=delivery, worker=worker, what=what, max_losses=most_losses, backoff=backoff, stuck=stuck)
 
 
-def retry(store: Store, job_id: str, reason: str) -> JobState:
-    """Somebody wants it once more. The state that it was in, whatever that is."""
-    before = store.job(job_id).state
-    if before in RETRYABLE:
+def retry(store: Store, job_id: str, reason: str) -> JobState | str:
+    """Somebody wants it once more. The state that it was in, or why it cannot be."""
+    try:
         return store.retry(job_id, reason=reason)
-    with pytest.raises(Conflict, match=f"is {before}"):
-        store.retry(job_id, reason=reason)
-    return before
+    except UnknownJob:
+        return "unknown"
+    except UnknownDefinition:
+        return "removed"
+    except Conflict:
+        return "cannot"
+
+
+def tags(deliveries: Sequence[tuple[str, int]]) -> list[str]:
+    """As a worker names what it holds."""
+    return [f"{job_id}#{delivery}" for job_id, delivery in deliveries]
 
 
 # --- programs --------------------------------------------------------------------------------------------------------
@@ -422,6 +549,7 @@ WORKER = st.sampled_from(WORKERS)
 PRIORITY = st.sampled_from(Priority)
 DEFINITION = st.sampled_from(sorted(DEFINITIONS))
 USER = st.sampled_from(USERS)
+VERSION = st.sampled_from(["", "", "another"])
 #: How many losses end a job.
 LOSSES = st.sampled_from([1, 3, 4, 4])
 RUN_END = st.one_of(
@@ -444,7 +572,7 @@ class LifeOfJobs(RuleBasedStateMachine):
         self.made: list[str] = []
         self.seen: list[tuple[str, int, Priority, str]] = []
         """Every message that a worker ever took: (job, delivery, queue, as it was)."""
-        self.starts: list[tuple[str, int, str, str]] = []
+        self.starts: list[tuple[str, int, str, str, str]] = []
         self.ends: list[tuple[str, int, str, JobState, str, int]] = []
         self.steps = 0
         self.agreed = True
@@ -500,17 +628,21 @@ class LifeOfJobs(RuleBasedStateMachine):
             assert (real.delivery, real.attempt) == (job.delivery, job.attempt)
             assert real.failures == max(0, job.attempt - 1 - job.forgiven), f"{job_id}: failures"
             assert (real.priority, real.execute_after_ms) == (job.priority, job.after_ms)
-            assert (real.worker, real.finished_ms) == (job.worker, job.finished_ms)
+            assert (real.worker, real.version, real.finished_ms) == (job.worker, job.version, job.finished_ms)
             self._check_history(job)
         assert {priority: sorted(listed) for priority, listed in messages.items()} == {
             priority: sorted(listed) for priority, listed in model.queues.items()
         }, "messages"
         heard = dict(cast("list[tuple[str, float]]", self.client.zrange(key(NAMESPACE, "workers"), 0, -1, withscores=True)))
         assert heard == {worker: heard_ms for worker, (heard_ms, _) in model.workers.items()}
+        dead = cast("list[tuple[str, float]]", self.client.zrange(key(NAMESPACE, "dead"), 0, -1, withscores=True))
+        assert dead == list(model.dead().items()), "dead letters"
+        assert self.store.counters() == +model.counters, "counters"
         assert not self.client.exists(UNACKED)
 
     def _check_history(self, job: Life) -> None:
         history = self.store.history(job.job_id)
+        job.told = history[-1].to_state is history[-1].from_state and history[-1].reason.startswith(_TOLD)
         # that release came to it in vain, or that it got its definition's priority, is told and changes nothing
         lines = [line for line in history if line.to_state is not line.from_state or not line.reason.startswith(_TOLD)]
         real = [Line(line.from_state, line.to_state, line.attempt, line.worker, line.reason) for line in lines]
@@ -561,9 +693,7 @@ class LifeOfJobs(RuleBasedStateMachine):
                 assert not self.model.paused & {definition, job.user, f"{job.user}:{definition}"}, f"{job.id} was planned"
                 skipped = job.state is S.REJECTED
                 assert not skipped or self.model.overlaps(definition, job.user), f"{job.id} was skipped"
-                assert self.model.submit(job.id, job.execute_after_ms - self.clock.now_ms, None)
-                if skipped:
-                    self.model.skip(job.id)
+                self.model.triggered(job.id, job.execute_after_ms, skipped=skipped)
                 self.made.append(job.id)
 
     @precondition(lambda self: self.made)
@@ -597,12 +727,25 @@ class LifeOfJobs(RuleBasedStateMachine):
         self._retry(ended[number % len(ended)].job_id)
 
     def _retry(self, job_id: str) -> None:
-        before = self.model.retry(job_id, "once more")
-        if before is None:
-            with pytest.raises(UnknownJob):
-                self.store.retry(job_id, reason="once more")
-        else:
-            assert retry(self.store, job_id, "once more") is before
+        wanted = self.model.retry(job_id, "once more")
+        assert retry(self.store, job_id, "once more") == wanted
+
+    @precondition(lambda self: self.made)
+    @rule(numbers=st.lists(NUMBER, min_size=1, max_size=3))
+    def redrive(self, numbers: list[int]) -> None:
+        """Of dead letters, of what was redriven or discarded before, and of others."""
+        ids = [self.any_dead(number) for number in numbers]
+        answers = [self.model.retry(job_id, "redriven", only_dead=True) for job_id in ids]
+        refusals = {"unknown": DeadLetterResult.GONE, "not dead": DeadLetterResult.NOT_DEAD, "removed": DeadLetterResult.REMOVED}
+        wanted = [refusals.get(answer, DeadLetterResult.DONE) for answer in answers]
+        assert self.store.redrive(ids, reason="redriven") == wanted
+
+    @precondition(lambda self: self.made)
+    @rule(numbers=st.lists(NUMBER, min_size=1, max_size=3))
+    def discard(self, numbers: list[int]) -> None:
+        ids = [self.any_dead(number) for number in numbers]
+        wanted = [self.model.discard(job_id) for job_id in ids]
+        assert self.store.discard(ids, actor=ACTOR, subject="", detail="") == wanted
 
     @precondition(lambda self: self.model.jobs)
     @rule(number=NUMBER, priority=PRIORITY)
@@ -663,8 +806,8 @@ class LifeOfJobs(RuleBasedStateMachine):
             self.store.retract(definition, actor=ACTOR)
             self.model.retract(definition)
         elif what == "sweep":
-            self.store.sweep(retention=milliseconds(RETENTION_MS))
-            self.model.sweep(RETENTION_MS)
+            self.store.sweep(retention=milliseconds(RETENTION_MS), dead_retention=milliseconds(DEAD_RETENTION_MS), dead_max=MOST_DEAD)
+            self.model.sweep()
         elif user in self.model.users:
             subscriptions = len(self.model.users[user])
             assert self.store.delete_user(user, actor=ACTOR) == (self.model.delete_user(user), subscriptions)
@@ -681,8 +824,19 @@ class LifeOfJobs(RuleBasedStateMachine):
     @rule(worker=WORKER, slots=st.sampled_from([100, 100, 0]))
     def heartbeat(self, worker: str, slots: int) -> None:
         stops = self.store.heartbeat(worker, slots=slots, queues=list(Priority), buffer=1)
-        assert stops == self.model.stops.pop(worker, [])
+        assert {(stop.job_id, stop.delivery): stop.why for stop in stops} == self.model.stops[worker]
+        assert len(stops) == len(self.model.stops[worker])
         self.model.workers[worker] = (self.clock.now_ms, slots)
+
+    @precondition(lambda self: any(self.model.stops.values()))
+    @rule(number=NUMBER, note=st.sampled_from(["", "stopped, as it was told"]), discarded=st.booleans(), twice=st.booleans())
+    def stop(self, number: int, note: str, discarded: bool, twice: bool) -> None:
+        """A worker does what it is told to, and may say so twice."""
+        told = [(worker, *run, why) for worker, runs in self.model.stops.items() for run, why in runs.items()]
+        worker, job_id, delivery, why = told[number % len(told)]
+        for _ in range(1 + twice):
+            wanted = self.model.stopped(worker, job_id, delivery, note, discarded=discarded)
+            assert self.store.stopped(worker, Stop(job_id, delivery, why), note=note, discarded=discarded) is wanted
 
     @rule()
     def release(self) -> None:
@@ -718,15 +872,50 @@ class LifeOfJobs(RuleBasedStateMachine):
             self.model.queues[priority].append((job_id, delivery))
 
     @precondition(lambda self: any(self.model.queues.values()))
-    @rule(worker=WORKER)
-    def run(self, worker: str) -> None:
-        self._start(*self._pop(), worker)
+    @rule(worker=WORKER, version=VERSION)
+    def run(self, worker: str, version: str) -> None:
+        self._start(*self._pop(), worker, version)
 
     @precondition(lambda self: any(self.model.queues.values()))
     @rule(worker=WORKER)
     def run_too(self, worker: str) -> None:
         """The same, so that it is tried more often."""
         self._start(*self._pop(), worker)
+
+    @precondition(lambda self: self.unfinished < MOST_JOBS)
+    @rule(definition=DEFINITION, user=USER, worker=WORKER)
+    def begin(self, definition: str, user: str, worker: str) -> None:
+        """What nearly all programs need: something that runs."""
+        self.submit(definition, user, 0, None)
+        self._agree()
+        if any(self.model.queues.values()):
+            self._start(*self._pop(), worker)
+
+    @precondition(lambda self: self.running)
+    @rule(number=NUMBER, state=st.sampled_from([S.FAILED, S.TIMED_OUT]), poison=st.booleans())
+    def die(self, number: int, state: JobState, poison: bool) -> None:
+        """A run is the last one, in any of the ways that leave a dead letter."""
+        job = self.running[number % len(self.running)]
+        if poison:
+            self._lose(job.job_id, job.delivery, job.worker, 1, stuck=False)
+        else:
+            self._finish(job.job_id, job.delivery, job.worker, state, 0)
+
+    @precondition(lambda self: self.running)
+    @rule(number=NUMBER, most=st.sampled_from([500, 500, 1]), back=st.booleans())
+    def fall_silent(self, number: int, most: int, back: bool) -> None:
+        """A worker that runs something is lost, and may come back."""
+        worker = self.running[number % len(self.running)].worker
+        self.wait(SILENCE_MS + 1)
+        self._recover(worker, self.model.workers[worker][0], most, 4)
+        self._agree()
+        if back:
+            self.heartbeat(worker, 100)
+
+    @precondition(lambda self: self.running)
+    @rule(number=NUMBER)
+    def cancel_run(self, number: int) -> None:
+        self._cancel(self.running[number % len(self.running)].job_id, None)
 
     @precondition(lambda self: self.seen)
     @rule(number=NUMBER, worker=WORKER)
@@ -735,8 +924,8 @@ class LifeOfJobs(RuleBasedStateMachine):
         job_id, delivery, *_ = self.any_seen(number)
         self._start(job_id, delivery, worker)
 
-    def _start(self, job_id: str, delivery: int, worker: str) -> None:
-        self.starts.append((job_id, delivery, worker, f"call {len(self.starts)}"))
+    def _start(self, job_id: str, delivery: int, worker: str, version: str = "") -> None:
+        self.starts.append((job_id, delivery, worker, f"call {len(self.starts)}", version))
         self._call_start(len(self.starts) - 1)
 
     @precondition(lambda self: self.starts)
@@ -746,13 +935,23 @@ class LifeOfJobs(RuleBasedStateMachine):
         self._call_start(len(self.starts) - 1 - number % len(self.starts))
 
     def _call_start(self, number: int) -> None:
-        job_id, delivery, worker, call = self.starts[number]
-        wanted = self.model.start(job_id, delivery, worker, call)
-        answer = self.scripts.run("start", job_id, delivery, worker, 0, call)
+        job_id, delivery, worker, call, version = self.starts[number]
+        wanted = self.model.start(job_id, delivery, worker, call, version)
+        answer = self.scripts.run("start", job_id, delivery, worker, 0, call, version)
         assert answer[0] == wanted
         if wanted == "run":
             job = self.model.jobs[job_id]
             assert (answer[1], answer[2], answer[5]) == (job.attempt, job.losses, job.forgiven)
+
+    @precondition(lambda self: any(self.model.queues.values()))
+    @rule(worker=WORKER)
+    def refuse(self, worker: str) -> None:
+        """A worker gets what it does not know."""
+        self._refuse(*self._pop(), worker)
+
+    def _refuse(self, job_id: str, delivery: int, worker: str) -> None:
+        wanted = self.model.refuse(job_id, delivery, worker, "not known here")
+        assert self.scripts.run("refuse", job_id, delivery, worker, "not known here", REFUSED_FOR_MS, MOST_REFUSALS) == wanted
 
     @precondition(lambda self: self.running)
     @rule(number=NUMBER, end=RUN_END, twice=st.booleans())
@@ -800,7 +999,7 @@ class LifeOfJobs(RuleBasedStateMachine):
         number=NUMBER,
         worker=WORKER,
         deliveries=st.sampled_from([0, 0, 1]),
-        verb=st.sampled_from(["start", "finish", "lose", "renew", "cancel"]),
+        verb=st.sampled_from(["start", "finish", "refuse", "lose", "renew", "cancel"]),
     )
     def confuse(self, number: int, worker: str, deliveries: int, verb: str) -> None:
         """Somebody speaks of a job that is queued or runs, and it may be another delivery, or another's run."""
@@ -810,38 +1009,64 @@ class LifeOfJobs(RuleBasedStateMachine):
             self._start(job.job_id, delivery, worker)
         elif verb == "finish":
             self._finish(job.job_id, delivery, worker, S.COMPLETED, 0)
+        elif verb == "refuse":
+            self._refuse(job.job_id, delivery, worker)
         elif verb == "lose":
-            self._lose(job.job_id, delivery, worker, 3)
+            self._lose(job.job_id, delivery, worker, 3, stuck=False)
         elif verb == "renew":
             self._renew(job.job_id, delivery, worker)
         else:
             self._cancel(job.job_id, delivery)
 
     @precondition(lambda self: self.flying)
-    @rule(most_losses=LOSSES)
-    def lose(self, most_losses: int) -> None:
-        """The process dies of the job that has killed the most."""
+    @rule(most_losses=LOSSES, stuck=st.booleans())
+    def lose(self, most_losses: int, stuck: bool) -> None:
+        """The process dies of the job that has killed the most, or the run does not end."""
         job = max(self.flying, key=lambda one: one.losses)
-        self._lose(job.job_id, job.delivery, job.worker, most_losses)
+        # only what runs is stuck, and only its own worker says so
+        self._lose(job.job_id, job.delivery, job.worker, most_losses, stuck=stuck and job.state is S.RUNNING)
 
-    def _lose(self, job_id: str, delivery: int, worker: str, most_losses: int) -> None:
-        wanted = self.model.lose(job_id, delivery, worker, "process died", most_losses)
-        assert lose(self.store, job_id, delivery, worker, "process died", most_losses) is wanted
+    def _lose(self, job_id: str, delivery: int, worker: str, most_losses: int, *, stuck: bool) -> None:
+        what = "stuck" if stuck else "process died"
+        wanted = self.model.lose(job_id, delivery, worker, what, most_losses, stuck=stuck)
+        assert lose(self.store, job_id, delivery, worker, what, most_losses, stuck=stuck) is wanted
+
+    @precondition(lambda self: self.seen)
+    @rule(numbers=st.lists(NUMBER, max_size=3), worker=WORKER, also_running=st.booleans())
+    def withdraw(self, numbers: list[int], worker: str, also_running: bool) -> None:
+        """A worker that stops gives back some of what it ever took, or believes that it did."""
+        held = self.held(numbers)
+        wanted = self.model.withdraw(worker, held, also_running=also_running)
+        assert self.store.withdraw(worker, tags(held), also_running=also_running) == wanted
 
     @precondition(lambda self: self.model.workers)
-    @rule(worker=WORKER)
-    def leave(self, worker: str) -> None:
-        assert self.store.leave(worker) == self.model.leave(worker)
+    @rule(numbers=st.lists(NUMBER, max_size=2), worker=WORKER)
+    def leave(self, numbers: list[int], worker: str) -> None:
+        held = self.held(numbers)
+        assert self.store.leave(worker, tags(held)) == self.model.leave(worker, held)
 
     @precondition(lambda self: self.model.silent())
     @rule(most=st.sampled_from([500, 500, 1, 2]), most_losses=LOSSES)
     def recover(self, most: int, most_losses: int) -> None:
-        self.model.recovered(recover(self.store, most, most_losses), most, most_losses)
+        worker = self.model.silent()[0]
+        self._recover(worker, self.model.workers[worker][0], most, most_losses)
 
-    @precondition(lambda self: any(job.state is S.QUEUED for job in self.model.jobs.values()))
-    @rule()
-    def reclaim(self) -> None:
-        assert sorted(self.store.reclaim(patience=milliseconds(PATIENCE_MS))) == self.model.reclaim()
+    @precondition(lambda self: self.model.workers)
+    @rule(number=NUMBER, ago_ms=st.sampled_from([0, 1, 1000]))
+    def recover_by_another_clock(self, number: int, ago_ms: int) -> None:
+        """An observer found a worker silent by a clock of its own, rightly or just before it was heard of again."""
+        worker = sorted(self.model.workers)[number % len(self.model.workers)]
+        self._recover(worker, self.model.workers[worker][0] - ago_ms, 500, 4)
+
+    def _recover(self, worker: str, seen_ms: int, most: int, most_losses: int) -> None:
+        rows = recover(self.store, worker, seen_ms, "silent for long", most, most_losses)
+        self.model.recovered(worker, seen_ms, "silent for long", rows, most, most_losses)
+
+    @precondition(lambda self: any(job.state is S.QUEUED or job.delayed_ms is not None for job in self.model.jobs.values()))
+    @rule(clock_set=st.sampled_from([False, False, False, True]))
+    def reclaim(self, clock_set: bool) -> None:
+        found = self.store.reclaim(patience=milliseconds(PATIENCE_MS), clock_set=clock_set)
+        assert sorted(found) == self.model.reclaim(clock_set=clock_set)
 
     # --- time
 
@@ -884,9 +1109,10 @@ class LifeOfJobs(RuleBasedStateMachine):
             self.wait(60_000)
             self.heartbeat("w9", 100)
             self._agree()
-            self.recover(500, 3)
-            self._agree()
-            self.reclaim()
+            while self.model.silent():
+                self.recover(500, 3)
+                self._agree()
+            self.reclaim(False)
             self._agree()
             self.release()
             self._agree()
@@ -920,6 +1146,15 @@ class LifeOfJobs(RuleBasedStateMachine):
 
     def any_job(self, number: int) -> Life | None:
         return self.model.jobs.get(self.any_id(number))
+
+    def any_dead(self, number: int) -> str:
+        """A dead letter, or any job: each third number."""
+        dead = [job_id for job_id in reversed(self.made) if job_id in self.model.dead()]
+        return dead[number % len(dead)] if dead and number % 3 != 2 else self.any_id(number)
+
+    def held(self, numbers: Sequence[int]) -> list[tuple[str, int]]:
+        """Deliveries that somebody took, as often as the numbers say."""
+        return [self.any_seen(number)[:2] for number in numbers if self.seen]
 
     def any_seen(self, number: int) -> tuple[str, int, Priority, str]:
         return self.seen[-1 - number % len(self.seen)]

@@ -219,7 +219,7 @@ def test_own_times_in_all_zones(client: redis.Redis, store: Store, clock: Clock)
             wait = advance(leading)
         due = int(store.planner()["planned"]) - made
         # a due group is read and opened, its occurrence read and planned
-        assert commands.count <= 40 * due + 10
+        assert commands.count <= 42 * due + 10
         dues += due
     # instants of a day to which wall clocks at a full hour belong: not more than all quarters of an hour
     assert sum(idle.values()) <= 24 * 4 + 1

@@ -32,6 +32,7 @@ assert MIDNIGHT_MS % 86_400_000 == 0
 
 #: Scripts whose second call answers something else than the first, though it changes nothing more, and why that harms nobody.
 OTHER_ANSWER = {
+    "announce": "that there was nothing to tell: nobody reads it",
     "arrive": "whether the server is another one: nobody reads it",
     "cancel": "the state that it was in is now canceled, which Platform.cancel takes for done",
     "create_user": "that the user exists, which Platform.create_user takes for done",
@@ -40,7 +41,6 @@ OTHER_ANSWER = {
     "discard": "that there is no such job, which Platform.discard takes for done",
     "enqueue": "that the jobs exist: Platform.enqueue gives them either way",
     "follow": "how many were changed: the loop around it goes on until none is",
-    "heartbeat": "no runs to stop: a run that is not stopped ends by itself, and its result is discarded",
     "leave": "how many were given back: a line in the log",
     "limit": "whether that changed something: a number for people",
     "lose": "that the delivery no longer counts: nobody reads it",
@@ -49,16 +49,18 @@ OTHER_ANSWER = {
     "pause_subscription": "whether that changed something: for people",
     "pause_user": "whether that changed something: for people",
     "plan": "how many jobs the second call made: a number in the hash planner",
-    "prioritize": "nothing: the state stays",
     "publish": "whether that changed something: a line in the log",
     "reclaim": "what was released again: lines in the log",
+    "refuse": "the state in which the job waits: a line in the log",
     "recover": "what was taken: lines in the log",
     "release": "how many were released: the loop around it goes on while there are some",
     "retract": "whether it was published: nobody reads it",
-    "sweep": "how many were forgotten: the loop around it goes on until there are none",
+    "stopped": "that it was said before: nobody reads it",
     "subscribe": "that nothing changed: for people",
+    "sweep": "how many were forgotten: the loop around it goes on until there are none",
     "uncap": "how many were put back: the loop around it goes on until there are none",
     "unsubscribe": "that there is no subscription: who asks for it twice is told so, and it is gone",
+    "withdraw": "how many were given back: a line in the log",
 }
 
 
@@ -66,6 +68,10 @@ OTHER_ANSWER = {
 OTHER_DATABASE = {
     "create_users": {"tp:changes": "who imports users logs how many were new, by the answer: it is lost with it"},
     "plan": {"tp:planner": "the planner counts the jobs that it made by the answer"},
+    "set_aside": {
+        "tp:garbage": "what no worker can take lies twice among what people look at",
+        "tp:counters": "and counts twice",
+    },
 }
 
 
@@ -83,8 +89,36 @@ class Story:
         ]
         self.planner = Planner(self.store, {one.id: one for one in self.definitions}, horizon=HORIZON, batch=50)
 
-    def start(self, job_id: str, worker: str = "w1") -> bool:
-        return self.store.start(job_id, delivery=self.store.job(job_id).delivery, worker=worker).go
+    def start(self, job_id: str, worker: str = "w1", version: str = "") -> bool:
+        return self.store.start(job_id, delivery=self.store.job(job_id).delivery, worker=worker, version=version).go
+
+    def tag(self, job_id: str) -> str:
+        """The job's current delivery, as a worker that stops names it."""
+        return f"{job_id}#{self.store.job(job_id).delivery}"
+
+    def refuse(self, job_id: str) -> str:
+        take(self.client)
+        return self.store.refuse(job_id, delivery=self.store.job(job_id).delivery, worker="w1", why="not known here")
+
+    def refuse_for_good(self, job_id: str) -> None:
+        while not self.store.job(job_id).state.terminal:
+            self.clock.advance(300)
+            offer(self.store)
+            self.store.release()
+            self.refuse(job_id)
+
+    def stop_all(self, worker: str) -> list[bool]:
+        """What a worker does about the runs that its heartbeat tells it to stop."""
+        stops = self.store.heartbeat(worker, slots=20, queues=list(Priority), buffer=1)
+        assert stops
+        return [self.store.stopped(worker, stop, note="stopped, as it was told", discarded=True) for stop in stops]
+
+    def recover(self, worker: str) -> list[tuple[str, str]]:
+        seen_ms = self.store.heartbeats()[worker]
+        return self.store.recover(worker, seen_ms=seen_ms, how="silent for 20 s", max_losses=3, backoff=SECOND)
+
+    def attend(self, beat: str, catalogue: str, number: int | None) -> int:
+        return self.store.attend(beat, catalogue=catalogue, number=number, leads=True, alive=SECOND, account=20 * SECOND)[0]
 
     def finish(self, job_id: str, state: JobState, worker: str = "w1", delivery: int | None = None) -> bool:
         current = self.store.job(job_id).delivery if delivery is None else delivery
@@ -121,13 +155,26 @@ class Story:
 
         return [
             ("another server", lambda: arrive(self.client, clock, "server one")),
-            ("publish", lambda: [store.publish(published(one), actor=ACTOR) for one in self.definitions]),
+            ("a beat", lambda: self.attend("beat 1", "one", None)),
+            ("it lives", lambda: (clock.advance(2), self.attend("beat 1", "one", 1))),
+            ("a newer one", lambda: (self.attend("beat 2", "two", None), clock.advance(2), self.attend("beat 2", "two", 2))),
+            ("the first again", lambda: self.attend("beat 1", "one", 1)),
+            ("lead first", lambda: store.lead(horizon=HORIZON, leader="test")),
+            ("publish", lambda: [store.publish(published(one), actor=ACTOR, term=1) for one in self.definitions]),
+            ("announce", lambda: store.announce(actor=ACTOR)),
             ("users", lambda: (store.create_user("u1", actor=ACTOR), store.create_users([f"u{n}" for n in range(2, 8)], actor=ACTOR))),
             ("subscribe", lambda: [subscribe(store, f"u{n}", "report") for n in range(1, 6)]),
             ("overlap", lambda: subscribe(store, "u1", "single")),
             ("own schedule", lambda: subscribe(store, "u2", "report", schedule=hourly().schedule, own_schedule=True)),
             ("limits", lambda: (store.set_limit("user", Limit(concurrency=2), actor=ACTOR), store.set_options(fairness=True, share=0.05))),
             ("no turns", lambda: (store.set_options(fairness=False, share=0), store.reset_limit("user", actor=ACTOR))),
+            (
+                "configured",
+                lambda: store.configure_limits({"host:a": Limit(concurrency=1), "user": Limit(concurrency=9)}, actor=ACTOR, term=1),
+            ),
+            ("no more", lambda: store.configure_limits({}, actor=ACTOR, term=1)),
+            ("options of a leader", lambda: store.set_options(fairness=True, share=0.1, term=1)),
+            ("and of the next", lambda: store.set_options(fairness=False, share=0, term=1)),
             ("lead", lambda: store.lead(horizon=HORIZON, leader="test")),
             ("midnight", lambda: setattr(clock, "now_ms", MIDNIGHT_MS)),
             ("plan", planner.advance),
@@ -135,6 +182,7 @@ class Story:
             ("plan the rest", planner.advance),
             ("heartbeat", lambda: offer(store, slots=20)),
             ("release", store.release),
+            ("heads", lambda: store.heads(list(Priority))),
             ("start all", lambda: [self.start(job.id) for job in store.jobs(states=frozenset({S.QUEUED})).items]),
             ("later", lambda: clock.advance(1)),
             ("finish all", lambda: [self.finish(job.id, S.COMPLETED) for job in store.jobs(states=frozenset({S.RUNNING})).items]),
@@ -155,7 +203,18 @@ class Story:
             ("cancel", lambda: store.cancel(run_of("m1"), reason="not wanted")),
             ("cancel a run", lambda: store.cancel(self.running("m3"), reason="not wanted")),
             ("stops", lambda: store.heartbeat("w1", slots=20, queues=list(Priority), buffer=1)),
+            ("stopped", lambda: self.stop_all("w1")),
+            ("stuck", lambda: self.lost(self.one("s1"), most=3, stuck=True)),
+            ("its stop", lambda: self.stop_all("w1")),
+            ("poison", lambda: self.lost(self.one("s2"), most=1)),
+            ("another version", lambda: self.start(self.one("v1"), version="another")),
+            ("its end", lambda: (take(self.client), self.finish(run_of("v1"), S.COMPLETED))),
+            ("garbage", lambda: store.set_aside("high", "no message", reason="not JSON", worker="w1")),
+            ("refuse", lambda: self.refuse(self.one("r1"))),
+            ("refuse for good", lambda: self.refuse_for_good(run_of("r1"))),
             ("die", lambda: self.finish(self.running("m4"), S.TIMED_OUT)),
+            ("two that are dead", lambda: (self.finish(self.running("d1"), S.FAILED), self.finish(self.running("d2"), S.FAILED))),
+            ("discard both", lambda: store.discard([run_of("d1"), run_of("d2")], actor=ACTOR, subject="u1", detail="")),
             ("discard", lambda: store.discard([run_of("m4")], actor=ACTOR, subject="u1", detail="of no use")),
             ("lost message", lambda: (self.one("m5"), self.client.lpop("medium"), clock.advance(20), store.reclaim(patience=10 * SECOND))),
             ("no slots", lambda: offer(store, slots=0)),
@@ -178,21 +237,25 @@ class Story:
             ("packed", lambda: len(store.jobs(user="u4").items)),
             ("a broken one", lambda: [store.postpone(item, by=60 * SECOND) for item in store.due(clock.now_ms + 10**9)]),
             ("a second worker", lambda: (offer(store, "w2"), self.start(run_of("m5"), "w2"))),
-            ("it stops", lambda: store.leave("w2")),
+            ("it stops", lambda: (self.one("h1"), store.withdraw("w2", [self.tag(run_of("h1")), self.tag(run_of("m5"))]))),
+            ("its runs too", lambda: store.withdraw("w2", [self.tag(run_of("m5"))], also_running=True)),
+            ("it starts again", lambda: (store.release(), self.start(run_of("m5"), "w2"))),
+            ("it has stopped", lambda: store.leave("w2", [self.tag(run_of("h1"))])),
             ("a third", lambda: (offer(store, "w3"), store.release(), self.start(run_of("m5"), "w3"), clock.advance(20), offer(store))),
-            ("it is lost", lambda: store.recover(silence=10 * SECOND, max_losses=3, backoff=SECOND)),
+            ("it is lost", lambda: self.recover("w3")),
+            ("it comes back", lambda: self.stop_all("w3")),
             ("another restart", lambda: arrive(self.client, clock, "server two")),
             ("unsubscribe", unsubscribe),
             ("delete user", lambda: delete("u4")),
-            ("remove", lambda: store.retract("old", actor=ACTOR)),
+            ("remove", lambda: store.retract("old", actor=ACTOR, term=2)),
             ("sweep", lambda: store.sweep(retention=SECOND, dead_retention=SECOND)),
         ]
 
-    def lost(self, job_id: str, *, most: int) -> bool:
+    def lost(self, job_id: str, *, most: int, stuck: bool = False) -> bool:
         assert self.start(job_id)
         take(self.client)
         delivery = self.store.job(job_id).delivery
-        return self.store.lose(job_id, delivery=delivery, worker="w1", what="it died", max_losses=most, backoff=SECOND)
+        return self.store.lose(job_id, delivery=delivery, worker="w1", what="it died", max_losses=most, backoff=SECOND, stuck=stuck)
 
 
 def hourly() -> Definition:
@@ -265,8 +328,9 @@ def test_every_script_twice_is_the_same_as_once(
         assert before.keys() == after.keys(), f"{verb} twice in {step!r}"
         other = {key: (before[key], after[key]) for key in before if before[key] != after[key] and key not in OTHER_DATABASE.get(verb, ())}
         assert other == {}, f"{verb} twice in {step!r}"
-    same = all(first == second for first, second in mine)
-    assert same or verb in OTHER_ANSWER, f"{verb} answers {[pair for pair in mine if pair[0] != pair[1]]}"
+    other_answers = [pair for pair in mine if pair[0] != pair[1]]
+    assert not other_answers or verb in OTHER_ANSWER, f"{verb} answers {other_answers}"
+    assert other_answers or verb not in OTHER_ANSWER, f"{verb} answers the same: OTHER_ANSWER needs no reason for it"
 
 
 def test_the_exceptions_are_scripts() -> None:

@@ -72,6 +72,7 @@ def job_of(job_id: str, history: list[Transition], *, priority: Priority = Prior
         finished_ms=last.at_ms if last.to_state.terminal else None,
         reason=last.reason,
         source="api",
+        version="",
     )
 
 

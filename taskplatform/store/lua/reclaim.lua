@@ -40,6 +40,8 @@ for i = 1, #delays, 2 do
   unwait(id, job)
   job.after = text(math.max(now, tonumber(job.after) - back))
   call('HSET', K.job .. id, 'after', job.after)
+  -- it may have been held, which ends here until release comes to it
+  follow_definition(id, job, now)
   wait(id, job.priority, tonumber(job.after), tonumber(job.seq))
   note_delay(id, now)
 end
