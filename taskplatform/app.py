@@ -29,6 +29,7 @@ from typing import Any, cast
 from weakref import WeakSet
 
 from billiard.common import terminate_handler_fired
+from billiard.einfo import ExceptionWithTraceback
 from celery import Celery, Task, bootsteps, signals
 from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError
 from celery.result import AsyncResult
@@ -45,7 +46,7 @@ from taskplatform.platform import Platform
 from taskplatform.recovery import LOSS_BACKOFF, Discarded, Ending, Endings, RecoveryLoop
 from taskplatform.release import ReleaseLoop, renew
 from taskplatform.settings import environment, settings
-from taskplatform.stop import PREFORK, TIDY_SECONDS, is_stopping, snapshot
+from taskplatform.stop import PREFORK, TIDY_SECONDS, PlatformWorker, is_stopping, snapshot
 from taskplatform.store import Renewal, Start, Stop
 
 log = logging.getLogger(__name__)
@@ -466,7 +467,9 @@ class PlatformRequest(Request):  # type: ignore[misc]
         What is not recorded as the end of the run would leave the job running for ever. Where it is, `_lose` changes nothing.
         """
         super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
-        fault = getattr(exc_info.exception, "exc", exc_info.exception)
+        fault = exc_info.exception
+        if isinstance(fault, ExceptionWithTraceback):  # of a thread; a Retry too has an `exc`, and is none the less a Retry
+            fault = fault.exc
         if isinstance(fault, Unrecorded):
             _endings.keep(fault.ending)
         elif isinstance(fault, WorkerLostError | SystemExit | KeyboardInterrupt):
@@ -551,7 +554,7 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
             worker=worker_id(worker.hostname),
             # who takes no messages offers no slots
             slots=lambda: int(worker.pool.num_processes) if worker.consumer.consumes else 0,
-            queues=lambda: [str(name) for name in worker.app.amqp.queues.consume_from],
+            queues=lambda: worker.consumer.served,
             stop_run=lambda stop: _stop_run(worker, stop),
             has_run=lambda job_id, delivery: (job_id, delivery) in _endings or _request(job_id, delivery) is not None,
             limit_of=_limit_of,
@@ -563,7 +566,8 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 **process.identity(),
             },
         )
-        worker.ending.recovery = self._recovery
+        if isinstance(worker, PlatformWorker) and worker.ending is not None:  # else it is embedded, and ends by Celery's own way
+            worker.ending.recovery = self._recovery
         signals.worker_shutdown.connect(self._leave)
         signals.task_revoked.connect(_on_revoked)
         for name, loop in (("release", self._release), ("recovery", self._recovery)):

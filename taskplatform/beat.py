@@ -64,6 +64,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         self._signs_off = False
         super().__init__(*args, **kwargs)
         owner = platform_when_reachable()
+        self._platform = owner
         self._store = owner.store
         self._settings = owner.settings
         self._catalogue = owner.catalogue
@@ -105,7 +106,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         """Where memory is full the sweep cannot be sent to a worker, because a message takes some."""
         if outage.outage is Outage.MEMORY:
             try:
-                self._store.sweep(retention=self._settings.retention)
+                self._platform.sweep(budget=timedelta())
             except StoreUnavailable as fault:
                 log.debug("the sweep: %s", fault)
 
@@ -136,7 +137,8 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
     def _tick(self, **kwargs: Any) -> float:
         self._attend()
         if self._newer is Newer.LIVES:
-            if self._term is not None:
+            # also where a takeover failed after it had the lock
+            if self._term is not None or self.lock is not None:
                 self._step_down("a beat with a newer catalogue is here")
             return float(self.max_interval)
         if self._term is None and not self._take_over():

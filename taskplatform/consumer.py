@@ -50,6 +50,8 @@ _RELAPSE = 4
 _LONGEST_ATTEMPT_SECONDS = 45.0
 #: A connection that held for so long was well.
 _WELL_SECONDS = 10.0
+#: A process of the pool that has sent a part of a result sends the rest at once, unless it is stopped.
+_REST_SECONDS = 1.0
 #: The broker answers a question for the next message after a second at the latest.
 _LAST_ANSWER_SECONDS = 2.0
 #: The exit code of a worker that gives up.
@@ -189,7 +191,7 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stopped = threading.Event()
         self._outage = OutageLog(log, "taking jobs")
-        self._connected_at = 0.0
+        self._ready_at = 0.0
         self._attempts = 0
         # what they tell workers of each other Redis tells them here; and after each outage they cost a second, and at times a traceback
         super().__init__(*args, **{**kwargs, "without_gossip": True, "without_mingle": True})
@@ -206,6 +208,11 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
     def consumes(self) -> bool:
         """Whether it takes messages, as far as it can be seen from outside of the main loop."""
         return self._may_stand or self.hearing.turns(within=self._half_timeout)
+
+    @property
+    def served(self) -> list[str]:
+        """The queues that it serves. Any thread may ask, also while remote control changes them."""
+        return list(self.app.amqp.queues.consume_from)
 
     # connecting
 
@@ -250,12 +257,13 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
     def on_ready(self) -> None:
         """It is about to take messages."""
         super().on_ready()
-        self._connected_at = time.monotonic()
+        self._ready_at = time.monotonic()
+
+    def _is_well(self) -> None:
+        self._outage.over(ago=time.monotonic() - self._ready_at)
 
     def on_connection_error_after_connected(self, exc: BaseException) -> None:
         """The connection was lost, or refuses what it is asked: a new one helps against the first, and time against both."""
-        if time.monotonic() - self._connected_at > _WELL_SECONDS:
-            self._outage.over()
         wait = self._outage.failed(unavailable(exc) or exc)
         super().on_connection_error_after_connected(exc)
         time.sleep(wait)
@@ -282,7 +290,9 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
         """Send events in a rhythm; Celery's dispatcher also sends when 24 have gathered. From now on the loop turns."""
         super().register_with_event_loop(hub)
         hub.call_repeatedly(_EVENTS_SECONDS, self._send_events)
-        _look_at_results_first(getattr(self.pool, "_pool", None), hub)
+        # as all that is registered here, it goes with the connection
+        hub.call_later(_WELL_SECONDS, self._is_well)
+        _look_after_results(getattr(self.pool, "_pool", None), hub)
         hub.on_tick.add(self.hearing.turned)
         self.hearing.begin()
         if not self._watched:
@@ -440,7 +450,7 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
         # an exit code of 0 stops it too
         stopping = any(flag is not None and flag is not False for flag in (worker_state.should_stop, worker_state.should_terminate))
         running = bool(self.blueprint.state == RUN)
-        return running and not stopping and not self._may_stand and bool(self.app.amqp.queues.consume_from)
+        return running and not stopping and not self._may_stand and bool(self.served)
 
     @property
     def _may_stand(self) -> bool:
@@ -455,7 +465,7 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
 
     def _heads(self) -> Mapping[str, str] | None:
         try:
-            heads: Mapping[str, str] = self.app.platform().store.heads([str(name) for name in self.app.amqp.queues.consume_from])
+            heads: Mapping[str, str] = self.app.platform().store.heads(self.served)
         except TaskPlatformError:
             return None
         return heads
@@ -509,15 +519,17 @@ def _is_written(job: Any) -> bool:
     return getattr(job, "_write_to", None) is not None and not job._accepted
 
 
-def _look_at_results_first(pool: Any, hub: Any) -> None:
-    """Let the prefork pool take what its processes have sent before it acts upon a time limit.
+def _look_after_results(pool: Any, hub: Any) -> None:
+    """Let the prefork pool lose no result while the broker cannot be used, and its client keeps the worker's loop waiting or breaks it off.
 
-    While the broker cannot be used, its client keeps the worker's loop waiting for seconds. Celery's timers come first after that,
-    and would hit runs that have ended long ago: end them as timed out, and their processes with them.
+    - It takes what its processes have sent before it acts upon a time limit. Celery's timers come first when the loop goes on, and would
+      hit runs that have ended long ago: end them as timed out, and their processes with them.
+    - It reads to its end what it has begun to read before the loop is made anew. What follows the half of a message is no message, and the
+      process would be taken for busy for ever. (Celery does it at its end alone.)
     """
-    if not hasattr(pool, "_fileno_to_outq") or hasattr(pool, "_looks_at_results_first"):
+    if not hasattr(pool, "_fileno_to_outq") or hasattr(pool, "_is_looked_after"):
         return
-    pool._looks_at_results_first = True
+    pool._is_looked_after = True
 
     def after_results(act: Callable[..., None]) -> Callable[..., None]:
         def act_then(*arguments: Any) -> None:
@@ -527,6 +539,13 @@ def _look_at_results_first(pool: Any, hub: Any) -> None:
         return act_then
 
     pool._on_soft_timeout, pool._on_hard_timeout = after_results(pool._on_soft_timeout), after_results(pool._on_hard_timeout)
+    reset = hub.reset
+
+    def finish_and_reset() -> None:
+        _finish_reads(pool, hub)
+        reset()
+
+    hub.reset = finish_and_reset
 
 
 def _take_results(pool: Any, hub: Any) -> None:
@@ -540,3 +559,29 @@ def _take_results(pool: Any, hub: Any) -> None:
                 next(callback, None)
             else:
                 callback(*arguments)
+
+
+def _finish_reads(pool: Any, hub: Any) -> None:
+    for descriptor, process in list(pool._fileno_to_outq.items()):
+        rest, _ = hub.readers.get(descriptor, (None, ()))
+        if isinstance(rest, Generator) and not _finish_read(rest, descriptor):
+            log.error("process %d has not sent the rest of a result: it is ended", process.pid)
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+
+
+def _finish_read(rest: Generator[None, None, None], descriptor: int) -> bool:
+    """Whether the message is read to its end, or there will be none."""
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    deadline = time.monotonic() + _REST_SECONDS
+    try:
+        while (left := deadline - time.monotonic()) > 0:
+            poller.poll(left * 1000)
+            next(rest)
+    except (StopIteration, OSError, EOFError):
+        return True
+    except Exception:
+        log.exception("a result broke its handler")
+        return True
+    return False

@@ -108,6 +108,8 @@ class Outage(StrEnum):
     """It cannot write its data to disk."""
     BUSY = "busy"
     """A script runs for too long."""
+    SCRIPTS = "scripts"
+    """It forgot a script (SCRIPT FLUSH) that had just been given to it."""
     REPLICAS = "replicas"
     """It has not the replicas, or its master, that it is to have."""
 

@@ -179,6 +179,16 @@ def _planner(vitals: Vitals, settings: Settings) -> Iterator[Problem]:
             since_ms=vitals.oldest_due_ms,
             subject=planner.get("leader", ""),
         )
+    failing_since = planner.get("failing_since")
+    if failing_since is not None:
+        # what fails is put off again and again, and so is never overdue
+        yield _error(
+            "planner_failing",
+            f"Since {_instant(int(failing_since))} this cannot be planned: {planner.get('error', '')}. "
+            "The log of the beat that leads has the traceback; the rest is planned.",
+            since_ms=int(failing_since),
+            subject=planner.get("leader", ""),
+        )
 
 
 def _no_worker(vitals: Vitals) -> Problem:

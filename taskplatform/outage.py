@@ -37,13 +37,8 @@ class OutageLog:
         # not all processes at the same moment
         return wait * random.uniform(0.5, 1.0)
 
-    @property
-    def lasts(self) -> bool:
-        """Whether the last try failed."""
-        return self._failures > 0
-
-    def over(self) -> None:
-        """It succeeded."""
+    def over(self, *, ago: float = 0.0) -> None:
+        """It succeeded, so many seconds ago."""
         if self._failures:
-            self._log.warning("%s goes on, after %.1f s", self._what, time.monotonic() - self._began)
+            self._log.warning("%s goes on, after %.1f s", self._what, time.monotonic() - ago - self._began)
             self._failures = 0

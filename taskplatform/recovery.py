@@ -222,6 +222,7 @@ class RecoveryLoop:
         self._observer = Observer(timeout=settings.heartbeat_timeout, own=worker)
         self._observed = WatchedTime(2 * look, clock)
         self._cared = WatchedTime(2 * self._care_seconds, clock)
+        self._cared_for = 0.0
         #: The server's clock and the own one, in seconds, at the last look for lost messages.
         self._last_clocks: tuple[float, float] | None = None
         self._own_runs: dict[str, _OwnRun] = {}
@@ -300,8 +301,12 @@ class RecoveryLoop:
         """Look for lost messages, and at what is recorded as running here."""
         passed = self._cared.passed()
         patience = self._settings.heartbeat_timeout
-        for job_id in self._store.reclaim(patience=patience, clock_set=self._clock_was_set(patience / 3)):
-            log.warning("job %s: its message was lost, released again", job_id)
+        clock_set = self._clock_was_set(patience / 3)
+        self._cared_for += passed
+        # who has just begun does not know whether the clock was set before, and so for how long anything was queued
+        if clock_set or self._cared_for >= patience.total_seconds():
+            for job_id in self._store.reclaim(patience=patience, clock_set=clock_set):
+                log.warning("job %s: its message was lost, released again", job_id)
         recorded = self._store.running_on(self._worker)
         before, self._own_runs = self._own_runs, {}
         known = {job_id: one for job_id, one in before.items() if job_id in recorded}
@@ -314,10 +319,10 @@ class RecoveryLoop:
                 self._own_runs[job_id] = one
 
     def _clock_was_set(self, tolerance: timedelta) -> bool:
-        """Whether the server's clock has gone otherwise than this machine's spans since the last call; so it has at the first."""
+        """Whether the server's clock has gone otherwise than this machine's spans since the last call."""
         last, self._last_clocks = self._last_clocks, (self._store.now_ms() / 1000, self._clock())
         if last is None:
-            return True
+            return False
         server, own = (now - before for now, before in zip(self._last_clocks, last, strict=True))
         was_set = abs(server - own) > tolerance.total_seconds()
         if was_set:

@@ -175,11 +175,13 @@ class Ending:
 
     def _leave(self) -> None:
         held, consumer = self._held(), self._consumer()
-        if consumer is not None:
-            consumer.let_go()
-        # the last of all: where threads run jobs, they go on until this process ends
-        if self.recovery is not None:
-            self.recovery.stop(held)
+        try:
+            if consumer is not None:
+                consumer.let_go()
+        finally:
+            # the last of all: where threads run jobs, they go on until this process ends
+            if self.recovery is not None:
+                self.recovery.stop(held)
 
     def _held(self) -> list[str]:
         consumer = self._consumer()

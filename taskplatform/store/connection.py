@@ -116,6 +116,8 @@ def _translate(fault: RedisError) -> StoreError:
     if code in _OUTAGES:
         outage, message = _OUTAGES[code]
         return StoreUnavailable(message, outage)
+    if isinstance(fault, NoScriptError):
+        return StoreUnavailable("Redis forgot its scripts just now (SCRIPT FLUSH): they are given to it again", Outage.SCRIPTS)
     if _NO_MORE_CLIENTS in text:
         return StoreUnavailable(
             "Redis takes no more connections (maxclients): raise its maxclients, or close what is not needed", Outage.CLIENTS
@@ -128,7 +130,7 @@ def _translate(fault: RedisError) -> StoreError:
 class _Client(redis.Redis):
     def execute_command(self, *args: Any, **options: Any) -> Any:
         with _translated():
-            return super().execute_command(*args, **options)  # type: ignore[no-untyped-call] # redis-py has no types here  # type: ignore[no-untyped-call]
+            return super().execute_command(*args, **options)  # type: ignore[no-untyped-call] # redis-py has no types here
 
     def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> _Pipeline:
         return _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)

@@ -49,8 +49,8 @@ class Scripts:
         try:
             return self._execute("EVALSHA", digest, 0, instant, *args)
         except NoScriptError:
-            self._execute("SCRIPT LOAD", text)
-            return self._execute("EVALSHA", digest, 0, instant, *args)
+            # which also makes it known to the server; one that was only loaded could be forgotten again in between
+            return self._execute("EVAL", text, 0, instant, *args)
 
     def _read(self, name: str) -> tuple[str, str]:
         text = self._prelude + source(name)

@@ -716,10 +716,6 @@ class Store:
             upper = last_seen[0]
         return Page(tuple(found), None)
 
-    def count_dead_letters(self) -> int:
-        """How many there are."""
-        return self._redis.zcard(self._key("dead"))
-
     def redrive(self, ids: Sequence[str], *, reason: str) -> list[DeadLetterResult]:
         """Run dead letters again, each with a fresh budget of retries and losses and under its old id."""
         answers: list[DeadLetterResult] = []

@@ -140,7 +140,7 @@ def install() -> None:
 
     @wraps(execute_command)
     def send_command(self: Any, *args: Any, **options: Any) -> Any:
-        if args[0] in ("EVALSHA", "SCRIPT LOAD"):
+        if args[0] in ("EVALSHA", "EVAL"):
             return execute_command(self, *args, **options)
         return _around(str(args[0]).lower(), lambda: execute_command(self, *args, **options))
 

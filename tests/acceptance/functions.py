@@ -43,6 +43,10 @@ def raises(job: Job) -> str:
     return "went well"
 
 
+def shouts(job: Job) -> None:
+    raise ValueError("!" * 400_000)
+
+
 def exits(job: Job) -> None:
     _tell(job, "ran")
     raise SystemExit(2)

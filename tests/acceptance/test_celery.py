@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 from pytest_celery import CeleryTestSetup
 
 from taskplatform.message import time_limits
+from taskplatform.model import JobState
+from tests.acceptance.nodes import ROOT
 from tests.acceptance.site import Site
 
 
@@ -59,3 +63,25 @@ def test_a_worker_announces_itself_to_the_platform(celery_setup: CeleryTestSetup
     assert (worker.slots, worker.queues) == (4, ("high", "medium", "low"))
     assert site.platform.store.now_ms() - worker.heartbeat_ms < 2000
     assert int(worker.info["pid"]) == celery_setup.worker.container.pid
+
+
+EMBEDDED = """
+from celery.contrib.testing.worker import start_worker
+from taskplatform.app import app
+
+with start_worker(app, perform_ping_check=False):
+    input()
+"""
+
+
+def test_a_worker_of_celerys_test_kit_runs_jobs(own_site: Site) -> None:
+    """It is not the worker program, with its signals, but a thread of another."""
+    argv = [sys.executable, "-c", EMBEDDED]
+    with subprocess.Popen(argv, cwd=ROOT, env=own_site.environment, stdin=subprocess.PIPE) as process:
+        try:
+            job = own_site.platform.enqueue("returning", user=own_site.user())
+            assert own_site.wait_for(job.id).state is JobState.COMPLETED
+            process.communicate(b"\n", timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 0

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import threading
+import time
 from collections import defaultdict
 from typing import cast
 
@@ -81,6 +82,26 @@ def test_cut_connections_double_and_lose_nothing(site: Site, target: Target, use
         site.wait_for_all(jobs, seconds=60)
     _judge(site, target, user, jobs, workers)
     assert cutter.cut > 50
+
+
+def test_a_result_that_has_come_in_part_when_the_connection_is_cut_is_not_lost(site: Site, target: Target, user: str) -> None:
+    """A slot whose result was lost would be taken for busy for ever."""
+    worker = site.worker("--concurrency", "3")
+    worker.ready()
+    jobs = [site.platform.enqueue("shouting", user=user).id for _ in range(6)]
+    for _ in range(30):
+        time.sleep(0.15)  # apart from each other; it needs some time to be connected
+        cut(site)
+    for job_id in jobs:
+        site.platform.cancel(job_id)
+    target.answer(user, Answer(after_seconds=1.0))
+    calls = [site.platform.enqueue("call", user=user).id for _ in range(3)]
+    wait_until(lambda: len(target.calls(user=user)) == 3, message="not all slots are free")
+    at = [call.at_seconds for call in target.calls(user=user)]
+    assert max(at) - min(at) < 1.0, "they did not run at the same time"
+    assert {job.state for job in site.wait_for_all(calls)} == {JobState.COMPLETED}
+    assert worker.status == "running"
+    site.remove(worker)
 
 
 def _judge(site: Site, target: Target, user: str, jobs: list[str], workers: list[WorkerNode]) -> None:

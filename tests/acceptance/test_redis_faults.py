@@ -6,6 +6,7 @@ None runs twice either, but where the server forgot that it had run.
 from __future__ import annotations
 
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -166,8 +168,15 @@ def test_a_server_refuses_for_a_time(refusal: Refusal, crew: Crew, site: Site, t
     # who was just connecting when the server closed its door was told nothing
     assert any(refusal.words in text for text in said)
     assert not any("exited with" in text for text in said), said
-    eventually(lambda: "beat goes on" in crew.beat.logs()[before[-1] :], "beat does not go on")
+    for node, length in zip(crew.nodes, before, strict=True):
+        eventually(partial(_says_that_all_goes_on, node, length), f"{node.name} does not say that it goes on")
     _assert_plans(site, target)
+
+
+def _says_that_all_goes_on(node: CeleryNode, since: int) -> bool:
+    """Each loop that has said that it waits says so."""
+    said = re.findall(r"WARNING/MainProcess\] (taking jobs|release|recovery|beat) (waits|goes on)\b", node.logs()[since:])
+    return all(last == "goes on" for last in dict(said).values())
 
 
 def _command(site: Site, *words: str) -> subprocess.CompletedProcess[str]:

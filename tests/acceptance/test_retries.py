@@ -40,6 +40,21 @@ def test_a_failing_target_is_asked_again_after_the_backoff(celery_setup: CeleryT
         assert later.at_ms - earlier.at_ms >= least
 
 
+def test_a_retry_is_not_reported_as_a_run_that_broke_off(celery_setup: CeleryTestSetup, site: Site, target: Target, user: str) -> None:
+    """It would change nothing, but cost the worker's main process a call for each retry, and its time while Redis is away."""
+    target.answer(user, Answer(503), Answer(200))
+    with site.redis.monitor() as monitor:  # type: ignore[no-untyped-call]
+        job = site.wait_for(site.platform.enqueue("retried_call", user=user).id)
+        site.redis.echo("that was all")
+        sent: list[str] = []
+        while not sent or "that was all" not in sent[-1]:
+            sent.append(monitor.next_command()["command"])
+    assert job.attempt == 2
+    of_the_job = [command for command in sent if job.id in command and command.startswith("EVALSHA")]
+    assert any(" retrying HTTP 503 " in command for command in of_the_job)
+    assert not [command for command in of_the_job if "broke off" in command]
+
+
 def test_the_targets_own_wish_goes_before_the_backoff(celery_setup: CeleryTestSetup, site: Site, target: Target, user: str) -> None:
     target.answer(user, Answer(429, headers={"Retry-After": "2"}), Answer(200))
     job = site.wait_for(site.platform.enqueue("retried_call", user=user).id)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+import textwrap
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,11 +17,13 @@ import pytest
 import redis
 
 from taskplatform.errors import Conflict
+from taskplatform.local import EmbeddedServer
 from taskplatform.model import Definition, JobState, Limit, Priority
 from taskplatform.planner import Planner, published
 from taskplatform.store import Newer, Store, connect
-from tests.conftest import Clock
-from tests.integration.harness import ACTOR, HORIZON, assert_consistent, define, enqueue, offer, publish, subscribe, take
+from taskplatform.store.keys import key
+from tests.conftest import ROOT, Clock
+from tests.integration.harness import ACTOR, HORIZON, NAMESPACE, assert_consistent, define, enqueue, offer, publish, subscribe, take
 
 HOURLY = {"type": "hourly"}
 ALIVE, ACCOUNT = timedelta(seconds=15), timedelta(minutes=5)
@@ -523,3 +530,54 @@ def test_planning_that_fails_as_a_whole_is_told(store: Store, caplog: pytest.Log
     leading.failed(RuntimeError("again"))
     planner(store, define("report")).lead()
     assert "failing_since" not in store.planner()
+
+
+# --- a scheduler in a process of its own -----------------------------------------------------------------------------
+
+
+def _in_beat(server: EmbeddedServer, script: str, **settings: str) -> None:
+    """Run a script there that has a `beat`."""
+    preface = """
+    from taskplatform.app import app
+    from taskplatform.beat import Scheduler
+    from taskplatform.errors import Outage, StoreUnavailable
+    from taskplatform.store import Newer
+
+    beat = Scheduler(app)
+    """
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "API_BASE_URL": "http://127.0.0.1:1", "API_TOKEN": "x"}
+    environment |= {f"TASKPLATFORM_{name}": value for name, value in {"REDIS_URL": server.url, **settings}.items()}
+    text = textwrap.dedent(preface) + textwrap.dedent(script)
+    ran = subprocess.run([sys.executable, "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_beat_makes_room_as_the_settings_say(server: EmbeddedServer, client: redis.Redis) -> None:
+    store = Store(client)
+    publish(store, define("report"))
+    store.create_user("u1", actor=ACTOR)
+    offer(store, slots=2)
+    job_id = enqueue(store)
+    assert store.start(job_id, delivery=1, worker="w1").go
+    assert store.finish(job_id, delivery=1, worker="w1", state=JobState.FAILED, reason="test")
+    full = "beat._make_room(StoreUnavailable('no memory left', Outage.MEMORY))"
+    _in_beat(server, full)
+    assert client.zcard(key(NAMESPACE, "dead")) == 1
+    _in_beat(server, full, DEAD_RETENTION="0.001")
+    assert client.zcard(key(NAMESPACE, "dead")) == 0
+
+
+def test_a_beat_that_failed_to_take_over_lets_a_newer_one_do_it(server: EmbeddedServer, client: redis.Redis) -> None:
+    """It had the lock already when Redis failed."""
+    now_ms = time.time_ns() // 1_000_000
+    client.hset("tp:planner", "number", 2)
+    client.hset("tp:beats", "beat@new", f"new 2 {now_ms} 0 {now_ms - 60_000}")
+    script = """
+    beat._number = 1
+    assert beat._acquire()
+    assert beat._tick() == beat.max_interval
+    assert beat._newer is Newer.LIVES
+    assert beat.lock is None
+    """
+    _in_beat(server, script)
+    assert client.keys("tp:redbeat:*lock*") == []

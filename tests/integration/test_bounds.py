@@ -64,6 +64,7 @@ class Site:
         self.ends = 0
         for hour in range(0, 24, 3):
             self._beat()
+            self.attend(f"beat@{day:04}")
             if hour == 3:
                 self._another_worker(day)
             if hour == 6:
@@ -83,6 +84,10 @@ class Site:
     def _beat(self) -> None:
         recover(self.store, 86_400 * SECOND, backoff=SECOND)
         offer(self.store, self.worker, slots=30)
+
+    def attend(self, beat: str) -> None:
+        """Each is of a new release, and dies."""
+        self.store.attend(beat, catalogue=f"of-{beat}", number=None, leads=True, alive=15 * SECOND, account=300 * SECOND)
 
     def _another_worker(self, day: int) -> None:
         """The last one stops in the one night, and is lost in the other; so its jobs are given back."""
@@ -254,6 +259,8 @@ def test_nothing_is_left_when_all_has_gone(client: redis.Redis, site: Site) -> N
     assert_idle(client)
     site.clock.advance(20 * 86_400)
     site.planner.advance()
+    site.attend("beat@last")
+    site.store.sign_off("beat@last")
     site.store.reclaim(patience=SECOND)
     site.platform.sweep()
     left = {name.split()[0] for name in site.sizes()}

@@ -180,6 +180,17 @@ def test_what_waits_for_a_reason_is_no_problem(world: World, client: redis.Redis
     assert world.codes() - {"definition_paused"} == set()
 
 
+def test_a_look_at_what_waits_long_for_its_rate_is_no_problem(world: World) -> None:
+    world.store.set_limit("definition:report", Limit(1 / 3600, 1), actor=ACTOR)
+    world.run("first")
+    enqueue(world.store, name="waits")
+    world.store.release()
+    world.clock.advance(61)
+    world.live()
+    assert world.store.reclaim(patience=3600 * SECOND) == []
+    assert world.codes() == set()
+
+
 def test_a_job_that_lies_in_a_queue_while_slots_are_free(world: World) -> None:
     enqueue(world.store)
     released = world.clock.now_ms
@@ -265,6 +276,26 @@ def test_a_planner_that_falls_behind(world: World) -> None:
     world.store.planner_tick(planned=0)
     (found,) = world.problems()
     assert (found.code, found.since_ms) == ("planner_behind", due)
+
+
+def test_what_cannot_be_planned(world: World, client: redis.Redis) -> None:
+    """It is put off again and again, so it is never overdue."""
+    subscribe(world.store, "u1", "report")
+    whole = str(client.hget("tp:group:report", "schedule"))
+    client.hset("tp:group:report", "schedule", '{"interval":{"type":"hourly","timezone":"Mars/Olympus"}}')
+    world.live()
+    failing = world.clock.now_ms
+    for _ in range(12):
+        world.clock.advance(10)
+        world.live()
+    (found,) = world.problems()
+    assert (found.code, found.severity, found.since_ms, found.subject) == ("planner_failing", Severity.ERROR, failing, "beat@here")
+    assert "group report: " in found.text
+    client.hset("tp:group:report", "schedule", whole)
+    world.clock.advance(10)
+    world.live()
+    world.store.release()
+    assert world.codes() == set()
 
 
 # --- Redis -----------------------------------------------------------------------------------------------------------

@@ -435,6 +435,23 @@ def test_a_message_is_not_lost_because_the_clock_was_set(client: redis.Redis, st
     assert_consistent(client, store)
 
 
+def test_a_lost_message_is_found_while_another_worker_starts_again_and_again(client: redis.Redis, store: Store, clock: Clock) -> None:
+    """As one that runs out of memory each time. The others know for how long the job was queued."""
+    machine = Machine(store)
+    world = World(clock, machine)
+    offer(store, "w1")
+    job_id = enqueue(store)
+    store.release()
+    take(client)
+    for _ in range(6):
+        assert store.job(job_id).delivery == 1
+        machine.loop.care()
+        Machine(store, "new").loop.care()
+        world.pass_by(3)
+    assert store.job(job_id).delivery == 2
+    assert_consistent(client, store)
+
+
 @pytest.mark.parametrize("source", ["trigger", "late"])
 def test_a_window_that_was_counted_from_now_goes_on_when_the_clock_is_set_right(
     client: redis.Redis, store: Store, clock: Clock, source: str

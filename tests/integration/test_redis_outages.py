@@ -126,7 +126,9 @@ def test_what_ends_work_goes_on(roomy: redis.Redis, site: Store, clock: Clock) -
     site.heartbeat("w#2", slots=2, queues=["high"], buffer=1.0)
     clock.advance(10)
     site.release()
-    assert site.start("hourly:u:waiting", delivery=3, worker="w#2").go
+    with _full(roomy):
+        assert site.withdraw("w#2", ["hourly:u:waiting#3"]) == 1
+    assert site.start("hourly:u:waiting", delivery=4, worker="w#2").go
     with _full(roomy):
         assert site.leave("w#2") == 1
     assert all((state.in_flight, state.reserved) == (0, 0) for state in site.limit_states())

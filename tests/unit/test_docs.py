@@ -86,6 +86,17 @@ def test_nothing_is_left_to_be_filled_in() -> None:
         assert not re.search(r"\b(FIGURES|TODO|TBD|FIXME)\b", text), name
 
 
+def test_the_tests_that_a_document_names_exist() -> None:
+    named = {name: re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", text) for name, text in TEXTS.items()}
+    assert len(named["docs/reliability.md"]) > 40
+    for name, tests in named.items():
+        for file, test in tests:
+            # the same name may be a unit and an acceptance module
+            same = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob(file)]
+            assert same, f"{name}: {file}"
+            assert not test or any(f"def {test}(" in text for text in same), f"{name}: {file}::{test}"
+
+
 def test_links_lead_to_files() -> None:
     for name, text in TEXTS.items():
         for target in re.findall(r"\]\(([^)#:]+)\)", text):

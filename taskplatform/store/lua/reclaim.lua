@@ -46,12 +46,16 @@ for i = 1, #delays, 2 do
   note_delay(id, now)
 end
 -- the same: who waits for a limit for long looks again
-local long = text(now + 60000)
+local long, unblocked = text(now + 60000), false
 for _, priority in ipairs(PRIORITIES) do
-  for _, definition in ipairs(call('ZRANGEBYSCORE', K.blocked .. priority, long, '(' .. EVENT)) do unblock_lane(priority, definition) end
+  for _, definition in ipairs(call('ZRANGEBYSCORE', K.blocked .. priority, long, '(' .. EVENT)) do
+    unblock_lane(priority, definition)
+    unblocked = true
+  end
 end
 for _, host in ipairs(call('ZRANGEBYSCORE', K.gates, long, '(' .. EVENT)) do call('ZADD', K.gates, 0, host) end
 -- should a change of a user's cap have stopped halfway, or what was put back for it wait in a lane that was blocked since
 for _, user in ipairs(call('SRANDMEMBER', K.capped_users, 10)) do uncap(user, 100, now) end
-if #found > 0 then release(now, 100) end
+-- at once: whoever looks at a lane that is not blocked must not find jobs there that are overdue
+if #found > 0 or unblocked then release(now, 100) end
 return found

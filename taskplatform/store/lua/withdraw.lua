@@ -5,6 +5,7 @@
 
 local now, worker, also_running = clock(ARGV[1]), ARGV[2], ARGV[3] == '1'
 local given = 0
+even_when_full()
 for i = 4, #ARGV do
   local id, job = held_job(ARGV[i])
   if job then given = given + hand_back(id, job, now, worker, also_running) end
