@@ -25,8 +25,8 @@ demo: $(STAMP) ## run the main job on real parts and check that all is as it mus
 up: $(STAMP) ## run the whole platform until Ctrl-C
 	$(BIN)/taskplatform up
 
-test: $(STAMP) ## all tests, slow fault tests included
-	$(BIN)/python -m pytest
+test: $(STAMP) ## all tests, slow fault tests included: two modules at a time, because most wait for something
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) ## ruff, mypy --strict, import-linter, and the shipped definitions
 	$(BIN)/ruff check .

@@ -166,6 +166,12 @@ class _Run:
 _calls: dict[tuple[str, int], http.Abort] = {}
 
 
+def _break_off_calls() -> None:
+    """All that this process makes in threads."""
+    for abort in tuple(_calls.values()):
+        abort.fire()
+
+
 @contextmanager
 def _abortable(run: _Run) -> Iterator[http.Abort]:
     """What another thread can stop the call of this run with."""
@@ -568,6 +574,7 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
         )
         if isinstance(worker, PlatformWorker) and worker.ending is not None:  # else it is embedded, and ends by Celery's own way
             worker.ending.recovery = self._recovery
+            worker.ending.break_off_calls = _break_off_calls
         signals.worker_shutdown.connect(self._leave)
         signals.task_revoked.connect(_on_revoked)
         for name, loop in (("release", self._release), ("recovery", self._recovery)):
@@ -637,8 +644,12 @@ def _stop_run(worker: Any, stop: Stop) -> None:
     """Stop a run that does not count any more, if the pool can, and say so."""
     request = _request(stop.job_id, stop.delivery)
     if request is not None and type(worker.pool).__module__ == PREFORK:
-        # in the thread that also takes results: meanwhile no other job can be given to the process
-        worker.hub.call_soon(_terminate, worker, request, stop)
+        if is_stopping():
+            # the loop may have ended; and no other job can be given to the process any more
+            _terminate(worker, request, stop)
+        else:
+            # in the thread that also takes results: meanwhile no other job can be given to the process
+            worker.hub.call_soon(_terminate, worker, request, stop)
         return
     abort = _calls.get((stop.job_id, stop.delivery))
     if request is None:
@@ -664,7 +675,8 @@ def _terminate(worker: Any, request: PlatformRequest, stop: Stop) -> None:
         _tell_stopped(worker, stop, "")
         return
     request.terminate(worker.pool)
-    worker.hub.call_later(TIDY_SECONDS, _kill, worker, request.worker_pid)
+    if not is_stopping():  # else all of them are killed at the end of the grace
+        worker.hub.call_later(TIDY_SECONDS, _kill, worker, request.worker_pid)
     _tell_stopped(worker, stop, _stopped_text(stop), discarded=bool(stop.why))
 
 

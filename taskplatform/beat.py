@@ -218,7 +218,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         assert term is not None
         self._store.configure_limits(settings.limits, actor=self._name, term=term)
         self._store.set_options(fairness=settings.fairness, share=settings.lower_share, term=term)
-        self._planner.publish(term)
+        self._planner.publish(term, confirm=self._extend)
         self._extend()
         self._published = True
         self.setup_schedule()

@@ -243,7 +243,7 @@ class Planner:
         `confirm` is called when the new term has begun, and raises if another leads by then. Raises Conflict as `publish` does.
         """
         term = self.begin(confirm=confirm)
-        self.publish(term)
+        self.publish(term, confirm=confirm)
         return term
 
     def begin(self, *, confirm: Callable[[], object] = lambda: None) -> int:
@@ -259,8 +259,8 @@ class Planner:
         self._as_published = True
         return term
 
-    def publish(self, term: int) -> None:
-        """Finish what the schedules so far made due, then publish this catalogue.
+    def publish(self, term: int, *, confirm: Callable[[], object] = lambda: None) -> None:
+        """Finish what the schedules so far made due, then publish this catalogue. `confirm` is called again and again while that lasts.
 
         Raises Conflict when another leads since `term`: a leader that slept must not publish an old catalogue over a new one. Whoever
         publishes next completes what was left undone, also of an attempt that was broken off.
@@ -271,7 +271,7 @@ class Planner:
             if self._store.publish(published(definition, self._environment), actor=self._name, term=term):
                 log.info("published definition %s, version %s", definition.id, definition.version)
         for name, priority in self._store.behind().items():
-            self._store.follow_priority(name, priority)
+            self._store.follow_priority(name, priority, confirm=confirm)
         self._store.announce(actor=self._name)
         for name in sorted(self._store.published() - self._catalogue.keys()):
             self._store.retract(name, actor=self._name, term=term)

@@ -93,7 +93,7 @@ class PlatformWorker(Worker):  # type: ignore[misc]
 
 
 class Ending:
-    """Sees to it that the worker ends. `recovery` is set once the worker can have jobs."""
+    """Sees to it that the worker ends. `recovery`, and what breaks off calls in threads, are set once the worker can have jobs."""
 
     def __init__(self, worker: PlatformWorker, *, grace: timedelta) -> None:
         self._worker = worker
@@ -101,6 +101,7 @@ class Ending:
         #: A signal handler may put into it whatever the interrupted code holds.
         self._asked: SimpleQueue[signal.Signals | None] = SimpleQueue()
         self.recovery: RecoveryLoop | None = None
+        self.break_off_calls: Callable[[], None] = lambda: None
         threading.Thread(target=self._run, name="platform-stop", daemon=True).start()
 
     def ask(self, number: signal.Signals | None) -> None:
@@ -155,9 +156,10 @@ class Ending:
         return f"the grace of {self._grace_seconds:g} s is over"
 
     def _break_off(self) -> None:
-        """End the pool's processes, and so the calls that they make. Threads end with this process."""
+        """End the pool's processes, or what calls its threads make. A Python function in a thread ends with this process."""
         pool = self._worker.pool
         if pool is None or type(pool).__module__ != PREFORK:
+            self.break_off_calls()
             return
         told: set[int] = set()
         begun = time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -646,13 +646,17 @@ class Store:
         """Definitions whose waiting jobs do not all have the priority yet that was published last."""
         return {name: Priority(text) for name, text in cast("dict[str, str]", self._redis.hgetall(self._key("following"))).items()}
 
-    def follow_priority(self, definition: str, priority: Priority) -> int:
-        """Give what waits of a definition its new priority, but for jobs that were given one of their own. Returns how many."""
+    def follow_priority(self, definition: str, priority: Priority, *, confirm: Callable[[], object] = lambda: None) -> int:
+        """Give what waits of a definition its new priority, but for jobs that were given one of their own. Returns how many.
+
+        `confirm` is called before each batch: a million jobs take half a minute.
+        """
         total = 0
         for former in [one for one in Priority if one is not priority]:
             for turns in (0, 1):
                 looked, kept = _BATCH, 0
                 while looked == _BATCH:
+                    confirm()
                     looked, changed = self._scripts.run("follow", definition, former, turns, kept, _BATCH)
                     kept += looked - changed
                     total += changed

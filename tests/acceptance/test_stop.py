@@ -129,10 +129,8 @@ def _assert_given_back(site: Site, target: Target, user: str, job: Job, leaver: 
     assert finished.failures == 0
 
 
-def _assert_apart(target: Target, user: str, pool: str) -> None:
-    """In a thread a call cannot be stopped before its process ends; that comes after the job was given back, if by a moment."""
-    if pool == "prefork":
-        assert [call.beside for call in target.calls(user=user)] == [()] * 2, "two calls of the job at a time"
+def _assert_apart(target: Target, user: str) -> None:
+    assert [call.beside for call in target.calls(user=user)] == [()] * 2, "two calls of the job at a time"
 
 
 @POOLS
@@ -151,7 +149,7 @@ def test_what_runs_may_end_and_the_rest_is_given_back(site: Site, target: Target
     assert _is(leaver, site.platform.job(soon.id).worker)
     assert len(target.calls(user=ending)) == 1
     _assert_given_back(site, target, hanging, late, leaver, heir)
-    _assert_apart(target, hanging, pool)
+    _assert_apart(target, hanging)
     assert not _is_known(site, leaver)
     assert leaver.processes() == []
 
@@ -169,8 +167,19 @@ def test_a_second_signal_gives_all_back_now(
         eventually(lambda: "Warm shutdown" in leaver.logs(), "it does not stop")
     assert leaver.wait(15) == 0, leaver.logs()
     _assert_given_back(site, target, hanging, job, leaver, heir)
-    _assert_apart(target, hanging, pool)
+    _assert_apart(target, hanging)
     assert leaver.processes() == []
+
+
+def test_what_is_canceled_while_its_worker_stops_is_stopped(site: Site, target: Target, start: Starts) -> None:
+    leaver = start("prefork", stop_grace=LONG)
+    _, job = _running(site, target, Answer(hang=True))
+    leaver.kill("SIGTERM")
+    eventually(lambda: "Warm shutdown" in leaver.logs(), "it does not stop")
+    site.platform.cancel(job.id)
+    assert leaver.wait(20) == 0, leaver.logs()
+    assert site.platform.job(job.id).state is JobState.CANCELED
+    assert "stopped" in site.notes(job.id)
 
 
 def test_what_was_taken_and_has_not_started_is_given_back_at_once(site: Site, target: Target, start: Starts, heir: WorkerNode) -> None:
@@ -281,16 +290,17 @@ def test_a_rolling_restart_under_load_loses_and_doubles_nothing(site: Site, targ
     submitting, planned = site.user(), [site.user() for _ in range(60)]
     for user in (submitting, *planned):
         target.answer(user, Answer(after_seconds=0.1))
+    # of a definition whose windows no other test has opened
     for user in planned:
-        site.platform.subscribe(user, "call")
+        site.platform.subscribe(user, "retried_call")
     ids: list[str] = []
     over = threading.Event()
 
     def load() -> None:
         for number in range(400):
             if number % 50 == 0 and number < 150:
-                at, _ = site.platform.trigger("call", window=timedelta(seconds=4))
-                ids.extend(f"call:{user}:t{round(at.timestamp() * 1000)}" for user in planned)
+                at, _ = site.platform.trigger("retried_call", window=timedelta(seconds=4))
+                ids.extend(f"retried_call:{user}:t{round(at.timestamp() * 1000)}" for user in planned)
             ids.append(site.platform.enqueue("call", user=submitting).id)
             if over.wait(0.04):
                 return
@@ -322,4 +332,4 @@ def test_a_rolling_restart_under_load_loses_and_doubles_nothing(site: Site, targ
     assert lags[-1] < 30_000, "something had to be recovered"
     assert "recovered" not in "".join(worker.logs() for worker in workers)
     for user in planned:
-        site.platform.unsubscribe(user, "call")
+        site.platform.unsubscribe(user, "retried_call")

@@ -105,9 +105,14 @@ def test_a_frozen_workers_late_result_does_not_count(
     eventually(lambda: any(_is(victim, worker.id) for worker in site.platform.store.workers()), "it has not come back")
     again = site.user()
     target.answer(again, Answer(after_seconds=0.8))
-    ran = site.wait_for_all([site.platform.enqueue("call", user=again).id for _ in range(2)])
-    assert {job.state for job in ran} == {JobState.COMPLETED}
-    assert {_is(victim, job.worker) for job in ran} == {True, False}
+
+    def both_run() -> bool:
+        ran = site.wait_for_all([site.platform.enqueue("call", user=again).id for _ in range(2)])
+        assert {job.state for job in ran} == {JobState.COMPLETED}
+        return {_is(victim, job.worker) for job in ran} == {True, False}
+
+    # its slot is free when the stopped process has been replaced
+    eventually(both_run, "it takes no jobs any more", seconds=20)
 
 
 def test_a_worker_that_is_asked_to_stop_finishes_what_it_runs(

@@ -683,10 +683,13 @@ class LifeOfJobs(RuleBasedStateMachine):
         if definition not in self.model.published:
             return
         self.clock.now_ms += 1
-        self.store.trigger(definition, window=timedelta(0), actor=ACTOR)
-        occurrence = self.store.occurrences(definition, limit=1)[0]
-        self.store.plan(occurrence.id, horizon=timedelta(0), batch=10)
         self.model.now_ms = self.clock.now_ms
+        at_ms, subscribers = self.store.trigger(definition, window=timedelta(0), actor=ACTOR)
+        assert subscribers == sum(definition in subscribed for subscribed in self.model.users.values())
+        opened = [one for one in self.store.occurrences(definition, limit=1000) if one.at_ms == at_ms]
+        assert len(opened) == (subscribers > 0)
+        for occurrence in opened:
+            self.store.plan(occurrence.id, horizon=timedelta(0), batch=10)
         for job in self.store.jobs(definition=definition, limit=1000).items:
             if job.id not in self.model.jobs:
                 assert job.user in self.model.users

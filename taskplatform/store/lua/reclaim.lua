@@ -36,14 +36,18 @@ local delays = call('ZRANGEBYSCORE', K.delays, '(' .. text(now + 1000), '+inf', 
 for i = 1, #delays, 2 do
   local id, back = delays[i], tonumber(delays[i + 1]) - now
   local job = load_job(id)
-  remember(id, now, job.state, job.state, job.attempt, '', 'the clock was set back: its wait begins again', '')
-  unwait(id, job)
-  job.after = text(math.max(now, tonumber(job.after) - back))
-  call('HSET', K.job .. id, 'after', job.after)
-  -- it may have been held, which ends here until release comes to it
-  follow_definition(id, job, now)
-  wait(id, job.priority, tonumber(job.after), tonumber(job.seq))
-  note_delay(id, now)
+  if not job then
+    call('ZREM', K.delays, id)
+  else
+    remember(id, now, job.state, job.state, job.attempt, '', 'the clock was set back: its wait begins again', '')
+    unwait(id, job)
+    job.after = text(math.max(now, tonumber(job.after) - back))
+    call('HSET', K.job .. id, 'after', job.after)
+    -- it may have been held, which ends here until release comes to it
+    follow_definition(id, job, now)
+    wait(id, job.priority, tonumber(job.after), tonumber(job.seq))
+    note_delay(id, now)
+  end
 end
 -- the same: who waits for a limit for long looks again
 local long, unblocked = text(now + 60000), false

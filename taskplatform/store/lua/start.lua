@@ -47,6 +47,7 @@ end
 move(id, 'queued', 'assigned', math.min(now, received_at), attempt, worker, 'received', '')
 move(id, 'assigned', 'running', now, attempt, worker, started, '')
 call('HSET', K.job .. id, 'attempt', attempt, 'worker', worker, 'started', text(now), 'mark', ARGV[6], 'version', version)
+if job.refusals then call('HDEL', K.job .. id, 'refusals') end
 call('ZREM', K.queued .. (job.queue or job.priority), id)
 each_bucket(definition, now, spend)
 call('ZADD', K.active, text(now), id)
