@@ -6,7 +6,8 @@ and 20 s here, with the default rhythm in which workers look for such. Redbeat's
 both are a sixtieth, 25 s and 5 s.
 
 - worker: some workers of one slot each hold one call. They are killed, one after the other, and the time runs from the kill until the job's
-  call arrives at the target from another worker.
+  call arrives at the target from another worker, which takes itself to be on another machine.
+- worker_here: the same, where it knows that it is on the same one, and sees that the processes have ended.
 - beat: two beats. The one that leads is killed, and the time runs until the next job is made (plain: the next message sent) by the other.
   Then it is started again as the standby, some times in turn.
 """
@@ -31,6 +32,7 @@ from typing import Any
 
 from bench.processes import ROOT, Site, celery, site, wait_for
 from taskplatform.store import connect
+from tests.acceptance.faults import MACHINE
 
 DEFINITIONS = ROOT / "bench" / "recovery_definitions"
 VISIBILITY_SECONDS, BEAT_INTERVAL_SECONDS = 20, 5
@@ -55,9 +57,10 @@ def run(scale: float = 1.0) -> dict[str, Any]:
             beats = threads.submit(_take_over, place, ours)
             plain_beats = threads.submit(_take_over_plain, side, place.folder, plain)
             plain_workers = threads.submit(_recover_plain, side, place.folder, target, victims)
-            workers = threads.submit(_recover, place, target, victims)
+            workers = threads.submit(_recover, place, target, victims, "far")
             measured = {
                 "worker_s": workers.result(),
+                "worker_here_s": _recover(place, target, victims, "near"),
                 "worker_plain_s": plain_workers.result(),
                 "beat_s": beats.result(),
                 "beat_plain_s": plain_beats.result(),
@@ -73,19 +76,21 @@ def run(scale: float = 1.0) -> dict[str, Any]:
 # --- workers ---------------------------------------------------------------------------------------------------------
 
 
-def _recover(place: Site, target: _Target, victims: int) -> list[float]:
+def _recover(place: Site, target: _Target, victims: int, where: str) -> list[float]:
     platform = place.platform
 
     def submit() -> dict[str, int]:
         jobs = {}
         for number in range(victims):
-            platform.create_user(f"held{number}")
-            jobs[f"held{number}"] = platform.enqueue("held", user=f"held{number}").id
+            platform.create_user(f"{where}{number}")
+            jobs[f"{where}{number}"] = platform.enqueue("held", user=f"{where}{number}").id
         wait_for(lambda: all(target.calls(name) for name in jobs), seconds=60, what="the first calls")
         # victim3@host#mark
         return {name: int(platform.job(job_id).worker.split("@")[0].removeprefix("victim")) for name, job_id in jobs.items()}
 
-    return _kill_workers("taskplatform.app", place.env, place.folder, target, victims, submit, lambda _: [])
+    # the tests' app is the platform's, on a machine that the environment names
+    app = "taskplatform.app" if where == "near" else "tests.acceptance.faulty"
+    return _kill_workers(app, place.env, place.folder, target, victims, submit, lambda _: [])
 
 
 def _recover_plain(side: Mapping[str, str], folder: Path, target: _Target, victims: int) -> list[float]:
@@ -119,7 +124,7 @@ def _kill_workers(
     def worker(name: str, serves: Sequence[int]) -> AbstractContextManager[subprocess.Popen[bytes]]:
         log = folder / f"{app}-{name}.log"
         options = [*WORKER, "-n", f"{name}@%h", "--concurrency", "1" if len(serves) == 1 else str(victims), *queues(serves)]
-        return celery(app, options, env=env, log=log, ready=lambda: _says(log, " ready."))
+        return celery(app, options, env={**env, MACHINE: name}, log=log, ready=lambda: _says(log, " ready."))
 
     with ExitStack() as running:
         with ThreadPoolExecutor() as threads:

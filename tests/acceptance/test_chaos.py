@@ -12,7 +12,7 @@ from tests.chaos.faults import WEIGHTS
 from tests.chaos.run import run
 
 #: Those that end within seconds: a job that is poison needs half a minute to be known as such.
-KINDS = WEIGHTS.keys() - {"poison", "garbage"}
+KINDS = WEIGHTS.keys() - {"poison"}
 
 
 def test_a_few_random_faults(tmp_path: Path) -> None:
@@ -26,5 +26,5 @@ def test_a_few_random_faults(tmp_path: Path) -> None:
     faults = "\n".join(told)
     assert outcome.passed, f"python -m bench chaos --seed {seed}\n{faults}\n{outcome.explain()}\n{outcome.line()}"
     assert outcome.verdict.figures["faults"] == 6
-    assert outcome.verdict.figures["jobs"] > 100
-    assert len(outcome.evidence.calls) > 100
+    assert outcome.verdict.figures["jobs"] > 30
+    assert len(outcome.evidence.calls) > 30

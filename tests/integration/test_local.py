@@ -364,8 +364,9 @@ def test_the_guardian_cannot_be_ended_by_a_signal_that_ends_its_supervisor(super
     supervisor = supervise(spec("a", "rest()"))
     popen = supervisor._guard._popen
     assert popen is not None
-    wait_until(lambda: ignores(popen.pid, signal.SIGHUP))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    wait_until(lambda: all(ignores(popen.pid, number) for number in numbers))
+    for number in numbers:
         popen.send_signal(number)
     with pytest.raises(subprocess.TimeoutExpired):
         popen.wait(0.5)
