@@ -154,7 +154,7 @@ def test_the_servers_clock_is_set(site: Site, target: Target, server_clock: Serv
     server_clock.step(HOUR)
     in_between = site.user()
     target.answer(in_between, Answer(503), Answer(200))
-    fast = [site.platform.enqueue("call", user=in_between, countdown=delay) for delay in (5, 6)]
+    fast = [site.platform.enqueue("call", user=in_between, countdown=delay) for delay in (PATIENCE_SECONDS + 3, PATIENCE_SECONDS + 4)]
     again = site.platform.enqueue("retried_call", user=in_between)
     wait_until(lambda: target.calls(job=again.id), message="nothing runs after the step")
     time.sleep(PATIENCE_SECONDS + 1)  # longer than it would take to be taken for silent
