@@ -633,8 +633,11 @@ def _limit_of(definition: str) -> timedelta | None:
 
 
 def _on_revoked(sender: Any, request: Any, **_: Any) -> None:
-    """Celery's `revoke`, from Flower or the command line, is a way to cancel a job."""
-    if isinstance(sender, PlatformTask):
+    """Celery's `revoke`, from Flower or the command line, is a way to cancel a job.
+
+    Celery says the same of each process that is ended, as when this worker stops or a run does not count any more: that cancels nothing.
+    """
+    if isinstance(sender, PlatformTask) and request.id in worker_state.revoked:
         with _not_fatal(request.id):
             # of the run that was revoked: the job may have another by now
             platform().store.cancel(request.id, reason="revoked by Celery's remote control", delivery=request.delivery)

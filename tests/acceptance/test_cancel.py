@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+from celery.worker import state as worker_state
 from pytest_celery import CeleryTestSetup
 
 from taskplatform.errors import Conflict
@@ -83,6 +86,20 @@ def test_a_run_after_the_canceled_one_is_left_alone(celery_setup: CeleryTestSetu
     assert {job.state for job in site.wait_for_all([job.id for job in jobs])} == {JobState.COMPLETED}
     for job in jobs:
         assert "canceled by" not in site.platform.history(job.id)[-1].reason
+
+
+def test_a_process_that_is_ended_cancels_nothing(celery_setup: CeleryTestSetup, site: Site, target: Target, user: str) -> None:
+    """Celery announces it as it does a revoked task. So a worker that stops would cancel what it is to give back."""
+    target.answer(user, Answer(after_seconds=3))
+    job = site.platform.enqueue("call", user=user)
+    wait_until(lambda: target.calls(user=user), message="the job has not started")
+    announced = SimpleNamespace(id=job.id, delivery=site.platform.job(job.id).delivery)
+    task, announce = site.app.tasks["call"], site._module._on_revoked  # what the worker's signal calls
+    announce(task, announced, terminated=True, signum=15, expired=False)
+    assert site.platform.job(job.id).state is JobState.RUNNING
+    worker_state.revoked.add(job.id)
+    announce(task, announced, terminated=True, signum=15, expired=False)
+    assert site.platform.job(job.id).state is JobState.CANCELED
 
 
 def test_celerys_revoke_cancels(celery_setup: CeleryTestSetup, site: Site, target: Target, user: str) -> None:
