@@ -200,14 +200,13 @@ class Abort:
         self._over = False
 
     def fire(self) -> bool:
-        """Break the call off; one that has not begun will not. False when it has ended."""
+        """Break the call off; one that has not begun will not. False when it had ended by itself. Said twice is once."""
         with self._lock:
-            if self._over:
-                return False
-            self._fired = True
-            if self._run is not None:
-                self._run.abort()
-            return True
+            if not self._over:
+                self._fired = True
+                if self._run is not None:
+                    self._run.abort()
+            return self._fired
 
     def _begin(self, run: _Run) -> None:
         with self._lock:
