@@ -1,0 +1,1 @@
+"""The control API: what the Python API and the commands do, over HTTPS."""
