@@ -43,7 +43,7 @@ from taskplatform.message import time_limits
 from taskplatform.model import START_SLACK_MS, Definition, JobState, Priority, format_duration
 from taskplatform.outage import OutageLog
 from taskplatform.platform import Platform
-from taskplatform.recovery import LOSS_BACKOFF, Discarded, Ending, Endings, RecoveryLoop
+from taskplatform.recovery import LOSS_BACKOFF, Discarded, Ending, Endings, KilledEnding, RecoveryLoop
 from taskplatform.release import ReleaseLoop, renew
 from taskplatform.settings import environment, settings
 from taskplatform.stop import PREFORK, TIDY_SECONDS, PlatformWorker, is_stopping, snapshot
@@ -489,19 +489,16 @@ class PlatformRequest(Request):  # type: ignore[misc]
         return int(self._request_dict.get("delivery") or 0)
 
     def _end_killed_run(self, timeout: float) -> None:
-        owner = platform()
+        definition = cast("PlatformTask", self.task).definition
         reason = f"killed at the hard time limit of {timeout:g} s"
-        task = cast("PlatformTask", self.task)
-        job = owner.store.job(self.id)
-        again = job.failures < task.definition.retries
-        owner.store.finish(
-            self.id,
-            delivery=self.delivery,
-            worker=worker_id(self.hostname),
-            state=JobState.RETRYING if again else JobState.TIMED_OUT,
-            reason=reason,
-            retry_in=task.definition.backoff.delay(job.failures + 1) if again else None,
-        )
+        ending = KilledEnding(self.id, self.delivery, worker_id(self.hostname), reason, definition.retries, definition.backoff)
+        try:
+            ending.record(platform().store)
+        except StoreUnavailable as fault:
+            log.warning("job %s: cannot record yet that it was %s: %s", self.id, reason, fault)
+            _endings.keep(ending)
+        except Discarded as fault:
+            log.warning("%s", fault)
 
     def _lose(self, what: str) -> None:
         owner = platform()

@@ -19,7 +19,7 @@ from typing import Any
 
 from taskplatform.errors import StoreError, StoreUnavailable
 from taskplatform.health import Alarm
-from taskplatform.model import JobState, format_duration
+from taskplatform.model import Backoff, JobState, format_duration
 from taskplatform.outage import OutageLog
 from taskplatform.process import has_ended
 from taskplatform.settings import Settings
@@ -135,8 +135,8 @@ class Ending:
     detail: Mapping[str, Any] | None = None
     retry_in: timedelta | None = None
 
-    def record(self, store: Store) -> None:
-        """Tell Redis; as often as need be, because it knows one that it has. Raises StoreError."""
+    def record(self, store: Store) -> JobState:
+        """Tell Redis; as often as need be, because it knows one that it has. Returns the state. Raises StoreError and Discarded."""
         counted = store.finish(
             self.job_id,
             delivery=self.delivery,
@@ -148,6 +148,32 @@ class Ending:
         )
         if not counted:
             raise Discarded(f"job {self.job_id}: result {self.state} of delivery {self.delivery} discarded: it is not the current one")
+        return self.state
+
+
+@dataclass(frozen=True, slots=True)
+class KilledEnding:
+    """How a run ended whose process was killed at its hard time limit. How often the job had failed before, Redis has to say."""
+
+    job_id: str
+    delivery: int
+    worker: str
+    reason: str
+    retries: int
+    backoff: Backoff
+
+    def record(self, store: Store) -> JobState:
+        """The same as `Ending.record`."""
+        failures = store.job(self.job_id).failures
+        again = failures < self.retries
+        return Ending(
+            self.job_id,
+            self.delivery,
+            self.worker,
+            JobState.RETRYING if again else JobState.TIMED_OUT,
+            self.reason,
+            retry_in=self.backoff.delay(failures + 1) if again else None,
+        ).record(store)
 
 
 class Discarded(Exception):
@@ -158,9 +184,9 @@ class Endings:
     """Ends of runs that Redis could not be told: they are kept until it can, because the work is done. For all threads."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, int], Ending] = {}
+        self._kept: dict[tuple[str, int], Ending | KilledEnding] = {}
 
-    def keep(self, ending: Ending) -> None:
+    def keep(self, ending: Ending | KilledEnding) -> None:
         """One more."""
         self._kept[ending.job_id, ending.delivery] = ending
 
@@ -172,8 +198,8 @@ class Endings:
         """Tell Redis all of them. Raises StoreUnavailable, and keeps those that it was not told."""
         for place, ending in tuple(self._kept.items()):
             try:
-                ending.record(store)
-                log.info("job %s: recorded late that it is %s", ending.job_id, ending.state)
+                state = ending.record(store)
+                log.info("job %s: recorded late that it is %s", ending.job_id, state)
             except StoreUnavailable:
                 raise
             except (Discarded, StoreError) as fault:

@@ -25,6 +25,7 @@ from types import FrameType
 from typing import Any
 
 from celery.apps.worker import Worker
+from celery.concurrency import get_implementation
 from celery.worker import state
 
 from taskplatform.consumer import PlatformConsumer
@@ -34,6 +35,7 @@ from taskplatform.settings import settings
 log = logging.getLogger(__name__)
 
 PREFORK = "celery.concurrency.prefork"
+_POOLS = (PREFORK, "celery.concurrency.thread", "celery.concurrency.solo")
 
 #: A run that is broken off may use this time to tidy up, before its process is killed.
 TIDY_SECONDS = 3.0
@@ -65,6 +67,15 @@ class PlatformWorker(Worker):  # type: ignore[misc]
     """Celery's worker program, with this stop."""
 
     ending: Ending | None = None
+
+    def on_after_init(self, **kwargs: Any) -> None:
+        """Refuse a pool that would get no jobs: the platform's loops are threads, which green ones do not run."""
+        super().on_after_init(**kwargs)
+        pool = get_implementation(self.pool_cls)
+        if pool.__module__ not in _POOLS:
+            raise SystemExit(
+                f"taskplatform cannot start:\nthe pool {pool.__module__} is not accepted: --pool takes prefork, threads or solo"
+            )
 
     def install_platform_tweaks(self, worker: Any) -> None:
         """Celery's signal handlers, and over three of them ours. Before anything is started."""

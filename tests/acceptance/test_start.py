@@ -33,7 +33,7 @@ def environment(guard: Guard) -> dict[str, str]:
 def _assert_refused(commands: Sequence[str], environment: Mapping[str, str], *wanted: str) -> None:
     started = {
         command: subprocess.Popen(
-            [sys.executable, "-m", "celery", "-A", "taskplatform.app", command],
+            [sys.executable, "-m", "celery", "-A", "taskplatform.app", *command.split()],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -69,6 +69,11 @@ def test_a_function_that_there_is_not_is_named_with_its_place(environment: dict[
     text = 'tasks:\n  - id: one\n    name: One\n    cron: "* * * * *"\n    call: "tests.acceptance.functions:nothing"\n'
     (tmp_path / "bad.yaml").write_text(text, encoding="utf-8")
     _assert_refused(["worker"], {**environment, "TASKPLATFORM_TASKS_DIR": str(tmp_path)}, "bad.yaml", "nothing")
+
+
+def test_a_pool_that_would_get_no_jobs_is_refused(environment: dict[str, str]) -> None:
+    environment |= {"CELERY_CUSTOM_WORKER_POOL": "celery.concurrency.base:BasePool", "PYTHONWARNINGS": "ignore"}
+    _assert_refused(["worker --pool custom"], environment, "celery.concurrency.base", "prefork, threads or solo")
 
 
 def test_worker_and_beat_wait_for_redis(environment: dict[str, str], tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from redis.exceptions import (
 
 from taskplatform.errors import Outage, StoreUnavailable
 from taskplatform.local import EmbeddedServer, find_port
-from taskplatform.model import Interval, IntervalType, JobState, Limit, Priority
-from taskplatform.recovery import Ending, Endings, RecoveryLoop
+from taskplatform.model import Backoff, Interval, IntervalType, JobState, Limit, Priority
+from taskplatform.recovery import Ending, Endings, KilledEnding, RecoveryLoop
 from taskplatform.settings import load_settings
 from taskplatform.store import Enqueue, PublishedDefinition, Store, Subscribe, connect, unavailable
 from tests.conftest import Clock
@@ -243,6 +243,23 @@ def test_endings_wait_for_redis(roomy: redis.Redis, site: Store) -> None:
     assert ("hourly:u:running", 1) not in endings
     assert ("hourly:u:gone", 1) not in endings
     assert site.job("hourly:u:running").state is JobState.COMPLETED
+
+
+@pytest.mark.parametrize(("retries", "state"), [(1, JobState.RETRYING), (0, JobState.TIMED_OUT)])
+def test_a_run_that_was_killed_while_redis_was_away_is_no_loss(roomy: redis.Redis, site: Store, retries: int, state: JobState) -> None:
+    endings = Endings()
+    endings.keep(KilledEnding("hourly:u:running", 1, "w#1", "killed at the hard time limit of 6 s", retries, Backoff()))
+    roomy.replicaof("127.0.0.1", find_port())
+    try:
+        with pytest.raises(StoreUnavailable):
+            endings.record(site)
+    finally:
+        roomy.replicaof("NO", "ONE")
+    endings.record(site)
+    endings.record(site)
+    job = site.job("hourly:u:running")
+    assert (job.state, job.attempt) == (state, 1)
+    assert site.history(job.id)[-1].reason == "killed at the hard time limit of 6 s"
 
 
 def test_a_worker_that_stops_records_what_it_has(site: Store) -> None:
