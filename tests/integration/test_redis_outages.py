@@ -5,7 +5,8 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from taskplatform.store import Enqueue, PublishedDefinition, Store, Subscribe, c
 from tests.conftest import Clock
 from tests.integration.harness import recover
 from tests.integration.test_redis_server import debian_url as debian_url
+from tests.support import wait_until
 
 SECOND = timedelta(seconds=1)
 
@@ -184,6 +186,78 @@ def test_what_passes_by_itself(fault: Exception, outage: Outage | None) -> None:
         assert str(found).startswith("Redis ")
         copy = pickle.loads(pickle.dumps(found))
         assert (str(copy), copy.outage) == (str(found), found.outage)
+
+
+@contextmanager
+def _too_few_replicas(client: redis.Redis) -> Iterator[None]:
+    client.config_set("min-replicas-to-write", 1)
+    try:
+        yield
+    finally:
+        client.config_set("min-replicas-to-write", 0)
+
+
+@contextmanager
+def _cannot_save(client: redis.Redis) -> Iterator[None]:
+    """A folder stands where it would write its file."""
+    target = Path(str(client.config_get("dir")["dir"])) / str(client.config_get("dbfilename")["dbfilename"])
+    target.unlink(missing_ok=True)
+    target.mkdir()
+    try:
+        client.config_set("save", "3600 1000000")
+        client.bgsave()
+        wait_until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
+        yield
+    finally:
+        target.rmdir()
+        client.bgsave()
+        wait_until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "ok")
+        client.config_set("save", "")
+
+
+@contextmanager
+def _busy(client: redis.Redis) -> Iterator[None]:
+    """A script of somebody else does not end."""
+    was = client.config_get("lua-time-limit")["lua-time-limit"]
+    client.config_set("lua-time-limit", 10)
+    with ThreadPoolExecutor(1) as pool:
+        endless = pool.submit(client.eval, "while true do end", 0)
+        try:
+            wait_until(lambda: _refuses(client, "BUSY"))
+            yield
+        finally:
+            client.script_kill()
+            assert endless.exception(timeout=10) is not None
+            client.config_set("lua-time-limit", str(was))
+
+
+def _refuses(client: redis.Redis, code: str) -> bool:
+    try:
+        client.ping()
+    except StoreUnavailable as fault:
+        return fault.outage.name == code
+    return False
+
+
+@pytest.mark.parametrize(("refusing", "outage"), [(_too_few_replicas, Outage.REPLICAS), (_cannot_save, Outage.DISK), (_busy, Outage.BUSY)])
+def test_a_server_that_takes_no_writes_for_a_time(
+    roomy: redis.Redis, site: Store, refusing: Callable[[redis.Redis], AbstractContextManager[None]], outage: Outage
+) -> None:
+    """Whatever is asked meanwhile gets the same error, and changes nothing; with it over, all goes on."""
+    before = _content(roomy)
+    with refusing(roomy):
+        for attempt in (
+            lambda: site.enqueue([Enqueue("hourly:u:new")]),
+            lambda: site.start("hourly:u:queued", delivery=1, worker="w#1"),
+            lambda: site.finish("hourly:u:running", delivery=1, worker="w#1", state=JobState.COMPLETED, reason="HTTP 200"),
+            lambda: site.heartbeat("w#1", slots=2, queues=["high"], buffer=1.0),
+        ):
+            with pytest.raises(StoreUnavailable) as refused:
+                attempt()
+            assert refused.value.outage is outage
+    assert _content(roomy) == before
+    assert site.finish("hourly:u:running", delivery=1, worker="w#1", state=JobState.COMPLETED, reason="HTTP 200")
+    assert site.start("hourly:u:queued", delivery=1, worker="w#1").go
 
 
 # --- the recovery loop ----------------------------------------------------------------------------------------------
