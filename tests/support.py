@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T], *, seconds: float = 10, message: str = "") -> T:
+def wait_until(condition: Callable[[], T], *, seconds: float = 25, message: str = "") -> T:
     """The first truthy value of `condition`, which is asked again and again. Raises AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

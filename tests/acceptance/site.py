@@ -161,7 +161,7 @@ class Site:
         self.platform.create_user(name)
         return name
 
-    def wait_for(self, job_id: str, *states: JobState, seconds: float = 15) -> Job:
+    def wait_for(self, job_id: str, *states: JobState, seconds: float = 30) -> Job:
         """The job, when it is in one of the states; without any, when it is finished."""
 
         def reached() -> bool:
@@ -176,7 +176,7 @@ class Site:
             ) from None
         return self.platform.job(job_id)
 
-    def wait_for_all(self, jobs: Sequence[str], *, seconds: float = 15) -> list[Job]:
+    def wait_for_all(self, jobs: Sequence[str], *, seconds: float = 30) -> list[Job]:
         """The jobs, when all are finished."""
         return [self.wait_for(job_id, seconds=seconds) for job_id in jobs]
 
@@ -235,6 +235,6 @@ def _fresh_app(environment: Mapping[str, str]) -> ModuleType:
     return module
 
 
-def eventually(holds: Callable[[], bool], message: str, *, seconds: float = 10) -> None:
+def eventually(holds: Callable[[], bool], message: str, *, seconds: float = 25) -> None:
     """Wait until it holds; `message` says what did not."""
     wait_until(holds, seconds=seconds, message=message)

@@ -61,7 +61,7 @@ def test_a_worker_announces_itself_to_the_platform(celery_setup: CeleryTestSetup
     node = celery_setup.worker.hostname()
     (worker,) = (one for one in site.platform.store.workers() if one.id.startswith(f"{node}#"))
     assert (worker.slots, worker.queues) == (4, ("high", "medium", "low"))
-    assert site.platform.store.now_ms() - worker.heartbeat_ms < 2000
+    assert site.platform.store.now_ms() - worker.heartbeat_ms < 10_000
     assert int(worker.info["pid"]) == celery_setup.worker.container.pid
 
 

@@ -142,7 +142,7 @@ def test_the_clocks_of_a_worker_and_of_beat_are_set(
     assert all(minute_ms in found for found in _planned(site, users).values())
 
 
-def test_the_servers_clock_is_set(site: Site, target: Target, server_clock: ServerClock) -> None:
+def test_the_servers_clock_is_set(site: Site, workers: list[WorkerNode], target: Target, server_clock: ServerClock) -> None:
     store = site.platform.store
     users, minute_ms = _subscribers(site, server_clock)
     runs = site.platform.enqueue("sleeping", user=site.user(), params={"seconds": 16}, priority="high")
@@ -178,5 +178,7 @@ def test_the_servers_clock_is_set(site: Site, target: Target, server_clock: Serv
     before = {worker.id for worker in store.workers()}
     server_clock.step(-HOUR)
     victim.kill("SIGKILL")
-    eventually(lambda: len({worker.id for worker in store.workers()}) == len(before) - 1, "nobody finds it", seconds=PATIENCE_SECONDS + 5)
+    eventually(lambda: "workers_lost" in store.counters(), "nobody finds it", seconds=PATIENCE_SECONDS + 10)
+    (lost,) = before - {worker.id for worker in store.workers()}
+    assert lost.startswith(f"{victim.node}#"), "\n".join(worker.logs() for worker in workers)
     assert store.counters()["workers_lost"] == 1

@@ -94,11 +94,11 @@ def test_a_result_that_has_come_in_part_when_the_connection_is_cut_is_not_lost(s
         cut(site)
     for job_id in jobs:
         site.platform.cancel(job_id)
-    target.answer(user, Answer(after_seconds=1.0))
+    target.answer(user, Answer(after_seconds=3.0))
     calls = [site.platform.enqueue("call", user=user).id for _ in range(3)]
     wait_until(lambda: len(target.calls(user=user)) == 3, message="not all slots are free")
     at = [call.at_seconds for call in target.calls(user=user)]
-    assert max(at) - min(at) < 1.0, "they did not run at the same time"
+    assert max(at) - min(at) < 3.0, "they did not run at the same time"
     assert {job.state for job in site.wait_for_all(calls)} == {JobState.COMPLETED}
     assert worker.status == "running"
     site.remove(worker)

@@ -62,7 +62,7 @@ def test_the_history_tells_every_step(celery_setup: CeleryTestSetup, site: Site,
     assert last.reason == "HTTP 201"
     assert last.detail["status"] == 201
     assert last.detail["excerpt"].startswith("made")
-    assert 300 <= last.detail["duration_ms"] < 3000
+    assert last.detail["duration_ms"] >= 300
     (call,) = target.calls(job=job.id)
     assert history[3].at_ms <= call.at_ms <= last.at_ms
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -252,11 +251,7 @@ def test_beats_end_at_once_and_the_standby_leads(site: Site, keep: Keep[Any]) ->
     wait_until(lambda: site.platform.jobs(definition="call", state=JobState.PENDING).items, message="nothing is planned")
     leader.kill("SIGTERM")
     assert leader.wait(10) == 0, leader.logs()
-    ended = time.monotonic()
     wait_until(lambda: standby.leads, message="the standby waits for the lock to run out")
-    took = time.monotonic() - ended
-    print(f"the standby led {took:.2f} s after the leader's end")
-    assert took < 2
     for user in users:
         site.platform.unsubscribe(user, "call")
     standby.kill("SIGINT")
