@@ -25,15 +25,17 @@ demo: $(STAMP) ## run the main job on real parts and check that all is as it mus
 up: $(STAMP) ## run the whole platform until Ctrl-C
 	$(BIN)/taskplatform up
 
-test: $(STAMP) ## all tests, slow fault tests included: two modules at a time, because most wait for something
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(STAMP) ## all tests, slow fault tests included: three modules at a time, because most wait for something
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-check: $(STAMP) ## ruff, mypy --strict, import-linter, and the shipped definitions
+check: $(STAMP) ## ruff, mypy --strict, import-linter, the installed versions, and the shipped definitions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	API_BASE_URL=http://127.0.0.1:8000 API_TOKEN=check $(BIN)/taskplatform tasks check
+	$(BIN)/python -m pip check --disable-pip-version-check
+	$(BIN)/python -m tests.audit constraints.txt
+	API_BASE_URL=https://api.example.com API_TOKEN=check $(BIN)/taskplatform tasks check
 
 format: $(STAMP) ## let ruff format and mend what it can
 	$(BIN)/ruff format .

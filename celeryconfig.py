@@ -16,7 +16,9 @@ from taskplatform.settings import settings
 _settings = settings()
 
 # Broker: one queue for each priority, served in this order. Each has its own routing key, or all would share the default's.
-broker_url = _settings.redis_url
+broker_url = _settings.broker_url
+# With TLS, certificate and host name are verified: kombu would do neither by itself. What reads only the URL is told the same there.
+broker_use_ssl = _settings.redis_tls or False
 broker_connection_retry_on_startup = True
 broker_connection_max_retries = None
 # What Redis refuses for a time (no memory, read-only) must not end a worker either.
@@ -73,7 +75,9 @@ worker_redirect_stdouts_level = "INFO"
 # Beat: one leader under redbeat's lock.
 beat_scheduler = "taskplatform.beat:Scheduler"
 beat_max_loop_interval = _settings.beat_interval.total_seconds()
-redbeat_redis_url = _settings.redis_url
+# Celery hides the password of a broker_url, and every value whose name has PASS in it, from `inspect conf`, and so from Flower.
+redbeat_redis_url, _redbeat_login = _settings.redis_address
+redbeat_redis_use_ssl = _settings.redis_tls or None
 redbeat_key_prefix = f"{_settings.namespace}:redbeat:"
 redbeat_lock_timeout = _ceil(_settings.beat_lock_timeout.total_seconds())  # it extends its lock by whole seconds
 # A longer outage comes out in the scheduler's tick, which says so and tries again.
@@ -82,4 +86,5 @@ redbeat_redis_options = {
     "retry_on_error": [RedisConnectionError, RedisTimeoutError],
     "socket_timeout": 5,
     "socket_connect_timeout": 5,
+    **_redbeat_login,
 }

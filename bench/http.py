@@ -123,7 +123,12 @@ def _platform(url: str, target_url: str, folder: Path) -> Iterator[_Side]:
     settings = load_settings(redis_url=url, tasks_dir=DEFINITIONS)
     platform = Platform.connect(settings, catalogue=load(settings.tasks_dir), actor="bench")
     platform.create_user("u1")
-    env = {"TASKPLATFORM_REDIS_URL": url, "TASKPLATFORM_TASKS_DIR": str(DEFINITIONS), "BENCH_TARGET": target_url}
+    env = {
+        "TASKPLATFORM_REDIS_URL": url,
+        "TASKPLATFORM_TASKS_DIR": str(DEFINITIONS),
+        "TASKPLATFORM_HTTP_ALLOW": "127.0.0.1",
+        "BENCH_TARGET": target_url,
+    }
     argv = ["celery", "-A", "taskplatform.app", "worker", "-n", "ours@%h", *_CELERY_OPTIONS]
     log = folder / "ours.log"
     with closing(platform), python(argv, env=env, log=log) as process:

@@ -83,7 +83,12 @@ def site(definitions: Path = DEFINITIONS, **env: str) -> Iterator[Site]:
     """A server of its own and the platform with these definitions. `env` is what they refer to."""
     with server() as url, tempfile.TemporaryDirectory() as folder:
         settings = load_settings(redis_url=url, tasks_dir=definitions)
-        own = {"TASKPLATFORM_REDIS_URL": url, "TASKPLATFORM_TASKS_DIR": str(definitions), "TASKPLATFORM_LOG_LEVEL": "WARNING"}
+        own = {
+            "TASKPLATFORM_REDIS_URL": url,
+            "TASKPLATFORM_TASKS_DIR": str(definitions),
+            "TASKPLATFORM_LOG_LEVEL": "WARNING",
+            "TASKPLATFORM_HTTP_ALLOW": "127.0.0.1",
+        }
         with closing(Platform.connect(settings, catalogue=load(definitions), actor="bench")) as platform:
             yield Site(platform, {**own, **env}, Path(folder))
 

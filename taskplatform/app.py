@@ -37,10 +37,11 @@ from celery.worker import state as worker_state
 from celery.worker.request import Request
 
 from taskplatform import http, process
+from taskplatform.addresses import AllowList
 from taskplatform.catalogue import Catalogue, load, resolve_calls
-from taskplatform.errors import CatalogueError, InvalidInput, SettingsError, StoreError, StoreUnavailable, TaskPlatformError
+from taskplatform.errors import CatalogueError, InvalidInput, Outage, SettingsError, StoreError, StoreUnavailable, TaskPlatformError
 from taskplatform.message import time_limits
-from taskplatform.model import START_SLACK_MS, Definition, JobState, Priority, format_duration
+from taskplatform.model import START_SLACK_MS, CallReport, Definition, JobState, Priority, format_duration
 from taskplatform.outage import OutageLog
 from taskplatform.platform import Platform
 from taskplatform.recovery import LOSS_BACKOFF, Discarded, Ending, Endings, KilledEnding, RecoveryLoop
@@ -79,6 +80,36 @@ def _environment() -> Mapping[str, str]:
 
 
 @lru_cache(maxsize=1)
+def _secrets() -> tuple[str, ...]:
+    """What this process knows and nobody is to read: of the settings, and of the environment what definitions take from there."""
+    configs = [definition.config for definition in _catalogue().values() if definition.config is not None]
+    return (*settings().secrets, *http.secrets_in(configs, _environment()))
+
+
+def _discreet(text: str) -> str:
+    return http.redact(text, _secrets())
+
+
+class _DiscreetFormatter(logging.Formatter):
+    """Another's lines, tracebacks included, without secrets: a function may raise or print what it was given."""
+
+    def __init__(self, formatter: logging.Formatter | None) -> None:
+        super().__init__()
+        self._formatter = formatter or logging.Formatter()
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _discreet(self._formatter.format(record))
+
+
+@signals.after_setup_logger.connect  # type: ignore[untyped-decorator]
+@signals.after_setup_task_logger.connect  # type: ignore[untyped-decorator]
+def _keep_secrets_out_of_logs(logger: logging.Logger, **_: Any) -> None:
+    for handler in logger.handlers:
+        if not isinstance(handler.formatter, _DiscreetFormatter):
+            handler.setFormatter(_DiscreetFormatter(handler.formatter))
+
+
+@lru_cache(maxsize=1)
 def _platform_of(_pid: int) -> Platform:
     return Platform.connect(catalogue=_catalogue(), actor=f"{socket.gethostname()}#{os.getpid()}")
 
@@ -89,14 +120,23 @@ def platform() -> Platform:
 
 
 def platform_when_reachable() -> Platform:
-    """The same, for processes that start before Redis does: they wait for it, as Celery waits for its broker."""
+    """The same, for processes that start before Redis does: they wait for it, as Celery waits for its broker.
+
+    Where Redis does not let us in, or its certificate is not accepted, waiting is no help: the process ends, with 1.
+    """
     outage = OutageLog(log, "the start")
     while True:
         try:
             owner = platform()
         except StoreUnavailable as fault:
+            if fault.outage is Outage.UNTRUSTED:
+                log.critical("cannot start: %s", fault)
+                raise SystemExit(1) from None
             worker_state.maybe_shutdown()
             time.sleep(outage.failed(fault))
+        except StoreError as fault:
+            log.critical("cannot start: %s", fault)
+            raise SystemExit(1) from None
         else:
             outage.over()
             return owner
@@ -110,7 +150,13 @@ def _starts() -> OutageLog:
 @lru_cache(maxsize=1)
 def _http_client_of(_pid: int) -> http.Client:
     chosen = settings()
-    return http.Client(connect_timeout=chosen.http_connect_timeout, max_response=chosen.http_max_response, excerpt=chosen.http_excerpt)
+    return http.Client(
+        connect_timeout=chosen.http_connect_timeout,
+        max_response=chosen.http_max_response,
+        excerpt=chosen.http_excerpt,
+        max_retry_after=chosen.http_max_retry_after,
+        allowed=AllowList(chosen.http_allow),
+    )
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -122,6 +168,10 @@ class JobFailed(TaskPlatformError):
 
 class TargetUnavailable(TaskPlatformError):
     """A run failed in a way that another may not."""
+
+
+class FunctionFailed(TaskPlatformError):
+    """A run ended with an exception that has a secret in it; this is what can be said of it."""
 
 
 class Unrecorded(TaskPlatformError):
@@ -266,25 +316,34 @@ class PlatformTask(Task):  # type: ignore[misc]
         if exc is not None and self.request.get("platform_run") is None:
             raise exc  # as Celery does outside of a run
         run = self._run()
-        reason = options.get("reason") or (_describe(exc) if exc is not None else "retry")
+        if exc is not None and _discreet(_plain(exc)) != _plain(exc):
+            # what Celery makes of it, events and tracebacks, would have the secret
+            exc = FunctionFailed(_describe(exc))
+        reason = _discreet(options.get("reason") or "") or (_describe(exc) if exc is not None else "retry")
         most = self.definition.retries if max_retries is None else max_retries
         if run.start.failures >= most:
             timed_out = isinstance(exc, SoftTimeLimitExceeded) or bool(options.get("timed_out"))
-            self._finish(run, JobState.TIMED_OUT if timed_out else JobState.FAILED, reason, options.get("detail"))
+            state = JobState.TIMED_OUT if timed_out else JobState.FAILED
+            self._finish(run, state, reason, options.get("detail"), call=options.get("call"))
             raise JobFailed(f"{reason}; {run.start.failures} retries used up") from exc
         if eta is not None:
             countdown = max(0.0, eta.timestamp() - platform().store.now_ms() / 1000)
         delay = self.definition.backoff.delay(run.start.failures + 1) if countdown is None else timedelta(seconds=countdown)
-        self._finish(run, JobState.RETRYING, reason, options.get("detail"), delay)
+        self._finish(run, JobState.RETRYING, reason, options.get("detail"), delay, call=options.get("call"))
         again = Retry(reason, exc, when=eta or delay.total_seconds())
+        # and not what is being handled, which may have a secret
+        again.__cause__ = exc
         if throw:
             raise again
         return again
 
     # running
 
-    def run(self, *, user: str, **_: Any) -> str:
-        """Run the delivery in the message. Returns a line that says how it went."""
+    def run(self, **_: Any) -> str:
+        """Run the delivery in the message. Returns a line that says how it went.
+
+        Whose job it is says its id, and with what the ledger: whoever could write a message could put anything into its arguments.
+        """
         request = self.request
         delivery = request.get("delivery")
         if delivery is None and not request.called_directly:
@@ -312,6 +371,7 @@ class PlatformTask(Task):  # type: ignore[misc]
                 self._set_aside(f"the ledger has no job {request.id}")
             raise Ignore
         request.platform_run = run = _Run(request.id, delivery, worker, start, asked)
+        user = request.id.split(":")[1]
         params = {**self.definition.params, **start.params}
         try:
             if self.definition.config is not None:
@@ -337,7 +397,13 @@ class PlatformTask(Task):  # type: ignore[misc]
         assert config is not None
         try:
             call = http.render(
-                config, job_id=run.job_id, user=user, definition=self.definition.id, params=params, environment=_environment()
+                config,
+                job_id=run.job_id,
+                user=user,
+                definition=self.definition.id,
+                params=params,
+                environment=_environment(),
+                now=run.start.now_ms / 1000,
             )
         except InvalidInput as fault:
             self._finish(run, JobState.FAILED, str(fault), None)
@@ -348,12 +414,13 @@ class PlatformTask(Task):  # type: ignore[misc]
         except http.CallAborted:
             log.warning("job %s: delivery %d was stopped in its call", run.job_id, run.delivery)
             raise Ignore from None
+        report = _report(outcome, config.host(_environment()) or "")
         summary = f"{outcome.reason} in {outcome.duration_ms} ms"
         if outcome.kind is http.OutcomeKind.COMPLETED:
-            self._finish(run, JobState.COMPLETED, outcome.reason, outcome.detail)
+            self._finish(run, JobState.COMPLETED, outcome.reason, outcome.detail, call=report)
             return summary
         if outcome.kind is http.OutcomeKind.FAILED:
-            self._finish(run, JobState.FAILED, outcome.reason, outcome.detail)
+            self._finish(run, JobState.FAILED, outcome.reason, outcome.detail, call=report)
             raise JobFailed(summary)
         countdown = outcome.retry_after.total_seconds() if outcome.retry_after is not None else None
         raise self.retry(
@@ -362,6 +429,7 @@ class PlatformTask(Task):  # type: ignore[misc]
             reason=outcome.reason,
             detail=outcome.detail,
             timed_out=outcome.timed_out,
+            call=report,
         )
 
     def _call_function(self, run: _Run, user: str, params: Mapping[str, Any]) -> str:
@@ -380,13 +448,18 @@ class PlatformTask(Task):  # type: ignore[misc]
             log.exception("job %s: attempt %d failed", run.job_id, run.start.attempt)
             raise self.retry(exc=fault) from fault
         duration_ms = round((time.monotonic() - began) * 1000)
-        excerpt = json.dumps(result, default=str)[: settings().http_excerpt]
+        excerpt = _discreet(json.dumps(result, default=str))[: settings().http_excerpt]
         self._finish(run, JobState.COMPLETED, "returned", {"duration_ms": duration_ms, "excerpt": excerpt})
         return excerpt
 
     def _check_place(self, run: _Run) -> None:
         """Raise for a run that was held up since its start and may not make its call any more."""
-        renewal = renew(platform().store, run.job_id, delivery=run.delivery, worker=run.worker, asked=run.asked)
+        try:
+            renewal = renew(platform().store, run.job_id, delivery=run.delivery, worker=run.worker, asked=run.asked)
+        except StoreUnavailable as fault:
+            # no failure of the job: as recorded it runs here, and as it does not, this worker gives it up
+            log.warning("job %s: delivery %d cannot ask whether it may still make its call: %s", run.job_id, run.delivery, fault)
+            raise Ignore from fault
         if renewal is Renewal.NEVER:
             log.warning("job %s: delivery %d was held up before its call, and makes it no more", run.job_id, run.delivery)
             raise Ignore
@@ -400,9 +473,20 @@ class PlatformTask(Task):  # type: ignore[misc]
             raise InvalidInput(f"{self.name}: no job is running here")
         return cast("_Run", run)
 
-    def _finish(self, run: _Run, state: JobState, reason: str, detail: Mapping[str, Any] | None, retry_in: timedelta | None = None) -> None:
+    def _finish(
+        self,
+        run: _Run,
+        state: JobState,
+        reason: str,
+        detail: Mapping[str, Any] | None,
+        retry_in: timedelta | None = None,
+        *,
+        call: CallReport | None = None,
+    ) -> None:
         """Record how a run ended. Raises Unrecorded where Redis cannot be told, whatever the run's time limit: the work is done."""
-        ending = Ending(run.job_id, run.delivery, run.worker, state, reason, detail, retry_in)
+        # of a call its own secrets are gone already, but targets share theirs
+        shown = detail and {name: _discreet(value) if isinstance(value, str) else value for name, value in detail.items()}
+        ending = Ending(run.job_id, run.delivery, run.worker, state, _discreet(reason), shown, retry_in, call)
         try:
             ending.record(platform().store)
         except (StoreUnavailable, SoftTimeLimitExceeded) as fault:
@@ -436,8 +520,26 @@ def _priority(value: Priority | str | int | None) -> Priority | str | None:
     return Priority.HIGH if value <= 2 else Priority.MEDIUM if value <= 6 else Priority.LOW
 
 
+def _report(outcome: http.Outcome, host: str) -> CallReport | None:
+    """What a call says of `host`: what is worth another try is a failure of the host, any other answer is none.
+
+    None: nothing, where the call was refused before there was an answer.
+    """
+    failed = outcome.kind is http.OutcomeKind.RETRY
+    if outcome.status is None and not failed:
+        return None
+    pause = timedelta()
+    if failed and outcome.status in (429, 503) and outcome.retry_after is not None:
+        pause = min(outcome.retry_after, settings().http_max_hold)
+    return CallReport(host, failed, settings().breaker, pause)
+
+
+def _plain(fault: BaseException) -> str:
+    return f"{type(fault).__name__}: {fault}" if str(fault) else type(fault).__name__
+
+
 def _describe(fault: BaseException) -> str:
-    text = f"{type(fault).__name__}: {fault}" if str(fault) else type(fault).__name__
+    text = _discreet(_plain(fault))
     return text if len(text) <= 300 else text[:299] + "…"
 
 
@@ -559,6 +661,7 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
             slots=lambda: int(worker.pool.num_processes) if worker.consumer.consumes else 0,
             queues=lambda: worker.consumer.served,
             stop_run=lambda stop: _stop_run(worker, stop),
+            consume=lambda wanted: worker.consumer.consume_jobs(wanted=wanted),
             has_run=lambda job_id, delivery: (job_id, delivery) in _endings or _request(job_id, delivery) is not None,
             limit_of=_limit_of,
             endings=_endings,
@@ -612,6 +715,9 @@ def _end_with_main_process(**_: Any) -> None:
     if os.getpid() != _main_pid:
         process.die_with_parent(_main_pid)
 
+
+# the threads of the main process log while it forks a pool process anew
+process.fork_between_log_lines()
 
 #: The worker's main process; pool processes inherit it.
 _main_pid = 0
@@ -704,7 +810,7 @@ def _register(application: Celery, definition: Definition) -> None:
         "default_retry_delay": backoff.base.total_seconds(),
         "retry_backoff": max(1, math.ceil(backoff.base.total_seconds())) if backoff.strategy == "exponential" else False,
         "retry_backoff_max": math.ceil(backoff.cap.total_seconds()),
-        "retry_jitter": backoff.jitter,
+        "retry_jitter": backoff.jitter != "none",
         # Celery's holds per worker and has no burst: it is a backstop that must not bind while the platform keeps its own
         "rate_limit": f"{math.ceil(limit.per_second + 100 * limit.burst)}/s" if limit else None,
     }
@@ -736,10 +842,23 @@ def _make_app() -> Celery:
     application = _Application("taskplatform")
     application.config_from_object("celeryconfig")
     application.steps["worker"].add(PlatformStep)
+    if "flower.command" in sys.modules:
+        # the celery command has loaded it, as all its subcommands
+        sys.modules["flower.command"].Flower = _flower  # type: ignore[attr-defined]
     application.conf.task_routes = {definition.id: {"queue": definition.priority.value} for definition in _catalogue().values()}
     for definition in _catalogue().values():
         _register(application, definition)
     return application
+
+
+def _flower(**arguments: Any) -> Any:
+    """What `celery flower` is to run. Other processes do without what it imports."""
+    from taskplatform.flower import PlatformFlower
+
+    try:
+        return PlatformFlower(chosen=settings(), **arguments)
+    except SettingsError as fault:
+        raise SystemExit(f"taskplatform cannot start:\n{fault}") from None
 
 
 def _make_app_or_explain() -> Celery:

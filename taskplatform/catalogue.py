@@ -43,6 +43,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from taskplatform.errors import CatalogueError, Fault, UnknownDefinition
 from taskplatform.faults import Place, did_you_mean, explain, kind_of
 from taskplatform.model import DEFINITION_ID, Definition, format_duration
+from taskplatform.signing import signing_key
 
 NOT_IN_DEFAULTS = ("id", "name", "interval", "cron")
 """Fields that each definition has to give itself."""
@@ -56,7 +57,7 @@ MAX_VALUES = 100_000
 MAX_DEPTH = 64
 
 _SUFFIXES = (".yaml", ".yml")
-_HIDDEN: tuple[Place, ...] = (("config", "headers"), ("config", "body"), ("params",))
+_HIDDEN: tuple[Place, ...] = (("config", "headers"), ("config", "body"), ("config", "sign"), ("params",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,8 @@ class Catalogue(Mapping[str, Definition]):
 def load(folder: Path, *, environment: Mapping[str, str] | None = None) -> Catalogue:
     """The definitions of all files in `folder`.
 
-    With an `environment`, a `${NAME}` that it does not have is a fault; without one, they are not checked.
+    With an `environment`, a `${NAME}` that it does not have is a fault, and a secret that calls cannot be signed with; without
+    one, they are not checked.
     Raises CatalogueError with all faults.
     """
     catalogue, faults = check([folder], environment=environment)
@@ -162,6 +164,8 @@ def check(paths: Sequence[Path], *, environment: Mapping[str, str] | None = None
             entries.setdefault(entry.definition.id, entry)
     if environment is not None:
         _check_environment(needs, environment)
+        for file in files:
+            _check_secrets(file, environment)
     for file in files:
         faults += sorted(file.faults, key=lambda fault: fault.line)
     return Catalogue(entries.values()), faults
@@ -174,6 +178,18 @@ def _check_environment(needs: Sequence[tuple[_File, int, str, frozenset[str]]], 
         file, line, label = users[0]
         others = f", and {len(users) - 1} more definitions need it" if len(users) > 1 else ""
         file.add_at(line, f"{label}.config", f"${{{name}}} is not in the environment{others}")
+
+
+def _check_secrets(file: _File, environment: Mapping[str, str]) -> None:
+    """Add a fault for each variable of `environment` that calls cannot be signed with: at the file's first definition that would."""
+    seen = set()
+    for line, label, name in file.secrets:
+        if name in environment and name not in seen:
+            seen.add(name)
+            try:
+                signing_key(environment[name])
+            except ValueError as fault:
+                file.add_at(line, f"{label}.config.sign", f"${{{name}}} {fault}")
 
 
 def resolve_calls(catalogue: Catalogue) -> list[Fault]:
@@ -236,6 +252,7 @@ class _File:
         self.ids: list[tuple[str, int]] = []
         self.good_entries: list[Entry] = []
         self.variables: list[tuple[int, str, frozenset[str]]] = []
+        self.secrets: list[tuple[int, str, str]] = []
         self._root: Any = None
         try:
             self._root, complaints = _read_yaml(_read_text(path))
@@ -303,6 +320,7 @@ class _File:
         if definition is not None:
             label = _field_name(self._root, ("tasks", index))
             self.variables.append((raw.line, label, _environment_names(definition)))
+            self.secrets += [(raw.line, label, name) for name in definition.config.secret_names] if definition.config else []
             if not problems:
                 self.good_entries.append(Entry(definition, self.name, raw.line))
 

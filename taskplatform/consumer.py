@@ -203,6 +203,8 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
         self._ticks: set[Any] = set()
         self._watched = False
         self._connecting = False
+        #: What it served before it was drained; None while it is not.
+        self._left_queues: list[str] | None = None
 
     @property
     def consumes(self) -> bool:
@@ -213,6 +215,26 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
     def served(self) -> list[str]:
         """The queues that it serves. Any thread may ask, also while remote control changes them."""
         return list(self.app.amqp.queues.consume_from)
+
+    def consume_jobs(self, *, wanted: bool) -> None:
+        """Take messages, or none until they are wanted again. Any thread may say so, again and again: the main loop does it when it can."""
+        if wanted != (self._left_queues is None) and self.hub is not None:
+            self.hub.call_soon(self._consume_jobs, wanted)
+
+    def _consume_jobs(self, wanted: bool) -> None:
+        if wanted == (self._left_queues is None) or self.task_consumer is None:
+            return
+        if not wanted:
+            self._left_queues = self.served
+            for name in self._left_queues:
+                self.cancel_task_queue(name)
+            return
+        names, self._left_queues = self._left_queues or [], None
+        queues = self.app.amqp.queues
+        for name in names:
+            queues.select_add(queues[name])  # all of them first: should the connection break now, the next one takes them
+        for name in names:
+            self.add_task_queue(name)
 
     # connecting
 

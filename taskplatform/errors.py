@@ -8,7 +8,8 @@
     │   ├── UnknownDefinition
     │   ├── UnknownUser
     │   ├── UnknownSubscription
-    │   └── UnknownJob
+    │   ├── UnknownJob
+    │   └── UnknownWorker
     ├── Conflict               the state of the thing forbids the operation
     │   └── InvalidTransition  a job cannot go from its state to the one asked for
     ├── StoreError             Redis refused the operation or cannot be used as it is configured
@@ -56,7 +57,11 @@ class CatalogueError(TaskPlatformError):
 
 
 class InvalidInput(TaskPlatformError, ValueError):
-    """An argument is not acceptable."""
+    """An argument is not acceptable. `field` is its name, where one argument alone is at fault."""
+
+    def __init__(self, *args: object, field: str = "") -> None:
+        super().__init__(*args)
+        self.field = field
 
 
 class NotFound(TaskPlatformError, LookupError):
@@ -79,6 +84,10 @@ class UnknownJob(NotFound):
     """No job has this id, or its record is past its retention."""
 
 
+class UnknownWorker(NotFound):
+    """No worker has this id."""
+
+
 class Conflict(TaskPlatformError):
     """The state of the thing forbids the operation."""
 
@@ -96,6 +105,8 @@ class Outage(StrEnum):
 
     UNREACHABLE = "unreachable"
     """No connection, or no answer in time."""
+    UNTRUSTED = "untrusted"
+    """Its certificate is not one that we accept for its name."""
     CLIENTS = "clients"
     """It takes no more connections."""
     LOADING = "loading"

@@ -14,15 +14,18 @@ Place = tuple[str | int, ...]
 """Where something is inside a value: the keys and indices that lead to it."""
 
 
-def explain(error: ValidationError, model: type[BaseModel], *, hidden: Collection[Place] = ()) -> list[tuple[Place, str]]:
-    """For each fault that `error` found in a `model`: where it is, what was got, and what is accepted.
+def explain(
+    error: ValidationError, model: type[BaseModel], *, hidden: Collection[Place] = (), most: int | None = None
+) -> list[tuple[Place, str]]:
+    """For each fault that `error` found in a `model`, or the first `most`: where it is, what was got, and what is accepted.
 
     Values at the places in `hidden`, and below them, are not quoted.
     """
     faults = []
-    for detail in error.errors(include_url=False, include_context=False):
+    for detail in error.errors(include_url=False, include_context=False)[:most]:
         place = detail["loc"]
-        if place[-1:] == ("[key]",):  # the key of a mapping is at fault, not what it leads to
+        # the key of a mapping is at fault, not what it leads to; a field that is not known may have just this name
+        if place[-1:] == ("[key]",) and detail["type"] != "extra_forbidden":
             place = place[:-1]
         quoted = not any(place[: len(secret)] == secret for secret in hidden)
         faults.append((place, _explained(detail["type"], detail["msg"], detail["input"], place, model, quoted=quoted)))
@@ -62,7 +65,8 @@ def _explained(kind: str, message: str, value: object, place: Place, model: type
     if kind == "missing":
         return f"is missing; it takes {accepted}"
     choices = [str(choice) for option in options for choice in option.get("enum", ())]
-    return f"got {_shown(value) if quoted else kind_of(value)}; it takes {accepted}{did_you_mean(value, choices)}"
+    meant = did_you_mean(value, choices) if isinstance(value, str) else ""
+    return f"got {_shown(value) if quoted else kind_of(value)}; it takes {accepted}{meant}"
 
 
 @lru_cache(maxsize=16)

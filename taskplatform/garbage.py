@@ -9,18 +9,21 @@ from __future__ import annotations
 import base64
 import json
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
 from celery.utils.time import maybe_iso8601
-from kombu.compression import decompress
 from kombu.utils.json import loads
 
 from taskplatform.message import is_job
 
 _JSON = "application/json"
 _MOST_REASON = 300
+#: As kombu calls what its `gzip` makes, which is zlib's format.
+_GZIP = ("application/x-gzip", "gzip", "zlib")
+_MOST_BYTES = 16 * 2**20
 #: Lua's numbers are exact up to here.
 _MOST_DELIVERIES = 2**53
 
@@ -69,10 +72,11 @@ def _check(message: Mapping[str, Any]) -> None:
     properties = _take(message, "properties", _is_object, "an object")
     _check_headers(headers)
     _check_properties(properties)
-    _check_body(message, headers, properties)
+    payload = _check_body(message, headers, properties)
     delivery = headers.get("delivery")
     if delivery is not None or is_job(properties["delivery_tag"]):
         _check_job(headers, delivery, properties["delivery_tag"])
+        _check_nothing_added(headers, payload)
 
 
 def _check_headers(headers: Mapping[str, Any]) -> None:
@@ -99,7 +103,8 @@ def _check_properties(properties: Mapping[str, Any]) -> None:
         _take(properties, name, _or_none(_is_text), "text or null", "property")
 
 
-def _check_body(message: Mapping[str, Any], headers: Mapping[str, Any], properties: Mapping[str, Any]) -> None:
+def _check_body(message: Mapping[str, Any], headers: Mapping[str, Any], properties: Mapping[str, Any]) -> list[Any]:
+    """Returns its three parts."""
     _take(message, "content-type", lambda value: value == _JSON, _JSON)
     _take(message, "content-encoding", _or_none(_is_text), "text or null")
     body = _take(message, "body", _is_text, "text")
@@ -110,7 +115,7 @@ def _check_body(message: Mapping[str, Any], headers: Mapping[str, Any], properti
         except ValueError as fault:
             raise _Garbage(f"body: not base64: {fault}") from None
         if headers.get("compression"):
-            content = decompress(content, headers["compression"])
+            content = _unpacked(content, headers["compression"])
     elif encoding in (None, "", "utf-8") and not headers.get("compression"):
         content = body.encode()
     else:
@@ -124,6 +129,20 @@ def _check_body(message: Mapping[str, Any], headers: Mapping[str, Any], properti
     args, kwargs, embed = payload
     if not (isinstance(args, list) and isinstance(kwargs, dict) and isinstance(embed, dict | None)):
         raise _Garbage("body: not a list of a list, an object and an object")
+    return payload
+
+
+def _unpacked(content: bytes, compression: str) -> bytes:
+    """Not further than a body may be long: a few kilobytes can hold more than the worker has memory."""
+    if compression not in _GZIP:
+        raise _Garbage(f"header compression: {_shown(compression)}: {_GZIP[0]} is expected")
+    unpacker = zlib.decompressobj()
+    body = unpacker.decompress(content, _MOST_BYTES)
+    if unpacker.unconsumed_tail:
+        raise _Garbage(f"body: unpacks to more than {_MOST_BYTES // 2**20} MB")
+    if not unpacker.eof:
+        raise _Garbage("body: its compressed form is cut off")
+    return body
 
 
 def _check_job(headers: Mapping[str, Any], delivery: object, tag: str) -> None:
@@ -134,6 +153,17 @@ def _check_job(headers: Mapping[str, Any], delivery: object, tag: str) -> None:
         raise _Garbage(f"property delivery_tag: {_shown(tag)}: {_shown(f'{job_id}#{delivery}')} is expected")
     if job_id.partition(":")[0] != task:
         raise _Garbage(f"header id: {_shown(job_id)} is no job of {_shown(task)}")
+
+
+def _check_nothing_added(headers: Mapping[str, Any], payload: list[Any]) -> None:
+    """A job's message only names it. More, which Celery would act upon, comes from somebody who cannot write the ledger."""
+    args, kwargs, embed = payload
+    user = headers["id"].split(":")[1:2]
+    if args or [*kwargs.items()] != [("user", one) for one in user]:
+        raise _Garbage(f"body: {_shown([args, kwargs])}: the job's user alone is expected; parameters are in the ledger")
+    added = [name for name, value in (embed or {}).items() if value] + [name for name in ("eta", "expires") if headers.get(name)]
+    if added:
+        raise _Garbage(f"{_shown(added[0])} is given, which no job's message has")
 
 
 def _take(values: Mapping[str, Any], name: str, is_good: Callable[[Any], bool], expected: str, what: str = "") -> Any:

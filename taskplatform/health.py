@@ -16,7 +16,7 @@ from enum import StrEnum
 
 from taskplatform.model import Priority, format_duration
 from taskplatform.settings import Settings
-from taskplatform.store import Store, Vitals, Worker
+from taskplatform.store import BreakerState, Store, Vitals, Worker
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ OVERDUE = timedelta(seconds=30)
 STUCK_IN_QUEUE = timedelta(minutes=1)
 #: A run is too long when it has lasted so much longer than its definition's timeout, at which the pool should have killed it.
 RUN_MARGIN = timedelta(minutes=1)
+#: A probe of a host that is held back keeps all others from it: it is stuck after this, if its definition gives it no longer.
+STUCK_PROBE = timedelta(minutes=10)
 #: Parts of maxmemory and of maxclients.
 _NEARLY_FULL = 0.9
 _SECOND_LOOK_SECONDS = 0.5
@@ -117,6 +119,7 @@ def _problems(vitals: Vitals, settings: Settings) -> Iterator[Problem]:
         for priority in Priority:
             yield from _queue(vitals, settings, priority, [one for one in alive if one.slots and priority in one.queues])
     yield from _runs(vitals)
+    yield from _breakers(vitals)
     yield from _remarks(vitals)
 
 
@@ -263,6 +266,27 @@ def _runs(vitals: Vitals) -> Iterator[Problem]:
                 f"`taskplatform jobs show {job_id}` says where; cancel it, and restart that worker.",
                 since_ms=started_ms,
                 subject=job_id,
+            )
+
+
+def _breakers(vitals: Vitals) -> Iterator[Problem]:
+    for one in vitals.breakers:
+        opened = one.openings > 0
+        until = "it is probed" if one.state is BreakerState.HALF_OPEN else f"it is probed from {_instant(one.until_ms)} on"
+        text = f"Jobs of host {one.host} are held back ({one.reason}); {until}. "
+        text += f"`taskplatform breakers reset {one.host}` ends that." if opened else "The host asked for that pause."
+        severity = Severity.WARNING if opened else Severity.INFO
+        yield Problem(code="breaker_open" if opened else "host_held", severity=severity, subject=one.host, since_ms=one.since_ms, text=text)
+        longest_ms = max(_ms(STUCK_PROBE), vitals.timeouts_ms.get(one.probe.partition(":")[0], 0) + _ms(RUN_MARGIN))
+        half_open = one.state is BreakerState.HALF_OPEN
+        if half_open and one.probed_ms is not None and vitals.now_ms - one.probed_ms > longest_ms:
+            yield _error(
+                "probe_stuck",
+                f"Job {one.probe} probes host {one.host} since {_instant(one.probed_ms)}, and the other jobs of that host wait for it. "
+                f"`taskplatform jobs show {one.probe}` says where it is; cancel it, or let the host's jobs go with "
+                f"`taskplatform breakers reset {one.host}`.",
+                since_ms=one.probed_ms,
+                subject=one.host,
             )
 
 

@@ -41,7 +41,7 @@ from urllib.parse import urlsplit
 
 from taskplatform import guardian
 from taskplatform.errors import TaskPlatformError
-from taskplatform.settings import PREFIX, STOP_MARGIN, Settings, environment
+from taskplatform.settings import PREFIX, STOP_MARGIN, Settings, environment, shown_url
 
 VALKEY_PORT = 6380
 MOCK_PORT = 8000
@@ -377,7 +377,7 @@ class Stack:
         """Lines that tell a person where things are."""
         where = f"data in {self.data_dir / 'valkey'}" if self.embedded else f"as {PREFIX}REDIS_URL says"
         lines = [
-            f"Redis     {_without_password(self.redis_url)}   {where}",
+            f"Redis     {shown_url(self.redis_url)}   {where}",
             f"Mock API  {self.mock_url}   jobs call {self._environment()['API_BASE_URL']}",
         ]
         return [*lines, f"Flower    {self.flower_url}"] if self.flower_url else lines
@@ -408,6 +408,8 @@ class Stack:
     def _environment(self) -> dict[str, str]:
         """What the children get over what they inherit: the settings that this stack was given, and the mock API."""
         own = self._settings.model_dump(mode="json", include=self._settings.model_fields_set - {"config"}, exclude_none=True)
+        allowed = [*map(str, self._settings.http_allow), urlsplit(self.mock_url).netloc]
+        own |= {"http_allow": ",".join(allowed)}
         own |= {"redis_url": self.redis_url, "data_dir": str(self.data_dir), "worker_slots": self.slots}
         variables = {PREFIX + name.upper(): json.dumps(value) if isinstance(value, dict) else str(value) for name, value in own.items()}
         given = environment()
@@ -1055,12 +1057,7 @@ def _require_reachable(url: str) -> None:
         else:
             socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=5.0).close()
     except OSError as fault:
-        raise StartError(f"{PREFIX}REDIS_URL is {_without_password(url)}, which cannot be reached: {fault}") from None
-
-
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    return url.replace(f":{parts.password}@", ":***@", 1) if parts.password else url
+        raise StartError(f"{PREFIX}REDIS_URL is {shown_url(url)}, which cannot be reached: {fault}") from None
 
 
 def _is_free(port: int) -> bool:

@@ -39,6 +39,7 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 
 from taskplatform.errors import InvalidInput
 from taskplatform.faults import Place, did_you_mean
+from taskplatform.signing import SIGNATURE_HEADERS
 
 DEFINITION_ID = re.compile(r"[a-z][a-z0-9_]{0,63}")
 USER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,127}")
@@ -50,14 +51,14 @@ def check_user_id(user: object) -> str:
     """Return `user` if it is a well-formed user id, else raise InvalidInput."""
     if isinstance(user, str) and USER_ID.fullmatch(user):
         return user
-    raise InvalidInput(f"user id {user!r} is not accepted: {USER_ID_RULE}")
+    raise InvalidInput(f"user id {user!r} is not accepted: {USER_ID_RULE}", field="user")
 
 
 def check_definition_id(definition: object) -> str:
     """Return `definition` if it is a well-formed definition id, else raise InvalidInput."""
     if isinstance(definition, str) and DEFINITION_ID.fullmatch(definition):
         return definition
-    raise InvalidInput(f"definition id {definition!r} is not accepted: {DEFINITION_ID_RULE}")
+    raise InvalidInput(f"definition id {definition!r} is not accepted: {DEFINITION_ID_RULE}", field="definition")
 
 
 # --- durations, rates, zones -----------------------------------------------------------------------------------------
@@ -183,6 +184,12 @@ def _refuse(model: BaseModel, faults: Sequence[tuple[Place, str]]) -> None:
 
 #: A call is made this long after its start was recorded, at the latest: later its place in the rate limits has passed.
 START_SLACK_MS = 100
+#: So many calls in a row must go well, one at a time, before the breaker of a host closes.
+BREAKER_PROBES = 3
+#: Each time that a probe fails the breaker stays open twice as long, up to so many times the first pause.
+BREAKER_LONGEST_PAUSE = 16
+#: A definition whose probe failed leaves the next one to the host's others for so long.
+BREAKER_TURN_MS = 1000
 
 
 class RateLimit(_ShortForm):
@@ -270,6 +277,31 @@ class Limit:
         return (self.burst or 1) - (self.per_second or 0) * START_SLACK_MS / 1000
 
 
+@dataclass(frozen=True, slots=True)
+class BreakerRule:
+    """When the breaker of a host opens."""
+
+    share: float
+    """Of the calls in the window, how many must have failed: above 0, up to 1."""
+    calls: int
+    """With fewer calls than this in the window it stays closed; 0: it never opens."""
+    window: timedelta
+    pause: timedelta
+    """How long it stays open the first time."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallReport:
+    """What a call that ended says of its host."""
+
+    host: str
+    """As `HttpConfig.host` gives it. What is said of another than the definition's present one counts for none."""
+    failed: bool
+    rule: BreakerRule
+    pause: timedelta = timedelta()
+    """For how long the host asks not to be called."""
+
+
 class LimitRule(_ShortForm):
     """A limit as people write it: a rate, how many at a time, or both."""
 
@@ -309,7 +341,7 @@ def check_host(host: object) -> str:
     meant = _host_of(host.strip() if "//" in host else f"//{host.strip()}") if isinstance(host, str) else None
     hint = f' (did you mean "{meant}"?)' if meant and _HOST.fullmatch(meant) else ""
     rule = 'without scheme and path, in lower case, with its port where that is not the scheme\'s own: "api.example.com", "localhost:8000"'
-    raise InvalidInput(f"host {host!r} is not accepted{hint}; a host is given {rule}")
+    raise InvalidInput(f"host {host!r} is not accepted{hint}; a host is given {rule}", field="host")
 
 
 def _host_of(url: str) -> str | None:
@@ -436,7 +468,14 @@ class Backoff(_Frozen):
     strategy: Literal["exponential", "fixed"] = "exponential"
     base: PositiveDuration = timedelta(seconds=10)
     cap: PositiveDuration = Field(default=timedelta(minutes=10), description="the longest delay; where not given, never below base")
-    jitter: bool = Field(default=True, description="take a random share of the delay, from half to the whole of it")
+    jitter: Annotated[
+        Literal["full", "half", "none"],
+        BeforeValidator(lambda value: ("full" if value else "none") if isinstance(value, bool) else value),
+        WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": ["full", "half", "none"]}]}),
+    ] = Field(
+        default="full",
+        description="a random share of the delay: full or true from nothing to the whole, half from half of it to the whole, none or false",
+    )
 
     @model_validator(mode="after")
     def _check_cap(self) -> Backoff:
@@ -447,8 +486,8 @@ class Backoff(_Frozen):
     def delay(self, attempt: int, *, random_share: float | None = None) -> timedelta:
         """The wait after `attempt` (1 is the first run) failed.
 
-        `random_share` in [0, 1) replaces the random number, for tests. Jitter keeps at least half of the delay: with
-        full jitter a third of the first retries would go out at once.
+        `random_share` in [0, 1) replaces the random number, for tests. Full jitter spreads best what failed together, but a part of
+        the first retries goes out soon; half jitter keeps at least half of the delay.
         """
         longest = self.base
         if self.strategy == "exponential":
@@ -456,10 +495,10 @@ class Backoff(_Frozen):
             doubled = 2.0 ** min(max(attempt - 1, 0), 60)
             # cap is divided because base × 2^n can be more than a timedelta holds
             longest = cap if self.base >= cap / doubled else self.base * doubled
-        if not self.jitter:
+        if self.jitter == "none":
             return longest
         share = random.random() if random_share is None else random_share
-        return longest * (0.5 + share / 2)
+        return longest * (share if self.jitter == "full" else 0.5 + share / 2)
 
 
 class CatchUpPolicy(StrEnum):
@@ -497,6 +536,10 @@ def _texts(value: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
             yield from _texts(item, (*place, index))
 
 
+_SECRET_SCHEMA = {"type": "string", "pattern": rf"^\$\{{{_ENVIRONMENT_NAME.pattern}\}}$", "description": '"${NAME}"'}
+_SIGN_RULE = '"${NAME}", or a list of up to 5 such: a secret comes only from the environment'
+
+
 class HttpConfig(_Frozen):
     """An HTTP call. `${NAME}` comes from the environment; `{{user}}`, `{{job_id}}` and `{{params.x}}` from the job."""
 
@@ -504,6 +547,11 @@ class HttpConfig(_Frozen):
     method: Literal["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"] = "POST"
     headers: dict[str, str] = Field(default_factory=dict)
     body: Any = Field(default=None, description="text is sent as it is; anything else as JSON")
+    sign: Annotated[
+        list[str],
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+        WithJsonSchema({"anyOf": [_SECRET_SCHEMA, {"type": "array", "items": _SECRET_SCHEMA, "maxItems": 5}]}),
+    ] = Field(default_factory=list, description=f"secrets of Standard Webhooks that sign each call: {_SIGN_RULE}")
     max_duration: PositiveDuration | None = Field(
         default=None, description="deadline of the whole call; default: the definition's max_duration, else its timeout"
     )
@@ -525,6 +573,10 @@ class HttpConfig(_Frozen):
                 faults.append((("headers", name), f"{name!r} is not a header name"))
             if "\n" in value or "\r" in value:
                 faults.append((("headers", name), f"the value of {name} contains a line break"))
+            if self.sign and name.lower() in SIGNATURE_HEADERS:
+                faults.append((("headers", name), f"{name} is set by sign"))
+        if len(self.sign) > 5 or not all(re.fullmatch(rf"\$\{{{_ENVIRONMENT_NAME.pattern}\}}", text) for text in self.sign):
+            faults.append((("sign",), f"takes {_SIGN_RULE}"))
         for place, text in self._texts():
             for name in _TEMPLATE.findall(text):
                 if not _TEMPLATE_NAME.fullmatch(name):
@@ -537,8 +589,13 @@ class HttpConfig(_Frozen):
 
     @property
     def environment_names(self) -> frozenset[str]:
-        """The variables that endpoint, headers and body take from the environment."""
+        """The variables that endpoint, headers, body and sign take from the environment."""
         return frozenset(name for _, text in self._texts() for name in _ENVIRONMENT.findall(text))
+
+    @property
+    def secret_names(self) -> list[str]:
+        """The variables with the secrets that sign a call."""
+        return [text[2:-1] for text in self.sign]
 
     @cached_property
     def param_names(self) -> frozenset[str]:
@@ -551,12 +608,24 @@ class HttpConfig(_Frozen):
 
         None where `environment` does not have what the endpoint needs, or it does not give a URL.
         """
+        url = self._url_before_job(environment)
+        return None if url is None else _host_of(url)
+
+    def server(self, environment: Mapping[str, str]) -> tuple[str, int] | None:
+        """The host as the endpoint writes it, without brackets, and the port. None as for `host`."""
+        url = self._url_before_job(environment)
+        if url is None or _host_of(url) is None:
+            return None
+        parts = urlsplit(url)
+        return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+    def _url_before_job(self, environment: Mapping[str, str]) -> str | None:
         if any(name not in environment for name in _ENVIRONMENT.findall(self.endpoint)):
             return None
-        return _host_of(_ENVIRONMENT.sub(lambda found: environment[found.group(1)], self.endpoint).partition("{{")[0])
+        return _ENVIRONMENT.sub(lambda found: environment[found.group(1)], self.endpoint).partition("{{")[0]
 
     def _texts(self) -> Iterator[tuple[Place, str]]:
-        return _texts({"endpoint": self.endpoint, "headers": self.headers, "body": self.body})
+        return _texts({"endpoint": self.endpoint, "headers": self.headers, "body": self.body, "sign": self.sign})
 
 
 _HOST_RULE = "the host cannot come from the job, only the path and query can"

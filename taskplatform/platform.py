@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from taskplatform.catalogue import Catalogue, load
-from taskplatform.errors import Conflict, InvalidInput, UnknownDefinition
+from taskplatform.errors import Conflict, InvalidInput, TaskPlatformError, UnknownDefinition, UnknownUser
 from taskplatform.faults import did_you_mean, explain
 from taskplatform.health import Health, check
 from taskplatform.model import (
@@ -51,7 +52,20 @@ from taskplatform.model import (
 )
 from taskplatform.planner import Due, Window, Windows, published
 from taskplatform.settings import Settings, environment, settings
-from taskplatform.store import Change, DeadLetterResult, Enqueue, Garbage, LimitState, Occurrence, Page, Store, Subscribe, SubscribeResult
+from taskplatform.store import (
+    Breaker,
+    Change,
+    DeadLetterResult,
+    Enqueue,
+    Garbage,
+    LimitState,
+    Occurrence,
+    Page,
+    Store,
+    Subscribe,
+    SubscribeResult,
+    Worker,
+)
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +119,7 @@ class Platform:
         Raises SettingsError, CatalogueError, StoreError.
         """
         chosen = settings_ or settings()
-        store = Store.connect(chosen.redis_url, namespace=chosen.namespace, change_log_size=chosen.change_log_size)
+        store = Store.connect(chosen.redis_url, tls=chosen.redis_tls, namespace=chosen.namespace, change_log_size=chosen.change_log_size)
         try:
             platform = cls(store, catalogue if catalogue is not None else load(Path(chosen.tasks_dir)), chosen, actor=actor)
             store.ping()
@@ -114,6 +128,15 @@ class Platform:
             store.close()
             raise
         return platform
+
+    @property
+    def actor(self) -> str:
+        """Who acts, as the change log and the audit log name it."""
+        return self._actor
+
+    def acting_as(self, actor: str) -> Platform:
+        """The same platform over the same connections, for another person or program."""
+        return Platform(self.store, self.catalogue, self.settings, actor=actor)
 
     def publish_missing(self) -> None:
         """Publish the definitions that Redis does not know; changed ones are published by the beat that leads."""
@@ -169,6 +192,37 @@ class Platform:
         self.store.enqueue(jobs)
         return self.store.jobs_by_id([job.id for job in jobs])
 
+    def enqueue_each(self, requests: Sequence[JobRequest]) -> list[Job | TaskPlatformError]:
+        """Make many jobs, each on its own: in this order the job, or why there is none (InvalidInput, UnknownDefinition, UnknownUser)."""
+        results: list[Job | TaskPlatformError | None] = [None] * len(requests)
+        made: dict[int, Enqueue] = {}
+        now_ms = cache(self.store.now_ms)
+        pairs = [(request.user, request.definition) for request in requests]
+        subscribed = self.store.subscription_params(pairs)
+        for place, request in enumerate(requests):
+            try:
+                made[place] = self._enqueue(request, subscribed.get((request.user, request.definition), {}), now_ms)
+            except (InvalidInput, UnknownDefinition) as fault:
+                results[place] = fault
+        missing = self.store.missing_users(requests[place].user for place in made)
+        for place in [place for place in made if requests[place].user in missing]:
+            del made[place]
+            results[place] = UnknownUser(f"no user {requests[place].user!r}")
+        try:
+            self.store.enqueue(list(made.values()))
+        except (UnknownUser, UnknownDefinition):
+            # somebody deleted a user or a definition just now; what of it was made is found by its id
+            for place, one in list(made.items()):
+                try:
+                    self.store.enqueue([one])
+                except (UnknownUser, UnknownDefinition) as fault:
+                    del made[place]
+                    results[place] = fault
+        jobs = {job.id: job for job in self.store.jobs_by_id([one.id for one in made.values()])}
+        for place, one in made.items():
+            results[place] = jobs.get(one.id) or UnknownUser(f"no user {requests[place].user!r}")
+        return [result for result in results if result is not None]
+
     def _enqueues(self, requests: Sequence[JobRequest]) -> list[Enqueue]:
         pairs = [(request.user, request.definition) for request in requests if isinstance(request.user, str)]
         subscribed = self.store.subscription_params(pairs)
@@ -208,9 +262,11 @@ class Platform:
         until: datetime | None = None,
         cursor: str | None = None,
         limit: int = 100,
+        scan: int | None = None,
     ) -> Page[Job]:
         """Jobs that fit all filters, the newest first; `cursor` is the last page's.
 
+        With `scan` about so many jobs are looked at, at the most: a page may then be short, or empty, and yet have a cursor.
         Raises UnknownDefinition, InvalidInput.
         """
         if definition is not None:
@@ -223,6 +279,7 @@ class Platform:
             until_ms=None if until is None else _instant(until, "until"),
             cursor=cursor,
             limit=_limit(limit),
+            scan=scan,
         )
 
     def cancel(self, job_id: str) -> Job:
@@ -264,8 +321,9 @@ class Platform:
         reason: str = "",
         cursor: str | None = None,
         limit: int = 100,
+        scan: int | None = None,
     ) -> Page[Job]:
-        """Jobs that failed or timed out for good, the newest first; `cursor` is the last page's.
+        """Jobs that failed or timed out for good, the newest first; `cursor` is the last page's, `scan` as of `jobs`.
 
         They are kept with their histories until they are redriven or discarded, or for the setting `dead_retention`. `reason`
         is a part of the reason; "poison pill" finds those that took their workers down. Also of definitions that were removed.
@@ -277,6 +335,7 @@ class Platform:
             reason=reason,
             cursor=cursor,
             limit=_limit(limit),
+            scan=scan,
         )
 
     def redrive(self, job_id: str) -> Job:
@@ -294,14 +353,20 @@ class Platform:
         return job
 
     def redrive_all(
-        self, *, definition: str | None = None, user: str | None = None, since: datetime | None = None, reason: str = ""
+        self,
+        *,
+        definition: str | None = None,
+        user: str | None = None,
+        since: datetime | None = None,
+        reason: str = "",
+        limit: int | None = None,
     ) -> tuple[int, int]:
         """The same for all that `dead_letters` lists now, a batch after the other; what dies meanwhile again is left.
 
-        Returns how many were redriven, and how many were left because their definition was removed.
+        With `limit`, for the newest so many. Returns how many were redriven, and how many were left because their definition was removed.
         """
         redriven = left = 0
-        for batch in self._dead_batches(definition, user, since, reason):
+        for batch in self._dead_batches(definition, user, since, reason, limit):
             answers = self.store.redrive([job.id for job in batch], reason=self._redriven)
             left += answers.count(DeadLetterResult.REMOVED)
             redriven += answers.count(DeadLetterResult.DONE)
@@ -324,21 +389,30 @@ class Platform:
             raise Conflict(f"job {job_id} is {self.job(job_id).state} and no dead letter; `taskplatform dead list` shows those")
 
     def discard_all(
-        self, *, definition: str | None = None, user: str | None = None, since: datetime | None = None, reason: str = ""
+        self,
+        *,
+        definition: str | None = None,
+        user: str | None = None,
+        since: datetime | None = None,
+        reason: str = "",
+        limit: int | None = None,
     ) -> int:
-        """The same for all that `dead_letters` lists now, a batch after the other. Returns how many."""
+        """The same for all that `dead_letters` lists now, or the newest `limit`, a batch after the other. Returns how many."""
         discarded = 0
         subject = " ".join(filter(None, (user, definition)))
         detail = f"reason contains {reason!r}" if reason else ""
-        for batch in self._dead_batches(definition, user, since, reason):
+        for batch in self._dead_batches(definition, user, since, reason, limit):
             answers = self.store.discard([job.id for job in batch], actor=self._actor, subject=subject, detail=detail)
             discarded += answers.count(DeadLetterResult.DONE)
         return discarded
 
-    def _dead_batches(self, definition: str | None, user: str | None, since: datetime | None, reason: str) -> Iterator[tuple[Job, ...]]:
-        """The dead letters that there are now, in batches."""
+    def _dead_batches(
+        self, definition: str | None, user: str | None, since: datetime | None, reason: str, limit: int | None
+    ) -> Iterator[tuple[Job, ...]]:
+        """The dead letters that there are now, or the newest `limit`, in batches."""
         until_ms, cursor = self.store.now_ms(), None
-        while True:
+        left = sys.maxsize if limit is None else limit
+        while left > 0:
             page = self.store.dead_letters(
                 definition=None if definition is None else check_definition_id(definition),
                 user=None if user is None else check_user_id(user),
@@ -346,8 +420,9 @@ class Platform:
                 until_ms=until_ms,
                 reason=reason,
                 cursor=cursor,
-                limit=_DEAD_BATCH,
+                limit=min(left, _DEAD_BATCH),
             )
+            left -= len(page.items)
             if page.items:
                 yield page.items
             cursor = page.cursor
@@ -377,7 +452,7 @@ class Platform:
         known = self.definition(definition)
         key = "" if idempotency_key is None else _digest(idempotency_key)
         if window is not None and not timedelta() <= window <= MAX_DELAY:
-            raise InvalidInput(f"window {window} is not accepted: 0 to 366 days is")
+            raise InvalidInput(f"window {window} is not accepted: 0 to 366 days is", field="window")
         asked = known.window if window is None else window
         used = self._window(known, asked)
         if used.note:
@@ -415,6 +490,23 @@ class Platform:
     def resume_definition(self, definition: str) -> bool:
         """The reverse of `pause_definition`."""
         return self.store.resume_definition(self.definition(definition).id, actor=self._actor)
+
+    # workers
+
+    def workers(self) -> list[Worker]:
+        """In order of their ids."""
+        return self.store.workers()
+
+    def drain_worker(self, worker: str) -> bool:
+        """Let a worker take nothing new. What it has goes on; it lives, and stays drained until it is resumed or ends.
+
+        It follows with its next heartbeat. Returns whether that changed something. Raises UnknownWorker.
+        """
+        return self.store.drain_worker(worker, actor=self._actor)
+
+    def resume_worker(self, worker: str) -> bool:
+        """The reverse of `drain_worker`."""
+        return self.store.resume_worker(worker, actor=self._actor)
 
     # limits
 
@@ -454,6 +546,27 @@ class Platform:
         # also of a definition that is no longer in the catalogue
         _limit_name(name)
         return self.store.reset_limit(name, actor=self._actor)
+
+    # hosts
+
+    def breakers(self) -> list[Breaker]:
+        """The hosts that are called, in order of their names, and whether their jobs are held back."""
+        return self.store.breakers()
+
+    def held_back(self, job: Job) -> Breaker | None:
+        """The host for which a due job waits, where that is held back; else None."""
+        waits = job.state in (JobState.PENDING, JobState.RETRYING) and job.execute_after_ms <= self.store.now_ms()
+        return self.store.breaker_of(job.definition) if waits else None
+
+    def open_breaker(self, host: str, *, span: timedelta, reason: str = "") -> None:
+        """Hold a host's jobs back for so long, up to 366 days. Then it is probed, as after failures. Raises InvalidInput."""
+        if not timedelta(milliseconds=1) <= span <= MAX_DELAY:
+            raise InvalidInput(f"span {span} is not accepted: up to {MAX_DELAY.days} days is")
+        self.store.hold_host(check_host(host), span=span, why=reason or f"opened by {self._actor}", actor=self._actor)
+
+    def reset_breaker(self, host: str) -> bool:
+        """Hold a host's jobs back no longer, whyever they are, and probe it no more. Returns whether they were. Raises InvalidInput."""
+        return self.store.free_host(check_host(host), actor=self._actor)
 
     # users
 
@@ -539,6 +652,30 @@ class Platform:
         known = self.definition(definition)
         own = None if schedule is None else _override(schedule, known)
         return self._change(user, known, schedule=own, own_schedule=own is not None)
+
+    def change_subscription(
+        self,
+        user: str,
+        definition: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        schedule: ScheduleOverride | Mapping[str, Any] | None = None,
+        default_schedule: bool = False,
+        enabled: bool | None = None,
+    ) -> Subscription:
+        """Change some things of a subscription in one step; None keeps what is. `default_schedule` gives it the definition's again.
+
+        Raises UnknownUser, UnknownSubscription, UnknownDefinition, InvalidInput.
+        """
+        known = self.definition(definition)
+        changes: dict[str, Any] = {"enabled": enabled}
+        if params is not None:
+            changes["params"] = _check_params(params, known, {})
+        if schedule is not None:
+            changes.update(schedule=_override(schedule, known), own_schedule=True)
+        elif default_schedule:
+            changes["own_schedule"] = False
+        return self._change(user, known, **changes)
 
     def enable(self, user: str, definition: str) -> Subscription:
         """Switch a subscription on again."""
@@ -628,17 +765,21 @@ def _check_params(params: Mapping[str, Any] | None, definition: Definition, give
     if params is None:
         params = {}
     if not isinstance(params, Mapping) or not all(isinstance(name, str) for name in params):
-        raise InvalidInput(f"params of {definition.id}: a mapping of names to JSON values is expected, not {type(params).__name__}")
+        raise InvalidInput(
+            f"params of {definition.id}: a mapping of names to JSON values is expected, not {type(params).__name__}", field="params"
+        )
     try:
         # not all that Python takes for text is Unicode: half a surrogate pair cannot be encoded
         encoded = _to_json(params).encode() if params else b""
     except (TypeError, ValueError, RecursionError) as fault:
-        raise InvalidInput(f"params of {definition.id}: not JSON: {fault}") from None
+        raise InvalidInput(f"params of {definition.id}: not JSON: {fault}", field="params") from None
     if len(encoded) > MAX_PARAMS_BYTES:
-        raise InvalidInput(f"params of {definition.id}: {len(encoded)} bytes of JSON, at most {MAX_PARAMS_BYTES} are accepted")
+        raise InvalidInput(
+            f"params of {definition.id}: {len(encoded)} bytes of JSON, at most {MAX_PARAMS_BYTES} are accepted", field="params"
+        )
     missing = definition.missing_params({**given, **params})
     if missing:
-        raise InvalidInput(f"params of {definition.id}: {', '.join(missing)} missing")
+        raise InvalidInput(f"params of {definition.id}: {', '.join(missing)} missing", field="params")
     return dict(params)
 
 
@@ -649,28 +790,30 @@ def _when(countdown: float | timedelta | None, eta: datetime | None, now_ms: Cal
     if eta is not None:
         at_ms = _instant(eta, "eta")
         if at_ms > now_ms() + MAX_DELAY / timedelta(milliseconds=1):
-            raise InvalidInput(f"eta {eta.isoformat()} is more than {MAX_DELAY.days} days ahead")
+            raise InvalidInput(f"eta {eta.isoformat()} is more than {MAX_DELAY.days} days ahead", field="eta")
         return at_ms, 0
     if countdown is None:
         return None, 0
     if isinstance(countdown, bool) or not isinstance(countdown, int | float | timedelta):
-        raise InvalidInput(f"countdown {countdown!r} is not a number of seconds or a timedelta")
+        raise InvalidInput(f"countdown {countdown!r} is not a number of seconds or a timedelta", field="countdown")
     seconds = countdown.total_seconds() if isinstance(countdown, timedelta) else countdown
     if not 0 <= seconds <= MAX_DELAY.total_seconds():
-        raise InvalidInput(f"countdown {countdown!r} is not accepted: 0 to {MAX_DELAY.days} days is")
+        raise InvalidInput(f"countdown {countdown!r} is not accepted: 0 to {MAX_DELAY.days} days is", field="countdown")
     return None, round(seconds * 1000)
 
 
 def _digest(key: str) -> str:
     """What an idempotency key is known by."""
     if not isinstance(key, str) or not 0 < len(key) <= MAX_KEY_LENGTH:
-        raise InvalidInput(f"idempotency_key {key!r} is not accepted: a text of 1 to {MAX_KEY_LENGTH} characters is")
+        raise InvalidInput(
+            f"idempotency_key {key!r} is not accepted: a text of 1 to {MAX_KEY_LENGTH} characters is", field="idempotency_key"
+        )
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
 def _instant(value: datetime, name: str) -> int:
     if not isinstance(value, datetime) or value.tzinfo is None:
-        raise InvalidInput(f"{name} {value!r} is not accepted: a datetime with a time zone is")
+        raise InvalidInput(f"{name} {value!r} is not accepted: a datetime with a time zone is", field=name)
     return max(0, int(value.timestamp() * 1000))
 
 
@@ -691,7 +834,7 @@ def _priority(value: Priority | str) -> Priority:
     try:
         return Priority(value)
     except ValueError:
-        raise InvalidInput(f"priority {value!r} is not accepted: {', '.join(Priority)} are") from None
+        raise InvalidInput(f"priority {value!r} is not accepted: {', '.join(Priority)} are", field="priority") from None
 
 
 def _states(value: JobState | str | Iterable[JobState | str] | None) -> frozenset[JobState]:
@@ -701,7 +844,7 @@ def _states(value: JobState | str | Iterable[JobState | str] | None) -> frozense
     try:
         return frozenset(JobState(state) for state in wanted)
     except ValueError:
-        raise InvalidInput(f"state {', '.join(map(str, wanted))} is not accepted: {', '.join(JobState)} are") from None
+        raise InvalidInput(f"state {', '.join(map(str, wanted))} is not accepted: {', '.join(JobState)} are", field="state") from None
 
 
 def _limit_name(name: str) -> tuple[str, str]:
@@ -712,7 +855,7 @@ def _limit_name(name: str) -> tuple[str, str]:
         return kind, checks[kind](of)
     if separator or kind not in alone:
         hint = did_you_mean(kind, checks if separator else alone)
-        raise InvalidInput(f"limit {name!r} is not known{hint}: total, definition:ID, host:HOST, user and user:ID are")
+        raise InvalidInput(f"limit {name!r} is not known{hint}: total, definition:ID, host:HOST, user and user:ID are", field="name")
     return kind, ""
 
 
@@ -722,6 +865,6 @@ def _override(value: ScheduleOverride | Mapping[str, Any], definition: Definitio
         return override.apply(definition.schedule)
     except ValidationError as fault:
         faults = (f"{'.'.join(map(str, place))}: {message}" if place else message for place, message in explain(fault, ScheduleOverride))
-        raise InvalidInput(f"schedule for {definition.id}: {'; '.join(faults)}") from None
+        raise InvalidInput(f"schedule for {definition.id}: {'; '.join(faults)}", field="schedule") from None
     except ValueError as fault:
-        raise InvalidInput(f"schedule for {definition.id}: {fault}") from None
+        raise InvalidInput(f"schedule for {definition.id}: {fault}", field="schedule") from None

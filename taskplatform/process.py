@@ -1,11 +1,12 @@
-"""What this machine knows of processes: who one is, whether it has ended for sure, and that a child ends with its parent.
+"""What this machine knows of processes: who one is, whether it has ended for sure, that a child ends with its parent, and can log.
 
-All of it needs Linux and its /proc; elsewhere nothing is known, and nobody is taken for dead by it.
+Most of it needs Linux and its /proc; elsewhere nothing is known, and nobody is taken for dead by it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -59,6 +60,28 @@ def die_with_parent(parent: int) -> None:
         raise OSError(code, os.strerror(code))
     if os.getppid() != parent:  # it ended before that was said
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fork_between_log_lines() -> None:
+    """From now on, fork only while no thread is about to write a log line.
+
+    A stream that was being written to stays locked in the child, for ever: logging makes new locks for its handlers there, and the stream
+    behind a handler has one of its own.
+    """
+    held: list[logging.Handler] = []
+
+    def before() -> None:
+        for reference in list(logging._handlerList):  # type: ignore[attr-defined]
+            handler = reference()
+            if handler is not None and handler.lock is not None:
+                handler.acquire()
+                held.append(handler)
+
+    def after_in_parent() -> None:
+        while held:
+            held.pop().release()
+
+    os.register_at_fork(before=before, after_in_parent=after_in_parent, after_in_child=held.clear)
 
 
 def _born(pid: int) -> str | None:

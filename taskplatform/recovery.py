@@ -13,13 +13,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 from taskplatform.errors import StoreError, StoreUnavailable
 from taskplatform.health import Alarm
-from taskplatform.model import Backoff, JobState, format_duration
+from taskplatform.model import Backoff, CallReport, JobState, format_duration
 from taskplatform.outage import OutageLog
 from taskplatform.process import has_ended
 from taskplatform.settings import Settings
@@ -134,6 +134,7 @@ class Ending:
     reason: str
     detail: Mapping[str, Any] | None = None
     retry_in: timedelta | None = None
+    call: CallReport | None = None
 
     def record(self, store: Store) -> JobState:
         """Tell Redis; as often as need be, because it knows one that it has. Returns the state. Raises StoreError and Discarded."""
@@ -145,6 +146,7 @@ class Ending:
             reason=self.reason,
             detail=self.detail,
             retry_in=self.retry_in,
+            call=self.call,
         )
         if not counted:
             raise Discarded(f"job {self.job_id}: result {self.state} of delivery {self.delivery} discarded: it is not the current one")
@@ -187,7 +189,9 @@ class Endings:
         self._kept: dict[tuple[str, int], Ending | KilledEnding] = {}
 
     def keep(self, ending: Ending | KilledEnding) -> None:
-        """One more."""
+        """One more. Of the host that it called it says nothing any more: what that was like, it was then."""
+        if isinstance(ending, Ending):
+            ending = replace(ending, call=None)
         self._kept[ending.job_id, ending.delivery] = ending
 
     def __contains__(self, place: tuple[str, int]) -> bool:
@@ -211,8 +215,9 @@ class RecoveryLoop:
     """Heartbeats and recovers, until `stop`.
 
     `slots` and `queues` are asked each time, because remote control can change them. `stop_run` is called with each run that is to be
-    stopped here, until it is told to the store. `has_run` says whether this process runs a job's delivery or is about to, or has its
-    end, `limit_of` in which span a run of a definition must have ended (None: it is not known). `endings` are those that wait for Redis.
+    stopped here, until it is told to the store, and `consume` with whether this worker is to take messages. `has_run` says whether this
+    process runs a job's delivery or is about to, or has its end, `limit_of` in which span a run of a definition must have ended (None: it
+    is not known). `endings` are those that wait for Redis.
     """
 
     def __init__(
@@ -224,6 +229,7 @@ class RecoveryLoop:
         slots: Callable[[], int],
         queues: Callable[[], list[str]],
         stop_run: Callable[[Stop], None],
+        consume: Callable[[bool], None],
         has_run: Callable[[str, int], bool],
         limit_of: Callable[[str], timedelta | None],
         endings: Endings,
@@ -236,13 +242,15 @@ class RecoveryLoop:
         self._slots = slots
         self._queues = queues
         self._stop_run = stop_run
+        self._consume = consume
         self._has_run = has_run
         self._limit_of = limit_of
         self._endings = endings
         self._info = info
         self._clock = clock
         self._alarm = Alarm(store, settings)
-        self._draining = False
+        #: This worker stops; and what people told it by `taskplatform nodes drain`.
+        self._draining = self._drained = False
         self._stopped = threading.Event()
         look = self._look_seconds
         self._observer = Observer(timeout=settings.heartbeat_timeout, own=worker)
@@ -295,15 +303,21 @@ class RecoveryLoop:
         with self._alive:
             if self._stopped.is_set():
                 return
-            stops = self._store.heartbeat(
+            orders = self._store.heartbeat(
                 self._worker,
                 # what is stuck and cannot be stopped has its slot for ever
                 slots=0 if self._draining else max(0, self._slots() - len(self._stuck)),
                 queues=self._queues(),
                 buffer=self._settings.queue_buffer,
+                drained=self._drained,
                 info=self._info,
             )
-        for stop in stops:
+        if orders.drained is not self._drained:
+            self._drained = orders.drained
+            log.warning("this worker %s", "is drained: it takes nothing new" if self._drained else "takes jobs again")
+        if not self._draining:
+            self._consume(not self._drained)
+        for stop in orders.stops:
             self._stop_run(stop)
 
     def observe(self) -> None:

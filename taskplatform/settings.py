@@ -7,7 +7,7 @@ Every source gives text, read by the same rules: `010` is ten and `on` a word, i
 `null` and `~`, counts as not given. A source replaces a setting as a whole.
 
 A name that is not a setting, or a value that a setting does not take, raises SettingsError with one line for each: where it
-stands, what it is (but for the URL, which may hold a password) and what is accepted.
+stands, what it is (but for what may hold a password) and what is accepted.
 """
 
 from __future__ import annotations
@@ -15,31 +15,53 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Mapping
+import ssl
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import yaml
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from taskplatform.addresses import TARGET_RULE, Target
 from taskplatform.errors import SettingsError
 from taskplatform.faults import did_you_mean, explain
-from taskplatform.model import Host, Limit, LimitRule, PositiveDuration, RateLimit, format_duration
+from taskplatform.model import BreakerRule, Duration, Host, Limit, LimitRule, PositiveDuration, RateLimit, format_duration
 
 PREFIX = "TASKPLATFORM_"
 ENV_FILE = ".env"
 
 _EMPTY = ("", "null", "~")
 _NUMBER = re.compile(r"\d+(\.\d+)?", re.ASCII)
-_HIDDEN = (("redis_url",),)
+_HIDDEN = (("redis_url",), ("flower_login",), ("api_key",))
 _URL_RULE = "takes a redis:// or rediss:// URL such as redis://host:6379/0, or a unix:// one; / ? # @ in a password are %2F %3F %23 %40"
+#: In the URL of a connection without TLS. Kombu would take the first for TLS that verifies nothing, the second for a class to
+#: import, and the others not at all, so that store and broker were not in one database.
+_NO_URL_OPTION = re.compile(r"ssl.*|credential_provider|db|virtual_host", re.IGNORECASE)
+#: The reader takes some 10 µs for each byte.
+_MOST_YAML_BYTES = 256 * 1024
+#: More is no file of settings, and its faults could not be read.
+_MOST_YAML_NAMES = 200
+_MOST_FAULTS = 50
+_TLS_FILES = ("redis_ca", "redis_cert", "redis_key")
 
+_Target = Annotated[Target, PlainValidator(Target.parse), WithJsonSchema({"type": "string", "description": TARGET_RULE})]
 
 #: What a worker takes at most to give back what it could not finish, and to end, after its grace.
 STOP_MARGIN = timedelta(seconds=10)
@@ -54,6 +76,11 @@ class Settings(BaseSettings):
     redis_url: str = Field(
         default="redis://127.0.0.1:6379/0", repr=False, description="one Redis or Valkey for store, broker and beat lock"
     )
+    redis_ca: Path | None = Field(
+        default=None, description="PEM file of the CAs that may sign the certificate of a rediss:// server, beside those of the system"
+    )
+    redis_cert: Path | None = Field(default=None, description="PEM file of a client certificate for Redis, with its chain")
+    redis_key: Path | None = Field(default=None, description="PEM file of its key, not encrypted")
     namespace: str = Field(
         default="tp",
         pattern=r"^[a-z][a-z0-9_-]{0,15}$",
@@ -101,11 +128,61 @@ class Settings(BaseSettings):
     http_connect_timeout: PositiveDuration = Field(default=timedelta(seconds=10), description="for DNS, TCP and TLS of one call")
     http_max_response: int = Field(default=65_536, ge=1024, description="bytes of an answer that are read")
     http_excerpt: int = Field(default=200, ge=0, le=4096, description="characters of an answer that the history keeps")
+    http_max_retry_after: PositiveDuration = Field(
+        default=timedelta(hours=1), description="a longer Retry-After of a target counts as this long"
+    )
+    http_max_hold: Duration = Field(
+        default=timedelta(minutes=5), description="for so long at the most it also holds back the host's other jobs; 0s: not at all"
+    )
+    http_allow: Annotated[tuple[_Target, ...], PlainSerializer(lambda targets: ",".join(map(str, targets)))] = Field(
+        default=(), description="hosts, addresses and networks that calls may go to beside the public internet; separated by commas"
+    )
+
+    breaker_share: float = Field(
+        default=0.5, gt=0, le=1, description="the breaker of a host opens when this part of its calls in breaker_window failed"
+    )
+    breaker_calls: int = Field(default=20, ge=0, le=1_000_000, description="and there were at least so many; 0: no host has a breaker")
+    breaker_window: PositiveDuration = Field(default=timedelta(seconds=60), description="calls are counted over half of this to all of it")
+    breaker_pause: PositiveDuration = Field(
+        default=timedelta(seconds=30),
+        description="how long a host is held back at first; after each failed probe twice as long, up to 16 times",
+    )
+
+    api_host: str = Field(default="127.0.0.1", min_length=1, description="address on which `taskplatform api` listens")
+    api_port: int = Field(default=8443, ge=0, le=65_535, description="its port; 0 is any that is free")
+    api_tls_cert: Path | None = Field(default=None, description="PEM file with its certificate, and those between it and the CA")
+    api_tls_key: Path | None = Field(default=None, description="PEM file with the key of its certificate")
+    api_tls_client_ca: Path | None = Field(
+        default=None, description="PEM file with the CAs of client certificates; with it, each client needs one"
+    )
+    api_insecure_http: bool = Field(
+        default=False,
+        description="plain HTTP on any address, for where something else before it does TLS; keys and data can be read on the way",
+    )
+    api_max_body: int = Field(default=1_048_576, ge=1024, le=104_857_600, description="bytes of a request's body that are taken")
+    api_timeout: PositiveDuration = Field(
+        default=timedelta(seconds=30), description="a request has to arrive within this, and as long again to be answered"
+    )
+    idempotency_retention: PositiveDuration = Field(
+        default=timedelta(days=1), description="answers to API calls with an Idempotency-Key are kept this long"
+    )
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     flower_max_tasks: int = Field(default=10_000, ge=100, description="tasks that Flower keeps in memory")
+    flower_login: str | None = Field(
+        default=None, repr=False, description="user:password of Flower's pages; without it Flower listens on loopback addresses only"
+    )
+    flower_read_only: bool = Field(default=True, description="Flower shows and changes nothing; its HTTP API is closed")
 
     data_dir: Path = Field(default=Path(".taskplatform"), description="where `taskplatform up` keeps its server's data")
+
+    api_key: SecretStr | None = Field(
+        default=None, repr=False, description="an API key that may do everything, for the beginning: 32 to 256 characters ! to ~ of ASCII"
+    )
+    api_wrong_keys: int = Field(
+        default=10, ge=1, le=60_000, description="wrong API keys that one address may show in a minute; then it is answered 429"
+    )
+    audit_size: int = Field(default=100_000, ge=100, description="entries of the audit log that are kept, of each kind")
 
     @field_validator("*", mode="before")
     @classmethod
@@ -122,10 +199,16 @@ class Settings(BaseSettings):
         if not isinstance(value, str) or not value.lstrip().startswith("{"):
             return value
         try:
-            return yaml.load(value, Loader=yaml.BaseLoader)
+            loader = _Loader(value)
+            return loader.construct_document(loader.get_single_node())
         except (yaml.YAMLError, RecursionError):
             takes = {"rate_limit": '10/s or {"rate": "10/s", "burst": 15}', "host_limits": '{"api.example.com": {"rate": "10/s"}}'}
-            raise ValueError(f"{value!r} cannot be read; it takes {takes[info.field_name or '']}") from None
+            raise ValueError(f"{value[:80]!r} cannot be read; it takes {takes[info.field_name or '']}") from None
+
+    @field_validator("http_allow", mode="before")
+    @classmethod
+    def _from_list(cls, value: object) -> object:
+        return [entry for entry in value.split(",") if entry.strip()] if isinstance(value, str) else value
 
     @field_validator("redis_url")
     @classmethod
@@ -133,16 +216,61 @@ class Settings(BaseSettings):
         try:
             parts = urlsplit(url)
             host, _ = parts.hostname, parts.port
+            options = parse_qsl(parts.query, keep_blank_values=True, max_num_fields=20)
         except ValueError:
             # its text would quote a part of the URL
             raise ValueError(_URL_RULE) from None
         if parts.scheme in ("redis", "rediss"):
-            good = bool(host and re.fullmatch(r"/?\d*", parts.path, re.ASCII))
+            # redis-py and kombu unquote a host, and kombu takes one with :// in it for another URL
+            good = bool(host and "%" not in host and re.fullmatch(r"/?\d*", parts.path, re.ASCII))
         else:
             good = parts.scheme == "unix" and bool(parts.path)
-        if not good:
+        # not RedisS:// either, which each of its readers would take for something else
+        if not good or not url.startswith(f"{parts.scheme}://") or any(ord(character) < 0x21 for character in url):
             raise ValueError(_URL_RULE)
+        if parts.scheme == "rediss" and options:
+            raise ValueError(
+                "a rediss:// URL takes no options behind a question mark: certificate and host name are always verified, and the settings "
+                "redis_ca, redis_cert and redis_key say with what"
+            )
+        for name, _ in options:
+            if _NO_URL_OPTION.fullmatch(name):
+                raise ValueError(
+                    f"the option {name} is not accepted: TLS is asked for by rediss:// alone, the database is the number behind the host"
+                )
         return url
+
+    @field_validator("api_key")
+    @classmethod
+    def _check_api_key(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None and not re.fullmatch(r"[!-~]{32,256}", key.get_secret_value()):
+            raise ValueError("takes 32 to 256 characters ! to ~ of ASCII, without spaces, such as `openssl rand -hex 32` gives")
+        return key
+
+    @field_validator("flower_login")
+    @classmethod
+    def _check_flower_login(cls, login: str | None) -> str | None:
+        user, colon, password = (login or "").partition(":")
+        # Flower compares text that is ASCII only
+        if login is not None and not (user and colon and len(password) >= 8 and login.isascii() and login.isprintable()):
+            raise ValueError("takes user:password in ASCII characters, and a password of 8 characters or more")
+        return login
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Settings:
+        given = [name for name in _TLS_FILES if getattr(self, name) is not None]
+        if given and not self.redis_url.startswith("rediss:"):
+            raise ValueError(f"{' and '.join(given)} given, but redis_url does not ask for TLS; with TLS it begins with rediss://")
+        if (self.redis_cert is None) != (self.redis_key is None):
+            raise ValueError("redis_cert and redis_key are given together or not at all")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if self.redis_ca is not None:
+            _load("redis_ca", self.redis_ca, lambda: context.load_verify_locations(cafile=self.redis_ca))
+        if self.redis_cert is not None and self.redis_key is not None:
+            files, key = f"{self.redis_cert}, redis_key {self.redis_key}", self.redis_key
+            # without a password OpenSSL would ask the terminal for one
+            _load("redis_cert", files, lambda: context.load_cert_chain(str(self.redis_cert), key, password=""))
+        return self
 
     @model_validator(mode="after")
     def _check_times(self) -> Settings:
@@ -155,6 +283,54 @@ class Settings(BaseSettings):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    @property
+    def breaker(self) -> BreakerRule:
+        """When the breaker of a host opens."""
+        return BreakerRule(self.breaker_share, self.breaker_calls, self.breaker_window, self.breaker_pause)
+
+    @property
+    def redis_tls(self) -> dict[str, Any]:
+        """What redis-py, and so kombu, redbeat and Flower, are told of TLS: always the same. Nothing where there is none."""
+        if not self.redis_url.startswith("rediss:"):
+            return {}
+        files = {"ssl_ca_certs": self.redis_ca, "ssl_certfile": self.redis_cert, "ssl_keyfile": self.redis_key}
+        return {
+            "ssl_cert_reqs": ssl.CERT_REQUIRED,
+            "ssl_check_hostname": True,
+            **{name: str(path) for name, path in files.items() if path is not None},
+        }
+
+    @property
+    def broker_url(self) -> str:
+        """The URL for kombu, which verifies nothing where a rediss:// URL is all that it is given."""
+        tls = self.redis_tls
+        if not tls:
+            return self.redis_url
+        asked = {**tls, "ssl_cert_reqs": "required", "ssl_check_hostname": "true"}
+        return f"{self.redis_url.partition('#')[0]}?{urlencode(asked)}"
+
+    @property
+    def redis_address(self) -> tuple[str, dict[str, str]]:
+        """The URL of Redis without user and password, and these, where they are given, as redis-py takes them."""
+        parts = urlsplit(self.redis_url)
+        options = dict(parse_qsl(parts.query, keep_blank_values=True))
+        found = {"username": unquote(parts.username or ""), "password": unquote(parts.password or "")}
+        if parts.scheme == "unix":
+            found = {name: options.pop(name, "") or value for name, value in found.items()}
+        bare = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, urlencode(options), ""))
+        return bare, {name: value for name, value in found.items() if value}
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Values that must stand in no log, history or event: passwords, and every setting that is a SecretStr.
+
+        One of less than 8 characters is left out: it would be found in much that is no secret.
+        """
+        _, login = self.redis_address
+        found = [login.get("password", ""), self.flower_login or "", (self.flower_login or "").partition(":")[2]]
+        found += [value.get_secret_value() for name in type(self).model_fields if isinstance(value := getattr(self, name), SecretStr)]
+        return tuple(dict.fromkeys(one for one in found if len(one) >= 8))
 
     @property
     def limits(self) -> dict[str, Limit]:
@@ -192,14 +368,35 @@ def load_settings(**overrides: Any) -> Settings:
     try:
         return Settings(**overrides)
     except ValidationError as fault:
+        found = explain(fault, Settings, hidden=_HIDDEN, most=_MOST_FAULTS)
+        origins = {name: _origin(str(name), overrides) for name in dict.fromkeys(place[0] for place, _ in found if place)}
         lines = []
-        for place, message in explain(fault, Settings, hidden=_HIDDEN):
+        for place, message in found:
             if place and place[0] not in Settings.model_fields:
                 known = sorted(Settings.model_fields)
                 message = f"is not a setting{did_you_mean(place[0], known)}; settings are {', '.join(known)}"
             detail = "".join(f"{step}: " for step in place[1:])
-            lines.append(f"{_origin(str(place[0]), overrides)}: {detail}{message}" if place else message)
+            lines.append(f"{origins[place[0]]}: {detail}{message}" if place else message)
+        if fault.error_count() > len(found):
+            lines.append(f"and {fault.error_count() - len(found):,} faults more")
         raise SettingsError("\n".join(lines)) from None
+
+
+def _load(name: str, files: object, load: Callable[[], None]) -> None:
+    """Let OpenSSL read files that the setting `name` gives. Raises ValueError in plain words, without what stands in them."""
+    try:
+        load()
+    except ssl.SSLError as fault:
+        what = "a PEM file that OpenSSL can read is expected" if fault.reason is None else fault.reason.lower().replace("_", " ")
+        raise ValueError(f"{name} {files} cannot be used: {what}") from None
+    except (OSError, ValueError) as fault:
+        raise ValueError(f"{name} {files} cannot be read: {getattr(fault, 'strerror', None) or fault}") from None
+
+
+def shown_url(url: str) -> str:
+    """A URL of Redis for people: without user, password and options."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def environment() -> dict[str, str]:
@@ -258,25 +455,48 @@ def _yaml(named: object) -> dict[str, tuple[Any, int]]:
         if named:
             raise SettingsError(f"{PREFIX}CONFIG names {str(path)!r}, which is not a file")
         return {}
+    try:
+        if path.stat().st_size > _MOST_YAML_BYTES:
+            raise SettingsError(f"{path}: is larger than {_MOST_YAML_BYTES:,} bytes")
+    except OSError as fault:
+        raise SettingsError(f"{path}: cannot be read: {fault.strerror}") from None
     text = _text(path)
     try:
-        return _yaml_values(yaml.BaseLoader(text), path)
+        return _yaml_values(_Loader(text), path)
     except yaml.MarkedYAMLError as fault:
         # without the fault's own text, which quotes the line
         line = f":{fault.problem_mark.line + 1}" if fault.problem_mark else ""
-        raise SettingsError(f"{path}{line}: is not YAML: {fault.problem}") from None
+        what = "" if isinstance(fault, _AliasError) else "is not YAML: "
+        raise SettingsError(f"{path}{line}: {what}{fault.problem}") from None
     except yaml.reader.ReaderError as fault:
         raise SettingsError(f"{path}: is not YAML: {fault.reason}") from None
     except RecursionError:
         raise SettingsError(f"{path}: is nested too deeply") from None
 
 
-def _yaml_values(loader: yaml.BaseLoader, path: Path) -> dict[str, tuple[Any, int]]:
+class _AliasError(yaml.MarkedYAMLError):
+    """Settings take none."""
+
+
+class _Loader(yaml.BaseLoader):
+    """Reads text alone, and no alias: a few could stand for more than there is memory, or for what they are a part of."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """As it is called for each node."""
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()  # type: ignore[no-untyped-call] # as all of PyYAML's parser
+            raise _AliasError(problem=f"the alias *{alias.anchor[:80]} is not accepted", problem_mark=alias.start_mark)
+        return super().compose_node(parent, index)
+
+
+def _yaml_values(loader: _Loader, path: Path) -> dict[str, tuple[Any, int]]:
     root = loader.get_single_node()
     if root is None or root.value in _EMPTY:
         return {}
     if not isinstance(root, yaml.MappingNode):
         raise SettingsError(f"{path}: a mapping of settings to values is expected, not {_NODES[type(root)]}")
+    if len(root.value) > _MOST_YAML_NAMES:
+        raise SettingsError(f"{path}: has {len(root.value):,} names of settings; it takes {_MOST_YAML_NAMES} at the most")
     values: dict[str, tuple[Any, int]] = {}
     faults = []
     for key, node in root.value:

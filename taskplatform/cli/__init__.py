@@ -12,11 +12,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from typing import IO, Any, TextIO
-from urllib.parse import urlsplit
 
 import click
 
-from taskplatform.cli import dead, jobs, limits, operations, subscriptions, tasks, users
+from taskplatform.cli import breakers, certs, dead, jobs, keys, limits, operations, subscriptions, tasks, users
 from taskplatform.cli.arguments import NO_ANSWER
 from taskplatform.cli.output import complain, counted, remark
 from taskplatform.errors import CatalogueError, Outage, StoreError, StoreUnavailable, TaskPlatformError
@@ -68,7 +67,19 @@ def cli() -> None:
     """
 
 
-for command in (tasks.tasks, users.users, subscriptions.subscriptions, jobs.jobs, dead.dead, limits.limits, *operations.COMMANDS):
+for command in (
+    tasks.tasks,
+    users.users,
+    subscriptions.subscriptions,
+    jobs.jobs,
+    dead.dead,
+    limits.limits,
+    breakers.breakers,
+    *operations.COMMANDS,
+    keys.keys,
+    keys.audit,
+    certs.certs,
+):
     cli.add_command(command)
 
 
@@ -106,9 +117,6 @@ def _is_text(word: str) -> bool:
 
 
 def _redis_hint() -> str:
-    from taskplatform.settings import settings
+    from taskplatform.settings import settings, shown_url
 
-    url = urlsplit(settings().redis_url)
-    # user, password and options are left out
-    place = url.netloc.rpartition("@")[2] + url.path
-    return f"TASKPLATFORM_REDIS_URL is {url.scheme}://{place}: start that server, or the whole platform with `taskplatform up`"
+    return f"TASKPLATFORM_REDIS_URL is {shown_url(settings().redis_url)}: start that server, or the whole platform with `taskplatform up`"

@@ -175,7 +175,11 @@ def show_job(job_id: str, *, as_json: bool) -> None:
     with connected(definitions=False) as platform:
         job = platform.job(job_id)
         history = platform.history(job_id)
-    show_fields(_fields(job), as_json=as_json, record={**plain(job), "history": history})
+        breaker = platform.held_back(job)
+    fields = _fields(job)
+    if breaker is not None:
+        fields["held back"] = f"host {breaker.host} is {breaker.state}, until {moment_text(breaker.until_ms)}: {breaker.reason}"
+    show_fields(fields, as_json=as_json, record={**plain(job), "held_back": breaker, "history": history})
     if not as_json:
         click.echo()
         show_rows(history, _HISTORY, as_json=False)

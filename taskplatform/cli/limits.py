@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from taskplatform.cli.arguments import connected, example, json_option
-from taskplatform.cli.output import Columns, plain, rate_text, remark, show_rows
+from taskplatform.cli.output import Columns, moment_text, plain, rate_text, remark, show_rows
 
 if TYPE_CHECKING:
     from taskplatform.model import Limit
@@ -26,6 +26,8 @@ def limits() -> None:
 def _source(state: LimitState) -> str:
     if state.live:
         return "live"
+    if state.configured is None:
+        return "breaker"  # a host that is held back, and has no limit
     return "definition" if state.name.startswith("definition:") else "settings"
 
 
@@ -46,6 +48,7 @@ _COLUMNS: Columns[LimitState] = {
     "free now": lambda one: None if one.tokens is None else max(0, int(one.tokens)),
     "reserved": lambda one: None if one.tokens is None else one.reserved,
     "in flight": lambda one: one.in_flight,
+    "held until": lambda one: moment_text(one.held_until_ms),
     "from": _source,
     "configured": lambda one: _in_words(one.configured) if one.live else "",
 }
@@ -65,7 +68,8 @@ def list_(*, as_json: bool) -> None:
     """List the limits in force and how they stand.
 
     "free now": starts that the rate allows at once. "reserved": jobs that are released, have a place in the rate and have not
-    started. "in flight": released and not ended; for user, of the user who has the most. "configured": what is in force again
+    started. "in flight": released and not ended; for user, of the user who has the most. "held until": a host that is held back,
+    see `taskplatform breakers`, also where it has no limit. "configured": what is in force again
     when a live limit is reset.
     """
     with connected(definitions=False) as platform:

@@ -117,24 +117,46 @@ def occurrences(definition: str, limit: int, *, as_json: bool) -> None:
         show_rows(platform.occurrences(definition, limit=limit), columns, as_json=as_json, record=_occurrence_record)
 
 
-@click.command(epilog=example("nodes --json"))
+@click.group(invoke_without_command=True, epilog=example("nodes --json"))
 @json_option
-def nodes(*, as_json: bool) -> None:
-    """List the workers.
+@click.pass_context
+def nodes(ctx: click.Context, *, as_json: bool) -> None:
+    """List the workers, or drain one.
 
     What they serve, what they run and when they last said that they live.
     """
+    if ctx.invoked_subcommand is not None:
+        return
     with connected(definitions=False) as platform:
-        workers = platform.store.workers()
+        workers = platform.workers()
         now_ms = platform.store.now_ms()
     columns: Columns[Worker] = {
         "worker": lambda one: one.id,
         "queues": lambda one: ",".join(one.queues),
-        "running": lambda one: f"{len(one.running)} of {one.slots}",
+        "running": lambda one: f"{len(one.running)} of {one.slots}{' (drained)' if one.drained else ''}",
         "heartbeat": lambda one: moment_text(one.heartbeat_ms),
         "silent for": lambda one: seconds_text(max(0, now_ms - one.heartbeat_ms)),
     }
     show_rows(workers, columns, as_json=as_json)
+
+
+@nodes.command("drain", epilog=example("nodes drain celery@host#1a2b3c4d"))
+@click.argument("worker")
+def drain_node(worker: str) -> None:
+    """Let a worker take nothing new.
+
+    What it has goes on. It lives, and stays so until it is resumed or ends.
+    """
+    with connected(definitions=False) as platform:
+        click.echo(f"{worker} {'drained' if platform.drain_worker(worker) else 'was drained already'}")
+
+
+@nodes.command("resume", epilog=example("nodes resume celery@host#1a2b3c4d"))
+@click.argument("worker")
+def resume_node(worker: str) -> None:
+    """Let a worker that was drained take jobs again."""
+    with connected(definitions=False) as platform:
+        click.echo(f"{worker} {'resumed' if platform.resume_worker(worker) else 'was not drained'}")
 
 
 @click.command(epilog=example("beats --json"))
@@ -248,4 +270,29 @@ def demo(ctx: click.Context) -> None:
     ctx.exit(run())
 
 
-COMMANDS = (trigger, pause, resume, changes, occurrences, nodes, beats, health, garbage, up, demo)
+@click.command(epilog=example("api --port 8443"))
+@click.option("--host", help="Listen on this address. Default: TASKPLATFORM_API_HOST.")
+@click.option("--port", type=click.IntRange(0, 65_535), help="Listen on this port. Default: TASKPLATFORM_API_PORT.")
+@click.option("--insecure-http", is_flag=True, help="Plain HTTP, on a loopback address.")
+@click.option("--openapi", is_flag=True, help="Print the OpenAPI document and end.")
+@click.pass_context
+def api(ctx: click.Context, *, host: str | None, port: int | None, insecure_http: bool, openapi: bool) -> None:
+    """Serve the control API until SIGTERM or Ctrl-C.
+
+    It speaks TLS with the certificate of TASKPLATFORM_API_TLS_CERT and TASKPLATFORM_API_TLS_KEY.
+    """
+    from taskplatform.settings import load_settings
+
+    given = {"api_host": host, "api_port": port}
+    chosen = load_settings(**{name: value for name, value in given.items() if value is not None})
+    if openapi:
+        from taskplatform.api.application import openapi_document
+
+        show_json(openapi_document(chosen))
+        return
+    from taskplatform.api.server import run
+
+    ctx.exit(run(chosen, insecure_http=insecure_http))
+
+
+COMMANDS = (trigger, pause, resume, changes, occurrences, nodes, beats, health, garbage, api, up, demo)

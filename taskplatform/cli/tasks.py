@@ -14,7 +14,11 @@ from taskplatform.cli.output import complain, counted, json_text, moment_text, s
 from taskplatform.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from taskplatform.addresses import Target
     from taskplatform.catalogue import Catalogue
+    from taskplatform.errors import Fault
 
 
 @click.group()
@@ -72,18 +76,22 @@ def check(ctx: click.Context, paths: tuple[Path, ...]) -> None:
     """Check definition files.
 
     Without PATH, all in the folder of the definitions. Tells every fault, also a ${NAME} that is not in the environment and
-    a Python function that cannot be imported from the current folder. Exits with 1 when there is one.
+    a Python function that cannot be imported from the current folder. Exits with 1 when there is one. Warns of calls that
+    http_allow does not let through, as far as that is known without a name server.
     """
     from taskplatform.catalogue import check as check_files
     from taskplatform.catalogue import resolve_calls
     from taskplatform.settings import environment, settings
 
-    catalogue, faults = check_files(paths or [settings().tasks_dir], environment=environment())
+    variables = environment()
+    catalogue, faults = check_files(paths or [settings().tasks_dir], environment=variables)
     if str(Path.cwd()) not in sys.path:  # as Celery does it
         sys.path.insert(0, str(Path.cwd()))
     faults = sorted([*faults, *resolve_calls(catalogue)], key=lambda fault: (fault.file, fault.line))
     for fault in faults:
         click.echo(str(fault))
+    for warning in _refused_calls(catalogue, variables, settings().http_allow):
+        click.echo(str(warning))
     if faults:
         complain(f"{counted(len(faults), 'fault')} in the definitions")
         ctx.exit(1)
@@ -96,6 +104,23 @@ def schema() -> None:
     from taskplatform.catalogue import json_schema
 
     show_json(json_schema())
+
+
+def _refused_calls(catalogue: Catalogue, variables: Mapping[str, str], allowed: Iterable[Target]) -> list[Fault]:
+    """A warning for each refusal that is foreseen, at the first definition that it meets."""
+    from taskplatform.addresses import AllowList
+
+    guard = AllowList(allowed)
+    met: dict[str, list[str]] = {}
+    for id_, definition in catalogue.items():
+        server = definition.config.server(variables) if definition.config is not None else None
+        if server is not None and (refusal := guard.foreseen_refusal(*server)):
+            met.setdefault(refusal, []).append(id_)
+    warnings = []
+    for refusal, ids in met.items():
+        others = f" (and {counted(len(ids) - 1, 'more definition')})" if len(ids) > 1 else ""
+        warnings.append(catalogue.fault(ids[0], "config.endpoint", f"warning: {refusal}{others}"))
+    return warnings
 
 
 def _catalogue() -> Catalogue:

@@ -7,6 +7,8 @@ never disagree, whatever dies between two calls. Times are milliseconds since th
 from taskplatform.store.connection import LockLost, connect, unavailable
 from taskplatform.store.records import (
     Beat,
+    Breaker,
+    BreakerState,
     Change,
     Commitment,
     DeadLetterResult,
@@ -18,6 +20,7 @@ from taskplatform.store.records import (
     Newer,
     Occurrence,
     Opening,
+    Orders,
     Page,
     PublishedDefinition,
     Renewal,
@@ -32,6 +35,8 @@ from taskplatform.store.store import Store
 
 __all__ = [
     "Beat",
+    "Breaker",
+    "BreakerState",
     "Change",
     "Commitment",
     "DeadLetterResult",
@@ -44,6 +49,7 @@ __all__ = [
     "Newer",
     "Occurrence",
     "Opening",
+    "Orders",
     "Page",
     "PublishedDefinition",
     "Renewal",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,12 +30,15 @@ LockLost = LockError
 _HEALTH_SECONDS = 30
 
 
-def connect(url: str, *, greet: Callable[[AbstractConnection], None] | None = None) -> redis.Redis:
+def connect(url: str, *, tls: Mapping[str, Any] | None = None, greet: Callable[[AbstractConnection], None] | None = None) -> redis.Redis:
     """A client with a connection pool, that takes short outages (about 2 s) by itself. Raises StoreError for a URL that is none.
+
+    `tls` is what redis-py is told of a rediss:// URL's TLS (`Settings.redis_tls`); without it, certificate and host name are verified
+    with the system's CAs.
 
     `greet` is called with each new connection before anything else is sent over it.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(tls or {})
     if greet is not None:
 
         def on_connect(connection: AbstractConnection) -> None:
@@ -97,6 +100,7 @@ _OUTAGES = {
     "CLUSTERDOWN": (Outage.REPLICAS, "Redis is part of a cluster that is down: bring its nodes back"),
     "TRYAGAIN": (Outage.REPLICAS, "Redis is part of a cluster that is just moving its keys: it answers when they are moved"),
 }
+_UNVERIFIED = "CERTIFICATE_VERIFY_FAILED"
 _NO_MORE_CLIENTS = "max number of clients reached"
 
 
@@ -121,6 +125,12 @@ def _translate(fault: RedisError) -> StoreError:
     if _NO_MORE_CLIENTS in text:
         return StoreUnavailable(
             "Redis takes no more connections (maxclients): raise its maxclients, or close what is not needed", Outage.CLIENTS
+        )
+    if _UNVERIFIED in text:
+        return StoreUnavailable(
+            f"Redis cannot be trusted: {text.partition(_UNVERIFIED)[2].strip(' ]:')}. Its certificate must name the host of "
+            "redis_url, and be signed by a CA in redis_ca or of the system",
+            Outage.UNTRUSTED,
         )
     if isinstance(fault, ConnectionError | TimeoutError):
         return StoreUnavailable(f"Redis cannot be reached: {text}")

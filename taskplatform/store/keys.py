@@ -9,7 +9,7 @@ Instants are milliseconds since the epoch. `<gid>` names a group: a definition's
 
 from __future__ import annotations
 
-from taskplatform.model import POISON_PILL, START_SLACK_MS, TRANSITIONS, Priority
+from taskplatform.model import BREAKER_LONGEST_PAUSE, BREAKER_PROBES, BREAKER_TURN_MS, POISON_PILL, START_SLACK_MS, TRANSITIONS, Priority
 
 #: Name → what follows the namespace. A name that ends in ":" is a prefix that an id completes.
 NAMES = {
@@ -67,19 +67,30 @@ NAMES = {
     "limits_live": "limits:live",  # hash: the same, as set by API or command line; wins over
     "limits_configured": "limits:configured",  # hash: the same, from settings and definitions
     "limit": "limit:",  # by limit, its token bucket: "<at ms> <level> <reserved>"
+    # hosts that are called
+    "breakers": "breakers",  # hash: host that is held back → why, until when and who probes it, as JSON, see lib.lua
+    "calls": "calls:",  # by host that failed of late: "<since> <half window> <calls> <failures> <calls before> <failures before>"
     "inflight": "inflight",  # hash: limit with a concurrency → jobs released and not ended
     "options": "options",  # hash: fairness, share
     # delivery
     "queued": "queued:",  # by priority, sorted set: job id → when it was released
     "active": "active",  # sorted set: job id → when it started
     "workers": "workers",  # sorted set: worker → last heartbeat
-    "worker": "worker:",  # hash: slots, queues, host, pid, …
+    "worker": "worker:",  # hash: slots, queues, drained, host, pid, …
     "worker_jobs": "workerjobs:",  # by worker, set of job ids that it runs
     "stops": "stops:",  # by worker, hash: "<job id>#<delivery>" that it shall stop → why ("" canceled)
     "capacity": "capacity",  # hash: priority → how many jobs its queue may hold; "<higher>><lower>" → share of the slots
     # what happened and should be rare
     "counters": "counters",  # hash: what happened → how often
     "garbage": "garbage",  # stream, bounded: what came out of a queue and was no message
+    # who may use the API, and what they did
+    "api_keys": "apikeys",  # sorted set: id of an API key → when it was made
+    "api_key": "apikey:",  # by id, hash: name, digest of its token, scopes, created, by, lifetime, expires, used, revoked
+    "attempts": "attempts",  # sorted set, bounded: "<address>" or "<address> none" that failed to come in → until when that counts
+    "attempts_beyond": "attempts_beyond",  # hash: the same → how often beyond what it may, and not told yet
+    "audit": "audit:",  # by kind, stream, bounded
+    # the control API
+    "answer": "answer:",  # by digest of a caller's Idempotency-Key, JSON: what was asked with it, and the answer; it expires
     # what people changed
     "changes": "changes",  # stream, bounded
 }
@@ -106,5 +117,8 @@ def lua_table(namespace: str) -> str:
         f"local PRIORITIES = {{{priorities}}}\n"
         f"local ALLOWED = {{{allowed}}}\n"
         f"local SLACK = {START_SLACK_MS}\n"
+        f"local PROBES = {BREAKER_PROBES}\n"
+        f"local PROBE_TURN = {BREAKER_TURN_MS}\n"
+        f"local LONGEST_PAUSE = {BREAKER_LONGEST_PAUSE}\n"
         f"local POISON = '{POISON_PILL}'\n"
     )

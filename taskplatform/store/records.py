@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from enum import Enum, IntEnum, auto
+from enum import Enum, IntEnum, StrEnum, auto
 from typing import Any, Generic, TypeVar
 
-from taskplatform.model import Job, JobState, Limit, Priority, Schedule, Transition
+from taskplatform.model import BreakerRule, Job, JobState, Limit, Priority, Schedule, Transition
 
 T = TypeVar("T")
 
@@ -150,6 +150,8 @@ class Start:
     params: Mapping[str, Any] = field(default_factory=dict)
     failures: int = 0
     """Attempts of this budget that ended in a failure before this one."""
+    now_ms: int = 0
+    """The server's time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +162,15 @@ class Stop:
     delivery: int
     why: str
     """Why its result does not count any more; "" where the job was canceled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What a worker shall do, as its heartbeat is told."""
+
+    stops: tuple[Stop, ...] = ()
+    drained: bool = False
+    """Take nothing new; go on with what it has."""
 
 
 class Renewal(Enum):
@@ -204,6 +215,47 @@ class LimitState:
     """Released jobs that have a token and have not started."""
     in_flight: int | None
     """Released and not ended. None: no concurrency limit."""
+    held_until_ms: int | None = None
+    """Until when a host is held back, whatever its limit. A host that is held back and has no limit has a state all the same."""
+
+
+class BreakerState(StrEnum):
+    """Whether the jobs of a host may go."""
+
+    CLOSED = "closed"
+    """They may."""
+    OPEN = "open"
+    """Too many calls failed, or somebody said so: they wait."""
+    HELD = "held"
+    """The host asked for a pause: they wait."""
+    HALF_OPEN = "half_open"
+    """The time is over: one at a time probes the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Breaker:
+    """A host, and whether its jobs are held back."""
+
+    host: str
+    state: BreakerState
+    since_ms: int | None = None
+    """Since when it is held back, probes included. None: it is not."""
+    until_ms: int | None = None
+    """When the first probe may go. It has passed where it is half open."""
+    calls: int = 0
+    """Where it is closed, those counted in the window, which begins with a failure; else those of the window in which it opened."""
+    failures: int = 0
+    """How many of these failed."""
+    openings: int = 0
+    """How often it opened since it was well."""
+    passed: int = 0
+    """Probes that went well since it is half open."""
+    probe: str = ""
+    """The job that probes the host now."""
+    probed_ms: int | None = None
+    """Since when it does: when it was released or started for that. None: no job does."""
+    reason: str = ""
+    """Why it is held back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +268,8 @@ class Worker:
     queues: tuple[str, ...]
     running: tuple[str, ...]
     info: Mapping[str, str]
+    drained: bool = False
+    """It was told to take nothing new; then it offers no slots."""
 
 
 class Newer(IntEnum):
@@ -296,6 +350,8 @@ class Vitals:
     """Definitions that are paused, and why."""
     dead_letters: int
     counters: Mapping[str, int]
+    breakers: tuple[Breaker, ...] = ()
+    """Of the hosts that are held back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,6 +459,38 @@ def write_limit(limit: Limit) -> str:
     return f"{rate} {burst} {'-' if limit.concurrency is None else limit.concurrency}"
 
 
+def write_rule(rule: BreakerRule) -> str:
+    """As the scripts read it."""
+    window, pause = (max(1, round(span / timedelta(milliseconds=1))) for span in (rule.window, rule.pause))
+    return f"{rule.share!r} {rule.calls} {window} {pause}"
+
+
+def read_breaker(host: str, record: str, now_ms: int) -> Breaker:
+    """Of a host that is held back."""
+    fields = json.loads(record)
+    # by a clock that was set back, it is held back for the span that it was to be, from now on
+    until_ms = int(fields["ends"]) - max(0, int(fields["set"]) - now_ms)
+    return Breaker(
+        host=host,
+        state=BreakerState.HALF_OPEN if until_ms <= now_ms else BreakerState(fields["kind"]),
+        since_ms=int(fields["since"]),
+        until_ms=until_ms,
+        calls=int(fields["calls"]),
+        failures=int(fields["failures"]),
+        openings=int(fields["openings"]),
+        passed=int(fields["passed"]),
+        probe=fields["probe"].rpartition("#")[0],
+        probed_ms=int(fields["probed"]) if fields["probe"] else None,
+        reason=fields["why"],
+    )
+
+
+def read_calls(host: str, counted: str | None) -> Breaker:
+    """Of a host that is not."""
+    _, _, calls, failures, calls_before, failures_before = map(int, (counted or "0 0 0 0 0 0").split(" "))
+    return Breaker(host, BreakerState.CLOSED, calls=calls + calls_before, failures=failures + failures_before)
+
+
 def read_limit(text: str) -> Limit:
     """The reverse of `write_limit`."""
     rate, burst, concurrency = (None if part == "-" else float(part) for part in text.split())
@@ -430,7 +518,7 @@ def read_beat(name: str, line: str) -> Beat:
 
 
 def read_worker(name: str, beat: int, fields: Mapping[str, str], jobs: Iterable[str]) -> Worker:
-    known = ("slots", "queues", "buffer")
+    known = ("slots", "queues", "buffer", "drained")
     return Worker(
         id=name,
         heartbeat_ms=beat,
@@ -438,6 +526,7 @@ def read_worker(name: str, beat: int, fields: Mapping[str, str], jobs: Iterable[
         queues=tuple(fields.get("queues", "").split(",")) if fields.get("queues") else (),
         running=tuple(sorted(jobs)),
         info={name: value for name, value in fields.items() if name not in known},
+        drained=fields.get("drained") == "1",
     )
 
 

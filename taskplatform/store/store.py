@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -11,10 +12,20 @@ from typing import Any, TypeVar, cast
 
 import redis
 
-from taskplatform.errors import Conflict, InvalidInput, InvalidTransition, UnknownDefinition, UnknownJob, UnknownSubscription, UnknownUser
+from taskplatform.errors import (
+    Conflict,
+    InvalidInput,
+    InvalidTransition,
+    UnknownDefinition,
+    UnknownJob,
+    UnknownSubscription,
+    UnknownUser,
+    UnknownWorker,
+)
 from taskplatform.model import (
     TRANSITIONS,
     USER_ID,
+    CallReport,
     Job,
     JobState,
     Limit,
@@ -27,10 +38,12 @@ from taskplatform.model import (
     schedule_to_json,
     slot,
 )
+from taskplatform.store.access import Access
 from taskplatform.store.connection import connect
 from taskplatform.store.keys import key
 from taskplatform.store.records import (
     Beat,
+    Breaker,
     Change,
     Commitment,
     DeadLetterResult,
@@ -42,6 +55,7 @@ from taskplatform.store.records import (
     Newer,
     Occurrence,
     Opening,
+    Orders,
     Page,
     PublishedDefinition,
     Renewal,
@@ -52,6 +66,8 @@ from taskplatform.store.records import (
     Vitals,
     Worker,
     read_beat,
+    read_breaker,
+    read_calls,
     read_commitment,
     read_creation,
     read_due_item,
@@ -63,10 +79,13 @@ from taskplatform.store.records import (
     read_transition,
     read_worker,
     write_limit,
+    write_rule,
 )
 from taskplatform.store.scripts import Clock, Scripts, greeting
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 _BATCH = 500
 _DEAD_LETTER_RESULTS = {
@@ -98,11 +117,12 @@ class Store:
         self._log_size = change_log_size
         self._clock = clock
         self._scripts = Scripts(client, namespace, clock)
+        self.access = Access(client, self._scripts, self._key, clock)
 
     @classmethod
-    def connect(cls, url: str, *, namespace: str = "tp", change_log_size: int = 100_000) -> Store:
-        """The store at a Redis URL. Raises StoreError for a URL that is none."""
-        return cls(connect(url, greet=greeting(namespace)), namespace=namespace, change_log_size=change_log_size)
+    def connect(cls, url: str, *, tls: Mapping[str, Any] | None = None, namespace: str = "tp", change_log_size: int = 100_000) -> Store:
+        """The store at a Redis URL; `tls` as for `connection.connect`. Raises StoreError for a URL that is none."""
+        return cls(connect(url, tls=tls, greet=greeting(namespace)), namespace=namespace, change_log_size=change_log_size)
 
     def _key(self, name: str, part: str = "") -> str:
         return key(self._namespace, name, part)
@@ -369,7 +389,7 @@ class Store:
         groups = sorted(cast("set[str]", self._redis.smembers(self._key("groups", definition))))
         at_group, _, last = (cursor or "").partition("|")
         if cursor and not (at_group and USER_ID.fullmatch(last)):
-            raise InvalidInput(f"cursor {cursor!r} is not one that a listing gave")
+            raise InvalidInput(f"cursor {cursor!r} is not one that a listing gave", field="cursor")
         found: list[str] = []
         for gid in groups:
             if gid < at_group:
@@ -578,7 +598,7 @@ class Store:
         answer = self._scripts.run("start", job_id, delivery, worker, waited_ms, secrets.token_hex(8), version)
         if answer[0] != "run":
             return Start(go=False, refusal=answer[0])
-        _, attempt, losses, after, params, budget = answer
+        _, attempt, losses, after, params, budget, now = answer
         return Start(
             go=True,
             attempt=attempt,
@@ -586,6 +606,7 @@ class Store:
             execute_after_ms=int(after),
             params=json.loads(params) if params else {},
             failures=attempt - 1 - budget,
+            now_ms=now,
         )
 
     def refuse(self, job_id: str, *, delivery: int, worker: str, why: str) -> str:
@@ -610,15 +631,22 @@ class Store:
         reason: str,
         detail: Mapping[str, Any] | None = None,
         retry_in: timedelta | None = None,
+        call: CallReport | None = None,
     ) -> bool:
         """End a run. False when the delivery no longer counted; its result is then only noted in the history.
 
-        Raises InvalidTransition for a state in which no run ends.
+        `call` says how the host did that the run called, if it did. Raises InvalidTransition for a state in which no run ends.
         """
         if state not in TRANSITIONS[JobState.RUNNING]:
             raise InvalidTransition(f"a run of {job_id} cannot end as {state}: {', '.join(sorted(TRANSITIONS[JobState.RUNNING]))} it can")
         delay = milliseconds(retry_in) if retry_in is not None else 0
-        answer = self._scripts.run("finish", job_id, delivery, worker, state, reason, _to_json(detail) if detail else "", delay)
+        verdict = "" if call is None else "bad" if call.failed else "good"
+        pause = 0 if call is None else milliseconds(call.pause)
+        rule, host = ("", "") if call is None else (write_rule(call.rule), call.host)
+        told = _to_json(detail) if detail else ""
+        answer, of_host = self._scripts.run("finish", job_id, delivery, worker, state, reason, told, delay, verdict, pause, rule, host)
+        if of_host:
+            log.warning("%s", of_host)
         return bool(answer == "done")
 
     def lose(self, job_id: str, *, delivery: int, worker: str, what: str, max_losses: int, backoff: timedelta, stuck: bool = False) -> bool:
@@ -701,14 +729,17 @@ class Store:
         reason: str = "",
         cursor: str | None = None,
         limit: int = 100,
+        scan: int | None = None,
     ) -> Page[Job]:
         """Jobs that died, by when, the newest first; with `reason`, those whose reason contains it.
 
-        Paging is stable while jobs die and are redriven or discarded.
+        Paging is stable while jobs die and are redriven or discarded. `scan` is as of `jobs`.
         """
         upper, last_seen = _place(cursor, until_ms)
         found: list[Job] = []
+        looked = 0
         while rows := self._newest([self._key("dead")], (), since_ms or 0, upper, last_seen, max(limit, _BATCH)):
+            looked += len(rows)
             wanted = [job_id for _, job_id in rows if _is_of(job_id, definition, user)]
             for job in self._jobs(wanted):
                 # one that was redriven just now is no dead letter any more
@@ -718,6 +749,8 @@ class Store:
                         return Page(tuple(found), f"{job.finished_ms}|{job.id}")
             last_seen = rows[-1]
             upper = last_seen[0]
+            if scan is not None and looked >= scan:
+                return Page(tuple(found), f"{last_seen[0]}|{last_seen[1]}")
         return Page(tuple(found), None)
 
     def redrive(self, ids: Sequence[str], *, reason: str) -> list[DeadLetterResult]:
@@ -794,10 +827,12 @@ class Store:
         until_ms: int | None = None,
         cursor: str | None = None,
         limit: int = 100,
+        scan: int | None = None,
     ) -> Page[Job]:
         """Jobs by when they were made, the newest first; paging is stable while jobs come and go.
 
-        `user` or `definition` makes it quick; without either, all definitions are merged.
+        `user` or `definition` makes it quick; without either, all definitions are merged. With `scan`, about so many jobs are looked at,
+        at the most: a page may then be short, or empty, and yet have a cursor.
         """
         packed: list[tuple[int, str]] = []
         if user is not None:
@@ -809,10 +844,12 @@ class Store:
             indexes = [self._key("definition_jobs", name) for name in names]
         upper, last_seen = _place(cursor, until_ms)
         found: list[Job] = []
+        looked = 0
         while True:
             rows = self._newest(indexes, packed, since_ms or 0, upper, last_seen, limit)
             if not rows:
                 return Page(tuple(found), None)
+            looked += len(rows)
             for job in self._jobs([job_id for _, job_id in rows]):
                 if (not states or job.state in states) and (definition is None or job.definition == definition):
                     found.append(job)
@@ -820,6 +857,8 @@ class Store:
                         return Page(tuple(found), f"{job.created_ms}|{job.id}")
             last_seen = rows[-1]
             upper = last_seen[0]
+            if scan is not None and looked >= scan:
+                return Page(tuple(found), f"{last_seen[0]}|{last_seen[1]}")
 
     def _packed_jobs(self, user: str) -> list[tuple[int, str]]:
         """(created, id) of the user's jobs that are not in the user's index."""
@@ -879,12 +918,12 @@ class Store:
         return {name: read_limit(text) for name, text in sorted(raw.items())}
 
     def limit_states(self) -> list[LimitState]:
-        """Those in force with how they stand, by name."""
+        """Those in force with how they stand, by name; and the hosts that are held back."""
         pipe = self._redis.pipeline(transaction=True)
-        for name in ("limits", "limits_live", "limits_configured", "inflight"):
+        for name in ("limits", "limits_live", "limits_configured", "inflight", "breakers"):
             pipe.hgetall(self._key(name))
-        limits, live, configured, in_flight = pipe.execute()
-        names = sorted(limits)
+        limits, live, configured, in_flight, breakers = pipe.execute()
+        names = sorted(limits.keys() | {f"host:{host}" for host in breakers})
         for name in names:
             pipe.get(self._key("limit", name))
         buckets = dict(zip(names, pipe.execute(), strict=True))
@@ -892,7 +931,8 @@ class Store:
         users = [count for name, count in in_flight.items() if name.startswith("user:")]
         states = []
         for name in names:
-            limit = read_limit(limits[name])
+            limit = read_limit(limits[name]) if name in limits else Limit()
+            record = breakers.get(name.removeprefix("host:")) if name.startswith("host:") else None
             tokens, reserved = _bucket(buckets[name], limit, now_ms)
             flying = max(map(int, users), default=0) if name == "user" else int(in_flight.get(name, 0))
             states.append(
@@ -904,6 +944,7 @@ class Store:
                     tokens=tokens,
                     reserved=reserved,
                     in_flight=None if limit.concurrency is None else flying,
+                    held_until_ms=read_breaker(name, record, now_ms).until_ms if record else None,
                 )
             )
         return states
@@ -943,6 +984,36 @@ class Store:
         while moved == _BATCH:
             moved = self._scripts.run("options", int(fairness), repr(share), _BATCH, since)
             self._led(moved)
+
+    # hosts
+
+    def breakers(self) -> list[Breaker]:
+        """Of the hosts that published definitions call, and of others that are held back; in order of their names."""
+        pipe = self._redis.pipeline(transaction=False)
+        for definition in sorted(self.published()):
+            pipe.hget(self._key("definition", definition), "host")
+        hosts = {host for host in pipe.execute() if host}
+        held, now_ms = cast("dict[str, str]", self._redis.hgetall(self._key("breakers"))), self.now_ms()
+        well = sorted(hosts - held.keys())
+        for host in well:
+            pipe.get(self._key("calls", host))
+        found = [read_calls(host, counted) for host, counted in zip(well, pipe.execute(), strict=True)]
+        found += [read_breaker(host, record, now_ms) for host, record in held.items()]
+        return sorted(found, key=lambda one: one.host)
+
+    def breaker_of(self, definition: str) -> Breaker | None:
+        """Of the host that a definition calls, if that is held back."""
+        host = self._redis.hget(self._key("definition", definition), "host")
+        record = self._redis.hget(self._key("breakers"), host) if host else None
+        return read_breaker(cast("str", host), cast("str", record), self.now_ms()) if record else None
+
+    def hold_host(self, host: str, *, span: timedelta, why: str, actor: str) -> None:
+        """Nothing goes to the host for so long. Then it is probed, as after failures."""
+        self._scripts.run("hold_host", host, milliseconds(span), why, actor, self._log_size, secrets.token_hex(8))
+
+    def free_host(self, host: str, *, actor: str) -> bool:
+        """Hold a host back no longer, and probe it no more. Returns whether it was held back."""
+        return bool(self._scripts.run("hold_host", host, 0, "", actor, self._log_size, ""))
 
     def sizes(self, groups: Sequence[tuple[str, str]]) -> list[int]:
         """How many subscribers an occurrence of (group, its definition) has; none while the definition is paused."""
@@ -987,13 +1058,37 @@ class Store:
     # workers
 
     def heartbeat(
-        self, worker: str, *, slots: int, queues: Sequence[str], buffer: float, info: Mapping[str, str] | None = None
-    ) -> list[Stop]:
-        """A worker lives. Returns the runs that it shall stop; the same ones each time, until it tells of them by `stopped`."""
+        self,
+        worker: str,
+        *,
+        slots: int,
+        queues: Sequence[str],
+        buffer: float,
+        drained: bool = False,
+        info: Mapping[str, str] | None = None,
+    ) -> Orders:
+        """A worker lives; `drained` says whether it was told to take nothing new. Returns what it shall do.
+
+        The runs that it shall stop are the same ones each time, until it tells of them by `stopped`.
+        """
         extra = [part for pair in (info or {}).items() for part in pair]
-        flat = self._scripts.run("heartbeat", worker, slots, ",".join(queues), buffer, *extra)
+        told, *flat = self._scripts.run("heartbeat", worker, slots, ",".join(queues), buffer, int(drained), *extra)
         stops = ((run.rpartition("#"), why) for run, why in _batches(flat, 2))
-        return [Stop(job_id, int(delivery), why) for (job_id, _, delivery), why in stops]
+        return Orders(tuple(Stop(job_id, int(delivery), why) for (job_id, _, delivery), why in stops), told == "1")
+
+    def drain_worker(self, worker: str, *, actor: str) -> bool:
+        """Let a worker take nothing new until it is resumed or ends. Returns whether that changed something. Raises UnknownWorker."""
+        return self._drain(worker, 1, actor)
+
+    def resume_worker(self, worker: str, *, actor: str) -> bool:
+        """The reverse. Raises UnknownWorker."""
+        return self._drain(worker, 0, actor)
+
+    def _drain(self, worker: str, drain: int, actor: str) -> bool:
+        answer = self._scripts.run("drain", worker, drain, actor, self._log_size)
+        if answer == -1:
+            raise UnknownWorker(f"no worker {worker!r}: it never was, or it has ended")
+        return bool(answer)
 
     def stopped(self, worker: str, stop: Stop, *, note: str = "", discarded: bool = False) -> bool:
         """A worker did what it can about a run that it was to stop. The `note` goes into the job's history.
@@ -1102,12 +1197,13 @@ class Store:
         pipe.hget(self._key("limits"), "total")
         pipe.get(self._key("limit", "total"))
         pipe.hgetall(self._key("capacity"))
+        pipe.hgetall(self._key("breakers"))
         for priority in Priority:
             pipe.zrange(self._key("ready", priority), 0, 0, withscores=True)
             pipe.zcard(self._key("queued", priority))
             pipe.zrange(self._key("queued", priority), 0, 0, withscores=True)
             pipe.llen(str(priority))
-        info, planner, due, beats, known, running, runs, dead, counters, total, bucket, capacity, *rest = pipe.execute()
+        info, planner, due, beats, known, running, runs, dead, counters, total, bucket, capacity, held, *rest = pipe.execute()
         definitions = sorted(known)
         for worker, _ in beats:
             pipe.hgetall(self._key("worker", worker))
@@ -1133,7 +1229,27 @@ class Store:
             paused={definition: why for definition, (why, _) in of_definitions if why},
             dead_letters=dead,
             counters={name: int(times) for name, times in counters.items()},
+            breakers=tuple(read_breaker(host, record, now_ms) for host, record in sorted(held.items())),
         )
+
+    # calls of the control API that are made once
+
+    def claim_answer(self, digest: str, claim: str, *, hold: timedelta) -> str | None:
+        """Be the one who answers a caller's key. None: it is; else what lies under the key, this or another's claim or an answer.
+
+        The claim ends after `hold`, should whoever made it never come back. `claim` must be unlike any other.
+        """
+        before = self._redis.set(self._key("answer", digest), claim, nx=True, get=True, px=milliseconds(hold))
+        # a claim that was sent again because its answer was lost finds itself
+        return None if before is None or before == claim else cast("str", before)
+
+    def keep_answer(self, digest: str, answer: str, *, retention: timedelta) -> None:
+        """Keep what was answered to a caller's key."""
+        self._redis.set(self._key("answer", digest), answer, px=milliseconds(retention))
+
+    def forget_answer(self, digest: str) -> None:
+        """Let the caller's key be used again: nothing came of it."""
+        self._redis.delete(self._key("answer", digest))
 
     # housekeeping
 
@@ -1190,8 +1306,9 @@ def _place(cursor: str | None, until_ms: int | None) -> tuple[int, tuple[int, st
     if not cursor:
         return upper, None
     at, _, job_id = cursor.partition("|")
-    if not at.isdigit() or not job_id:
-        raise InvalidInput(f"cursor {cursor!r} is not one that a listing gave")
+    # 16 digits are more than any instant has, and fewer than Redis takes
+    if not (at.isascii() and at.isdigit() and len(at) <= 16 and job_id):
+        raise InvalidInput(f"cursor {cursor!r} is not one that a listing gave", field="cursor")
     return min(upper, int(at)), (int(at), job_id)
 
 

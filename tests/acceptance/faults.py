@@ -118,15 +118,15 @@ def install() -> None:
 
     from kombu.transport import virtual
 
-    from taskplatform import http
     from taskplatform.app import PlatformRequest
     from taskplatform.consumer import JobQoS
+    from taskplatform.http import connections
     from taskplatform.store import connection
     from taskplatform.store.scripts import Scripts
 
     run, execute_command, execute = Scripts.run, connection._Client.execute_command, connection._Pipeline.execute
     deliver, make_request, ack = virtual.Transport._deliver, PlatformRequest.__init__, JobQoS.ack
-    get_response = http._Connection.getresponse
+    get_response = connections._Connection.getresponse
 
     @wraps(run)
     def run_script(self: Any, name: str, *args: Any) -> Any:
@@ -177,7 +177,7 @@ def install() -> None:
         (virtual.Transport, "_deliver", note_popped),
         (PlatformRequest, "__init__", note_received),
         (JobQoS, "ack", note_ack),
-        (http._Connection, "getresponse", note_called),
+        (connections._Connection, "getresponse", note_called),
     ]
     for owner, name, function in patches:
         setattr(owner, name, function)

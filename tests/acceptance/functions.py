@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import threading
@@ -92,3 +93,13 @@ def refuses_to_stop(job: Job) -> None:
 
 def _tell(job: Job, what: str) -> None:
     requests.post(f"{os.environ['TARGET']}/{what}", headers={"X-Job-ID": job.id, "X-User-ID": job.user}, timeout=5)
+
+
+def blurts(job: Job) -> str:
+    """Prints, logs, and returns or raises what of the environment is secret."""
+    told = " and ".join(value for name, value in sorted(os.environ.items()) if name.startswith("PLANTED"))
+    print(f"printed {told}")
+    logging.getLogger(__name__).warning("logged %s", told)
+    if job.params["how"] == "raise":
+        raise ValueError(f"cannot use {told}")
+    return told

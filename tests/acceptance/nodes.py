@@ -18,15 +18,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import redis
 import requests
 from pytest_celery import CeleryWorkerContainer, RedisContainer
 
 from taskplatform import guardian
 from taskplatform.local import EmbeddedServer
 from tests.support import wait_until
+from tests.tls import TlsRedis
 
 ROOT = Path(__file__).resolve().parents[2]
-READY_SECONDS = 40.0
+READY_SECONDS = 120.0
 
 
 class Guard:
@@ -226,13 +228,13 @@ class BeatNode(CeleryNode):
 class FlowerNode(CeleryNode):
     """Flower on a port of the loopback interface."""
 
-    def __init__(self, name: str, port: int, *, environment: Mapping[str, str], folder: Path) -> None:
+    def __init__(self, name: str, port: int, *options: str, environment: Mapping[str, str], folder: Path) -> None:
         self.url = f"http://127.0.0.1:{port}"
-        super().__init__(name, ["flower", "--address=127.0.0.1", f"--port={port}"], environment=environment, folder=folder)
+        super().__init__(name, ["flower", f"--port={port}", *options], environment=environment, folder=folder)
 
     def is_ready(self) -> bool:
         try:
-            return requests.get(f"{self.url}/healthcheck", timeout=1).status_code == 200
+            return requests.get(f"{self.url}/healthcheck", timeout=5).status_code == 200
         except requests.RequestException:
             return False
 
@@ -275,6 +277,15 @@ class ServerNode(ProcessNode, RedisContainer):  # type: ignore[misc]
     def host_url(self) -> str:
         return self._server.url
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """What a process of the platform must be told to use it."""
+        return {"TASKPLATFORM_REDIS_URL": self.url}
+
+    def client(self) -> redis.Redis:
+        """For the tests. Closed by the caller."""
+        return redis.Redis.from_url(self.url, decode_responses=True)
+
     def logs(self) -> str:
         return ""
 
@@ -299,6 +310,46 @@ class ServerNode(ProcessNode, RedisContainer):  # type: ignore[misc]
 
     def remove(self, **_: Any) -> None:
         self._server.stop()
+
+
+class SecureServerNode(ServerNode):
+    """Debian's Redis with TLS, that somebody else starts and ends, as one of its users sees it. The tests' own client is the admin's."""
+
+    def __init__(self, server: TlsRedis, user: str) -> None:
+        self._name = "server"
+        self.secure = server
+        self._user = user
+
+    @property
+    def pid(self) -> int:
+        assert self.secure.process is not None
+        return self.secure.process.pid
+
+    @property
+    def status(self) -> str:
+        return "running"
+
+    @property
+    def hostname(self) -> str:
+        return self.secure.host
+
+    @property
+    def port(self) -> int:
+        return self.secure.port
+
+    @property
+    def url(self) -> str:
+        return self.secure.url(self._user)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return self.secure.settings(self._user)
+
+    def client(self) -> redis.Redis:
+        return self.secure.client()
+
+    def remove(self, **_: Any) -> None:
+        """Nothing: who started it ends it."""
 
 
 def _signal(wanted: str | int | None) -> signal.Signals:

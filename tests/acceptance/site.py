@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import pytest
-import redis
 from celery import Celery
 
 import taskplatform
@@ -40,6 +39,7 @@ SETTINGS = {
     "TASKPLATFORM_BEAT_INTERVAL": "200ms",
     "TASKPLATFORM_BEAT_LOCK_TIMEOUT": f"{BEAT_LOCK_SECONDS:g}s",
     "TASKPLATFORM_PLAN_HORIZON": "1s",
+    "TASKPLATFORM_HTTP_ALLOW": "127.0.0.1",  # where the tests' target listens
 }
 
 
@@ -53,8 +53,15 @@ def base_environment(target_url: str, guard: Mapping[str, str]) -> dict[str, str
 class Site:
     """One installation. Its processes live until it is closed, or until they are removed."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str], *, server_clock: SteppedClock | None = None) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        environment: Mapping[str, str],
+        *,
+        server_clock: SteppedClock | None = None,
+        server: ServerNode | None = None,
+    ) -> None:
+        self._folder = self.folder = folder
         self._names = itertools.count(1)
         self._users = itertools.count(1)
         self._nodes: list[ProcessNode] = []
@@ -62,12 +69,12 @@ class Site:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in (server_clock.environment if server_clock else {}).items():
                 patch.setenv(name, value)
-            self.server = ServerNode("server", folder=folder / "server")
-        self.environment = {**environment, "TASKPLATFORM_REDIS_URL": self.server.url}
+            self.server = server or ServerNode("server", folder=folder / "server")
+        self.environment = {**environment, **self.server.settings}
         self._module = _fresh_app(self.environment)
         self.app: Celery = self._module.app
         self.platform: Platform = self._module.platform()
-        self.redis = redis.Redis.from_url(self.server.url, decode_responses=True)
+        self.redis = self.server.client()
 
     def close(self) -> None:
         """End every process."""
@@ -132,9 +139,10 @@ class Site:
         through = {} if proxy is None else {"TASKPLATFORM_REDIS_URL": proxy.url}
         return {**self.environment, **(fault.environment if fault else {}), **(clock.environment if clock else {}), **through, **own}
 
-    def flower(self) -> FlowerNode:
+    def flower(self, *options: str, **settings: str) -> FlowerNode:
         """Start Flower. It is not ready yet."""
-        return self._keep(FlowerNode(self._name("flower"), find_port(), environment=self.environment, folder=self._folder))
+        environment = self._environment(None, None, settings, None)
+        return self._keep(FlowerNode(self._name("flower"), find_port(), *options, environment=environment, folder=self._folder))
 
     def remove(self, *nodes: ProcessNode) -> None:
         """End these now."""
@@ -198,9 +206,11 @@ class Site:
 
 
 @contextmanager
-def running_site(folder: Path, environment: Mapping[str, str], *, server_clock: SteppedClock | None = None) -> Iterator[Site]:
-    """A site that is closed at the end. Its server lives by `server_clock`, if there is one."""
-    site = Site(folder, environment, server_clock=server_clock)
+def running_site(
+    folder: Path, environment: Mapping[str, str], *, server_clock: SteppedClock | None = None, server: ServerNode | None = None
+) -> Iterator[Site]:
+    """A site that is closed at the end. Its server is one of its own, that lives by `server_clock`, or the one that is given."""
+    site = Site(folder, environment, server_clock=server_clock, server=server)
     try:
         yield site
     finally:
@@ -214,14 +224,14 @@ def _fresh_app(environment: Mapping[str, str]) -> ModuleType:
     attribute = getattr(taskplatform, "app", None)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
-            if name.startswith("TASKPLATFORM_") or name in ("TARGET", "SECRET"):
+            if name.startswith(("TASKPLATFORM_", "PLANTED_")) or name in ("TARGET", "SECRET"):
                 patch.setenv(name, value)
         patch.chdir(ROOT)
         taskplatform.settings.settings.cache_clear()
         try:
             module = importlib.import_module("taskplatform.app")
             module.app.finalize()
-            assert module.app.conf.broker_url == environment["TASKPLATFORM_REDIS_URL"]
+            assert module.app.conf.broker_url.partition("?")[0] == environment["TASKPLATFORM_REDIS_URL"]
             module.platform()
             assert module.app.backend  # now, because it imports the application's module
         finally:

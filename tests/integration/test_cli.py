@@ -137,7 +137,7 @@ def test_each_command_has_an_example_that_it_accepts(path: str, command: click.C
     command.make_context(path, [str(tmp_path / word) if word == "subscriptions.csv" else word for word in arguments]).close()
 
 
-@pytest.mark.parametrize("path", ["", "tasks", "users", "subscriptions", "jobs", "dead", "limits"])
+@pytest.mark.parametrize("path", ["", "tasks", "users", "subscriptions", "jobs", "dead", "limits", "keys", "certs"])
 def test_lists_of_commands_say_whole_sentences(path: str) -> None:
     listed = run(f"{path} --help").stdout.partition("Commands:\n")[2].splitlines()
     assert listed
@@ -219,7 +219,13 @@ def test_the_shipped_definitions_are_listed_and_good(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("API_TOKEN", "x")
     settings.cache_clear()
     assert len(run_json("tasks list")) >= 300
-    assert run("tasks check").stdout.endswith(" definitions without a fault\n")
+    warning, counted = run("tasks check").stdout.splitlines()
+    assert re.match(r"tasks/\w+\.yaml:\d+: \w+\.config\.endpoint: warning: address 127\.0\.0\.1 \(loopback\) is not allowed; ", warning)
+    assert re.search(r" \(and \d+ more definitions\)$", warning)
+    assert counted.endswith(" definitions without a fault")
+    monkeypatch.setenv("TASKPLATFORM_HTTP_ALLOW", "127.0.0.1:8000")
+    settings.cache_clear()
+    assert run("tasks check").stdout == f"{counted}\n"
 
 
 # --- users -----------------------------------------------------------------------------------------------------------
@@ -741,7 +747,14 @@ def test_nodes(platform: Platform) -> None:
     assert re.fullmatch(r"\d\.\d s", cells["silent for"])
     (node,) = run_json("nodes")
     assert ISO.fullmatch(node.pop("heartbeat"))
-    assert node == {"id": "w@host", "slots": 3, "queues": ["high", "low"], "running": [], "info": {"host": "host", "pid": "7"}}
+    assert node == {
+        "id": "w@host",
+        "slots": 3,
+        "queues": ["high", "low"],
+        "running": [],
+        "info": {"host": "host", "pid": "7"},
+        "drained": False,
+    }
 
 
 def test_beats(platform: Platform) -> None:
@@ -779,7 +792,7 @@ def test_up_and_demo_are_run(monkeypatch: pytest.MonkeyPatch, answer: int) -> No
 
 # --- limits ----------------------------------------------------------------------------------------------------------
 
-LIMIT_COLUMNS = ["limit", "rate", "burst", "concurrency", "free now", "reserved", "in flight", "from", "configured"]
+LIMIT_COLUMNS = ["limit", "rate", "burst", "concurrency", "free now", "reserved", "in flight", "held until", "from", "configured"]
 
 
 def test_limits(platform: Platform) -> None:
@@ -795,10 +808,10 @@ def test_limits(platform: Platform) -> None:
     assert run("limits set user --concurrency 1").stdout == "user concurrency 1\n"
     # so much of a burst is kept back as comes in the time that a start may take to reach its target
     assert rows(run("limits list").stdout)[1:] == [
-        ["definition:clean", "90/m", "2", "", "1", "0", "", "definition", ""],
-        ["host:api.example.com", "5/s", "4", "3", "3", "0", "0", "live", "none"],
-        ["total", "10/s", "15", "", "14", "0", "", "settings", ""],
-        ["user", "", "", "1", "", "", "0", "live", "concurrency 2"],
+        ["definition:clean", "90/m", "2", "", "1", "0", "", "", "definition", ""],
+        ["host:api.example.com", "5/s", "4", "3", "3", "0", "0", "", "live", "none"],
+        ["total", "10/s", "15", "", "14", "0", "", "", "settings", ""],
+        ["user", "", "", "1", "", "", "0", "", "live", "concurrency 2"],
     ]
     assert run_json("limits list")[1] == {
         "name": "host:api.example.com",
@@ -808,6 +821,7 @@ def test_limits(platform: Platform) -> None:
         "tokens": 3.5,
         "reserved": 0,
         "in_flight": 0,
+        "held_until": None,
         "source": "live",
     }
 
@@ -815,8 +829,8 @@ def test_limits(platform: Platform) -> None:
     assert run("limits reset host:api.example.com").stdout == "host:api.example.com none\n"
     assert run("limits set total --none").stdout == "total none\n"
     assert rows(run("limits list").stdout)[2:] == [
-        ["total", "", "", "", "", "", "", "live", "10/s burst 15"],
-        ["user", "", "", "2", "", "", "0", "settings", ""],
+        ["total", "", "", "", "", "", "", "", "live", "10/s burst 15"],
+        ["user", "", "", "2", "", "", "0", "", "settings", ""],
     ]
     again = run("limits reset user")
     assert (again.stdout, again.stderr) == ("user concurrency 2\n", "user was not set live\n")
@@ -838,6 +852,51 @@ def test_a_limit_shows_what_it_holds_back(platform: Platform) -> None:
     run("limits set definition:clean --rate 1/h --burst 1")
     assert rows(run("limits list").stdout)[1][4:6] == ["0", "2"]
     assert run_json("limits list")[0]["tokens"] < 0
+
+
+def test_breakers(platform: Platform) -> None:
+    calls = {"endpoint": "https://api.example.com/"}
+    calling = Definition.model_validate({"id": "clean", "name": "x", "config": calls, "interval": {"type": "daily"}})
+    platform.store.publish(published(calling), actor="beat")
+    platform.create_user("u1")
+    platform.store.heartbeat("w@host", slots=9, queues=list(Priority), buffer=1.0)
+    assert ["api.example.com", "closed"] in [row[:2] for row in rows(run("breakers list").stdout)]
+
+    assert run("breakers open api.example.com --for 10m --reason maintenance").stdout == "api.example.com open\n"
+    (record,) = [one for one in run_json("breakers list") if one["state"] != "closed"]
+    assert (record["state"], record["openings"], record["reason"], record["probe"]) == ("open", 1, "maintenance", "")
+    job = platform.enqueue("clean", user="u1")
+    assert job.state == "pending"
+    (held,) = [line for line in run(f"jobs show {job.id}").stdout.splitlines() if "held back" in line]
+    assert "host api.example.com is open, until " in held
+    assert run_json(f"jobs show {job.id}")["held_back"]["host"] == "api.example.com"
+    (limit,) = [row for row in rows(run("limits list").stdout) if row[0] == "host:api.example.com"]
+    assert limit[LIMIT_COLUMNS.index("held until")]
+    assert limit[LIMIT_COLUMNS.index("from")] == "breaker"
+    (problem,) = [one for one in platform.health().problems if one.code == "breaker_open"]
+    assert (problem.subject, problem.severity) == ("api.example.com", "warning")
+    assert "taskplatform breakers reset api.example.com" in problem.text
+
+    assert run("breakers reset api.example.com").stdout == "api.example.com closed\n"
+    assert platform.job(job.id).state == "queued"
+    assert run_json(f"jobs show {job.id}")["held_back"] is None
+    again = run("breakers reset api.example.com")
+    assert (again.stdout, again.stderr) == ("api.example.com closed\n", "api.example.com was not held back\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "said", "code"),
+    [
+        ("open api.example.com", "Missing option '--for'", 2),
+        ("open api.example.com --for 0s", "span 0:00:00 is not accepted: up to 366 days is", 1),
+        ("open api.example.com --for 400d", "'400d' is out of range", 2),
+        ("open api.example.com --for soon", "soon", 2),
+        ("open https://API.example.com/x --for 1m", "host 'https://API.example.com/x' is not accepted", 1),
+        ("reset a/b", "host 'a/b' is not accepted", 1),
+    ],
+)
+def test_breakers_that_are_refused(platform: Platform, line: str, said: str, code: int) -> None:
+    assert said in fails(f"breakers {line}", code=code)
 
 
 @pytest.mark.parametrize(

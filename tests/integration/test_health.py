@@ -22,7 +22,7 @@ from taskplatform.errors import StoreUnavailable
 from taskplatform.health import Alarm, Problem, Severity
 from taskplatform.local import EmbeddedServer, embedded_server, find_port
 from taskplatform.model import JobState, Limit, Priority
-from taskplatform.planner import Planner
+from taskplatform.planner import Planner, published
 from taskplatform.platform import Platform
 from taskplatform.recovery import Endings, RecoveryLoop
 from taskplatform.settings import Settings, settings
@@ -147,6 +147,28 @@ def test_a_due_job_that_nothing_releases(world: World) -> None:
     assert (found.code, found.subject, found.since_ms) == ("release_stuck", "medium", due)
     world.store.release()
     assert world.codes() == set()
+
+
+@pytest.mark.parametrize(("timeout", "minutes"), [("5m", 10), ("30m", 31)])
+def test_a_probe_that_does_not_end(world: World, timeout: str, minutes: int) -> None:
+    world.store.publish(replace(published(define("report", priority="medium", timeout=timeout)), host="north"), actor=ACTOR)
+    world.store.hold_host("north", span=SECOND, why="maintenance", actor=ACTOR)
+    world.clock.advance(3000)
+    world.live()
+    # the host is half open for long, and nobody wanted anything of it
+    assert world.problems("probe_stuck") == []
+    job_id = world.run("m1")
+    world.clock.advance(minutes * 60)
+    world.live()
+    assert world.problems("probe_stuck") == []
+    world.clock.advance(0.001)
+    world.live()
+    (problem,) = world.problems("probe_stuck")
+    assert (problem.severity, problem.subject) == (Severity.ERROR, "north")
+    assert problem.since_ms == world.clock.now_ms - minutes * 60_000 - 1
+    assert job_id in problem.text
+    world.store.cancel(job_id, reason="stuck")
+    assert world.problems("probe_stuck") == []
 
 
 @pytest.mark.parametrize("held", ["by the total", "by its definition", "by its pause", "by room", "by a higher queue"])
@@ -418,7 +440,7 @@ def test_it_takes_three_round_trips_whatever_there_is(world: World, client: redi
     monkeypatch.setattr(redis.client.Pipeline, "execute", counted)
     world.store.vitals()
     assert len(sent) == 2, "and the time"
-    assert sum(sent) < 24 + 2 * 21 + 2
+    assert sum(sent) < 25 + 2 * 21 + 2
 
 
 def test_the_alarm_sounds_once_a_minute_and_only_for_errors(
@@ -457,6 +479,7 @@ def test_each_worker_has_an_alarm(world: World, monkeypatch: pytest.MonkeyPatch)
         slots=lambda: 1,
         queues=lambda: ["high"],
         stop_run=lambda _: None,
+        consume=lambda _: None,
         has_run=lambda *_: False,
         limit_of=lambda _: None,
         endings=Endings(),

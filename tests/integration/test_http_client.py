@@ -6,6 +6,7 @@ upper bounds with much room: a call with a deadline of a fraction of a second re
 
 from __future__ import annotations
 
+import base64
 import gc
 import gzip
 import logging
@@ -19,18 +20,25 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
+from standardwebhooks.webhooks import Webhook
 
-from taskplatform.http import MAX_REDIRECTS, USER_AGENT, Abort, Call, CallAborted, Client, Outcome, OutcomeKind
+from taskplatform import addresses
+from taskplatform.addresses import AllowList, Target
+from taskplatform.http import MAX_REDIRECTS, USER_AGENT, Abort, Call, CallAborted, Client, Outcome, OutcomeKind, render
+from taskplatform.model import HttpConfig
 
 DEADLINE = timedelta(seconds=0.3)
 AMPLE = timedelta(seconds=20)
@@ -38,6 +46,7 @@ SOON = 3.0
 """Seconds within which a call with DEADLINE must have returned."""
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
+LOOPBACK = AllowList([Target.parse("127.0.0.0/8"), Target.parse("::1")])
 LIMIT = 2000
 """Bytes of an answer that the client of these tests reads."""
 
@@ -115,6 +124,7 @@ class Server:
     """A listening socket on a free port, and a thread for each connection."""
 
     handler: Handler
+    address: str = "127.0.0.1"
     requests: list[Request] = field(default_factory=list)
     connections: int = 0
     ended: int = 0
@@ -123,7 +133,7 @@ class Server:
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((self.address, 0))
         self.port: int = self._listener.getsockname()[1]
         self._peers: list[Peer] = []
         self._threads = [threading.Thread(target=self._accept)]
@@ -131,12 +141,12 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.address}:{self.port}"
 
     def stop(self) -> None:
         self.stopping.set()
         with suppress(OSError):
-            socket.create_connection(("127.0.0.1", self.port), timeout=5).close()
+            socket.create_connection((self.address, self.port), timeout=5).close()
         for peer in list(self._peers):
             with suppress(OSError):
                 peer.connection.shutdown(socket.SHUT_RDWR)
@@ -170,7 +180,7 @@ class Server:
             peer.connection.close()
 
 
-Serve = Callable[[Handler], Server]
+Serve = Callable[..., Server]
 MakeClient = Callable[..., Client]
 
 
@@ -178,8 +188,8 @@ MakeClient = Callable[..., Client]
 def serve() -> Iterator[Serve]:
     servers: list[Server] = []
 
-    def start(handler: Handler) -> Server:
-        servers.append(Server(handler))
+    def start(handler: Handler, address: str = "127.0.0.1") -> Server:
+        servers.append(Server(handler, address))
         return servers[-1]
 
     yield start
@@ -189,7 +199,7 @@ def serve() -> Iterator[Serve]:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    client = Client(connect_timeout=timedelta(seconds=10), max_response=LIMIT, excerpt=200)
+    client = Client(connect_timeout=timedelta(seconds=10), max_response=LIMIT, excerpt=200, allowed=LOOPBACK)
     yield client
     client.close()
     # so that a connection that was left open fails this module, not a later one
@@ -201,8 +211,8 @@ def make_client() -> Iterator[MakeClient]:
     """For a client with other options, or one that trusts another certificate."""
     made: list[Client] = []
 
-    def make(*, connect_timeout: timedelta = AMPLE, max_response: int = LIMIT, excerpt: int = 200) -> Client:
-        made.append(Client(connect_timeout=connect_timeout, max_response=max_response, excerpt=excerpt))
+    def make(**options: Any) -> Client:
+        made.append(Client(**{"connect_timeout": AMPLE, "max_response": LIMIT, "excerpt": 200, "allowed": LOOPBACK, **options}))
         return made[-1]
 
     yield make
@@ -284,6 +294,13 @@ def test_status_decides(serve: Serve, client: Client, head: bytes, kind: Outcome
         assert (outcome.kind, outcome.reason, outcome.status) == (kind, f"HTTP {head[:3].decode()}", int(head[:3]))
         assert outcome.retry_after == (None if wait is None else timedelta(seconds=wait))
     assert server.connections == 1
+
+
+@pytest.mark.parametrize("value", [b"7200", b"99999999999999999999", b"Fri, 31 Dec 2999 23:59:59 GMT"])
+def test_retry_after_is_cut_to_what_is_accepted(serve: Serve, make_client: MakeClient, value: bytes) -> None:
+    server = serve(always(b"HTTP/1.1 429 Slow Down\r\nRetry-After: " + value + b"\r\nContent-Length: 0\r\n\r\n"))
+    assert get(make_client(), server.url).retry_after == timedelta(hours=1)
+    assert get(make_client(max_retry_after=timedelta(minutes=5)), server.url).retry_after == timedelta(minutes=5)
 
 
 def test_retry_after_as_a_date(serve: Serve, client: Client) -> None:
@@ -385,6 +402,21 @@ def drips_whole_headers(peer: Peer) -> None:
 
 def drips_body(peer: Peer) -> None:
     peer.drip(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n")
+
+
+def floods_whole_headers(peer: Peer) -> None:
+    peer.request()
+    peer.flood(b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n" * 1000)
+
+
+def floods_one_header(peer: Peer) -> None:
+    peer.request()
+    peer.flood(b"HTTP/1.1 200 OK\r\nX-A: ")
+
+
+def floods_status(peer: Peer) -> None:
+    peer.request()
+    peer.flood(b"HTTP/1.1 200 ")
 
 
 def drips_chunk_length(peer: Peer) -> None:
@@ -578,6 +610,9 @@ def resets_at_once(peer: Peer) -> None:
         (once(b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n"), "answer is not HTTP"),
         (once(b"HTTP/1.1 200 OK\r\nA: " + b"x" * 70_000 + b"\r\n\r\n"), "answer is not HTTP"),
         (once(b"HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\n\r\nhello"), "answer is not HTTP"),
+        (floods_status, "answer is not HTTP"),
+        (floods_one_header, "answer is not HTTP"),
+        (floods_whole_headers, "answer is not HTTP"),
     ],
 )
 def test_a_broken_answer_is_worth_another_try(serve: Serve, client: Client, handler: Handler, reason: str) -> None:
@@ -873,6 +908,18 @@ def test_a_status_is_that_of_the_last_request(serve: Serve, client: Client) -> N
     assert (outcome.reason, outcome.status, outcome.retry_after) == ("connection refused", None, None)
 
 
+def test_a_redirect_loop_over_two_hosts_ends(serve: Serve, client: Client) -> None:
+    first = serve(lambda peer: handle(peer))
+    other = serve(redirecting(302, f"{first.url}/"))
+
+    def handle(peer: Peer) -> None:
+        redirecting(302, f"{other.url}/")(peer)
+
+    outcome = get(client, f"{first.url}/")
+    assert (outcome.kind, outcome.reason) == (OutcomeKind.FAILED, "more than 5 redirects")
+    assert len(first.requests) + len(other.requests) == MAX_REDIRECTS + 1
+
+
 def test_a_redirect_loop_ends(serve: Serve, client: Client) -> None:
     server = serve(redirecting(302, "/"))
     outcome = get(client, f"{server.url}/")
@@ -950,6 +997,237 @@ def test_a_body_with_a_secret_does_not_go_to_another_host(serve: Serve, client: 
     assert not other.requests
 
 
+def test_another_host_does_not_get_the_signature(serve: Serve, client: Client) -> None:
+    other = serve(always(OK))
+    first = serve(redirecting(307, f"{other.url}/there"))
+    config = HttpConfig.model_validate({"endpoint": f"{first.url}/", "body": {"a": "ü"}, "sign": "${HOOK}"})
+    hook = "whsec_" + base64.b64encode(b"a-key-of-more-than-24-bytes").decode()
+    call = render(config, job_id="report:u1:1", user="u1", definition="report", params={}, environment={"HOOK": hook})
+    assert client.send(call, deadline=AMPLE).kind is OutcomeKind.COMPLETED
+    Webhook(hook).verify(first.requests[0].body, first.requests[0].headers)  # as it came over the wire
+    assert not [name for name in other.requests[0].headers if name.startswith("webhook-")]
+    assert other.requests[0].headers["x-job-id"] == "report:u1:1"
+
+
+# --- which addresses are called --------------------------------------------------------------------------------------
+
+Name = Callable[..., None]
+
+
+@pytest.fixture
+def name_server(monkeypatch: pytest.MonkeyPatch) -> Name:
+    """Says what addresses a name has: a list for each time that it is asked, the last one from then on."""
+    real = socket.getaddrinfo
+    answers: dict[str, list[list[str]]] = {}
+
+    def resolve(host: str, port: int, *args: Any, **options: Any) -> Any:
+        if host not in answers:
+            return real(host, port, *args, **options)
+        if options.get("flags"):
+            raise socket.gaierror(socket.EAI_NONAME, "not an address")
+        current = answers[host].pop(0) if len(answers[host]) > 1 else answers[host][0]
+        return [entry for address in current for entry in real(address, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)]
+
+    def answer(name: str, *times: list[str]) -> None:
+        answers[name] = list(times)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    return answer
+
+
+@pytest.fixture
+def dialled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The addresses that sockets were told to connect to."""
+    addresses: list[str] = []
+    real = socket.socket.connect
+
+    def connect(self: socket.socket, address: Any) -> None:
+        addresses.append(address[0])
+        real(self, address)
+
+    monkeypatch.setattr("taskplatform.http.connections._Socket.connect", connect, raising=False)
+    return addresses
+
+
+def allow(*entries: str) -> AllowList:
+    return AllowList(map(Target.parse, entries))
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        ("127.0.0.1", "address 127.0.0.1 (loopback) is not allowed; http_allow can allow it"),
+        ("127.1", "address 127.0.0.1 (loopback) of host 127.1 is not allowed; http_allow can allow it"),
+        ("0x7f.1", "address 127.0.0.1 (loopback) of host 0x7f.1 is not allowed; http_allow can allow it"),
+        ("2130706433", "address 127.0.0.1 (loopback) of host 2130706433 is not allowed; http_allow can allow it"),
+        ("017700000001", "address 127.0.0.1 (loopback) of host 017700000001 is not allowed; http_allow can allow it"),
+        ("%31%32%37.0.0.1", None),
+        ("①②⑦.⓪.⓪.①", None),
+        ("localhost", None),
+        ("localhost.", None),
+        ("LOCALHOST", None),
+        ("0", "address 0.0.0.0 (unspecified) of host 0 is not allowed; http_allow can allow it"),
+        ("0.0.0.0", "address 0.0.0.0 (unspecified) is not allowed; http_allow can allow it"),
+        ("[::]", "address :: (unspecified) is not allowed; http_allow can allow it"),
+        ("[::1]", "address ::1 (loopback) is not allowed; http_allow can allow it"),
+        ("[::ffff:127.0.0.1]", "address ::ffff:127.0.0.1 (loopback) is not allowed; http_allow can allow it"),
+        ("[0:0:0:0:0:ffff:7f00:1]", None),
+        ("[64:ff9b::127.0.0.1]", None),
+        ("10.0.0.5", "address 10.0.0.5 (private) is not allowed; http_allow can allow it"),
+        ("169.254.169.254", "address 169.254.169.254 (cloud metadata) is not allowed; only the address itself in http_allow can allow it"),
+        ("[fd00:ec2::254]", None),
+        ("224.0.0.1", "address 224.0.0.1 (multicast) is not allowed; http_allow can allow it"),
+        ("255.255.255.255", "address 255.255.255.255 (reserved) is not allowed; http_allow can allow it"),
+    ],
+)
+def test_no_spelling_of_an_inside_address_gets_through(
+    serve: Serve, make_client: MakeClient, name_server: Name, dialled: list[str], host: str, reason: str | None
+) -> None:
+    server = serve(always(OK))
+    name_server("localhost.", ["127.0.0.1"])  # not every system knows it
+    outcome = get(make_client(allowed=allow()), f"http://{host}:{server.port}/", deadline=timedelta(seconds=5))
+    assert (outcome.kind, outcome.status, outcome.timed_out) == (OutcomeKind.FAILED, None, False)
+    assert (outcome.reason == reason) if reason else ("is not allowed" in outcome.reason or outcome.reason == "not a valid request")
+    assert dialled == []
+    assert server.connections == 0
+
+
+def test_a_name_with_an_inside_address_is_refused(serve: Serve, make_client: MakeClient, name_server: Name, dialled: list[str]) -> None:
+    server = serve(always(OK))
+    name_server("inside.example", ["10.0.0.5"])
+    outcome = get(make_client(), f"http://inside.example:{server.port}/")
+    assert outcome.kind is OutcomeKind.FAILED
+    assert outcome.reason == "address 10.0.0.5 (private) of host inside.example is not allowed; http_allow can allow it"
+    assert dialled == []
+
+
+def test_a_name_that_changes_its_address_is_judged_each_time(
+    serve: Serve, make_client: MakeClient, name_server: Name, dialled: list[str]
+) -> None:
+    """DNS rebinding: what is judged is what is dialled, and there is no second lookup between the two."""
+    server = serve(once(OK))
+    name_server("rebind.example", ["127.0.0.1"], ["169.254.169.254"], ["127.0.0.1"], ["::ffff:10.0.0.5"])
+    client = make_client(allowed=allow("127.0.0.1"))
+    kinds = []
+    for number in range(4):
+        kinds.append(get(client, f"http://rebind.example:{server.port}/").kind)
+        eventually(lambda number=number: server.ended == number // 2 + 1)  # type: ignore[misc]
+    assert kinds == [OutcomeKind.COMPLETED, OutcomeKind.FAILED] * 2
+    assert dialled == ["127.0.0.1"] * 2
+
+
+def test_of_several_addresses_those_that_are_allowed_are_used(
+    serve: Serve, make_client: MakeClient, name_server: Name, dialled: list[str]
+) -> None:
+    server, client = serve(once(OK)), make_client(allowed=allow("127.0.0.1"))
+    name_server("mixed.example", ["10.0.0.5", "::1", "127.0.0.1", "169.254.169.254"])
+    assert get(client, f"http://mixed.example:{server.port}/").excerpt == "hello"
+    assert dialled == ["127.0.0.1"]
+    name_server("none.example", ["10.0.0.5", "::1"])
+    assert get(client, f"http://none.example:{server.port}/").reason.startswith("address 10.0.0.5 (private) of host none.example")
+    assert dialled == ["127.0.0.1"]
+
+
+def test_an_allowed_address_that_does_not_answer_is_a_fault_of_the_network(make_client: MakeClient, name_server: Name) -> None:
+    """Worth another try, although the other address is refused."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    name_server("mixed.example", ["127.0.0.1", "10.0.0.5"])
+    outcome = get(make_client(allowed=allow("127.0.0.1")), f"http://mixed.example:{port}/")
+    assert (outcome.kind, outcome.reason) == (OutcomeKind.RETRY, "connection refused")
+
+
+@pytest.mark.parametrize(
+    "location", ["http://127.0.0.1:{port}/", "//2130706433:{port}/", "http://hidden.example:{port}/", "http://[::ffff:7f00:1]:{port}/"]
+)
+def test_a_redirect_does_not_lead_to_a_refused_address(serve: Serve, make_client: MakeClient, name_server: Name, location: str) -> None:
+    name_server("hidden.example", ["127.0.0.1"])
+    inside = serve(always(OK))
+    server = serve(redirecting(302, location.format(port=inside.port)))
+    outcome = get(make_client(allowed=allow(f"127.0.0.1:{server.port}")), f"{server.url}/")
+    assert outcome.kind is OutcomeKind.FAILED
+    assert outcome.reason.startswith("redirect: address ")
+    assert "(loopback)" in outcome.reason
+    assert inside.connections == 0
+
+
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An address of this machine that counts as a public one during the test."""
+    if sys.platform != "linux":
+        pytest.skip("needs a second loopback address")
+    known = tuple((name, nets) if name != "loopback" else (name, (ip_network("127.0.0.1/32"),)) for name, nets in addresses._networks())
+    monkeypatch.setattr(addresses, "_networks", lambda: known)
+    return "127.0.0.2"
+
+
+@pytest.mark.parametrize("status", [302, 307])
+@pytest.mark.parametrize("through", ["", "/again"])
+def test_a_public_target_does_not_redirect_to_an_inside_one(
+    serve: Serve, make_client: MakeClient, outside: str, status: int, through: str
+) -> None:
+    """Although inside ones may be called, and there is even a pooled connection to it."""
+    inside = serve(always(OK))
+
+    def redirect(peer: Peer) -> None:
+        while request := peer.request():
+            onward = f"{inside.url}/" if not through or request.line.split()[1] == through else through
+            peer.send(f"HTTP/1.1 {status} Moved\r\nLocation: {onward}\r\nContent-Length: 0\r\n\r\n".encode())
+
+    public = serve(redirect, outside)
+    client = make_client(allowed=allow("127.0.0.1"))
+    for _ in range(2):
+        assert get(client, inside.url).kind is OutcomeKind.COMPLETED
+        outcome = get(client, f"{public.url}/")
+        assert outcome.kind is OutcomeKind.FAILED
+        assert outcome.reason == "redirect: address 127.0.0.1 (loopback) is not allowed; a public target may redirect only to public ones"
+    assert (inside.connections, len(inside.requests)) == (1, 2)
+
+
+def test_other_redirects_go_on(serve: Serve, make_client: MakeClient, outside: str) -> None:
+    """From an inside target to a public and to an inside one, and from a public to a public one."""
+    client = make_client(allowed=allow("127.0.0.1"))
+    inside, public = serve(always(OK)), serve(always(OK), outside)
+    for start, end in (("127.0.0.1", public), ("127.0.0.1", inside), (outside, public)):
+        assert get(client, f"{serve(redirecting(302, f'{end.url}/end'), start).url}/").excerpt == "hello"
+
+
+def test_an_entry_is_for_its_name_and_port_also_where_a_connection_is_pooled(
+    serve: Serve, make_client: MakeClient, name_server: Name
+) -> None:
+    server, other = serve(always(OK)), serve(always(OK))
+    for name in ("named.example", "unnamed.example"):
+        name_server(name, ["127.0.0.1"])
+    client = make_client(allowed=allow(f"named.example:{server.port}"))
+    for url, kind in (
+        (f"http://named.example:{server.port}/", OutcomeKind.COMPLETED),
+        (f"http://NAMED.example:{server.port}/", OutcomeKind.COMPLETED),
+        (f"http://named.example.:{server.port}/", OutcomeKind.COMPLETED),
+        (f"http://unnamed.example:{server.port}/", OutcomeKind.FAILED),
+        (f"http://127.0.0.1:{server.port}/", OutcomeKind.FAILED),
+        (f"http://named.example:{other.port}/", OutcomeKind.FAILED),
+    ):
+        if url.startswith("http://named.example.:"):
+            name_server("named.example.", ["127.0.0.1"])
+        assert get(client, url).kind is kind, url
+    assert other.connections == 0
+
+
+def test_a_host_header_does_not_pretend_to_be_an_allowed_host(serve: Serve, make_client: MakeClient) -> None:
+    server = serve(always(OK))
+    client = make_client(allowed=allow("named.example"))
+    assert get(client, server.url, headers={"Host": "named.example"}).kind is OutcomeKind.FAILED
+    assert server.connections == 0
+
+
+def test_an_allowed_name_does_not_lead_to_cloud_metadata(make_client: MakeClient, name_server: Name, dialled: list[str]) -> None:
+    name_server("inside.example", ["169.254.169.254", "fd00:ec2::254"])
+    outcome = get(make_client(allowed=allow("inside.example", "0.0.0.0/0", "::/0")), "http://inside.example/")
+    assert outcome.kind is OutcomeKind.FAILED
+    assert outcome.reason.startswith("address 169.254.169.254 (cloud metadata) of host inside.example is not allowed; only the address")
+    assert dialled == []
+
+
 # --- what must not leak ----------------------------------------------------------------------------------------------
 
 
@@ -961,6 +1239,35 @@ def test_cookies_are_not_kept(serve: Serve, client: Client) -> None:
     assert not any("cookie" in request.headers for request in server.requests)
     get(client, f"{server.url}/", headers={"Cookie": "own=1"})
     assert [request.headers.get("cookie") for request in server.requests[4:]] == ["own=1", "own=1"]
+
+
+def test_a_user_s_call_leaves_nothing_for_the_next_one_on_its_connection(serve: Serve, client: Client) -> None:
+    """A server that would know the first user again, by every means that a header gives it."""
+
+    def handler(peer: Peer) -> None:
+        while request := peer.request():
+            cookies = b"".join(
+                b"Set-Cookie: session-%d=%s; Path=/%s\r\n" % (number, request.headers["x-user-id"].encode(), attributes)
+                for number, attributes in enumerate((b"", b"; Max-Age=9999", b"; HttpOnly; SameSite=None", b"; Domain=127.0.0.1"))
+            )
+            memory = b'ETag: "seen"\r\nLast-Modified: Sun, 01 Mar 2026 12:00:00 GMT\r\nWWW-Authenticate: Basic realm="x"\r\n'
+            peer.send(b"HTTP/1.1 200 OK\r\n" + cookies + memory + b"Content-Length: 5\r\n\r\nhello")
+
+    server = serve(handler)
+
+    def call(user: str, **fields: Any) -> None:
+        config = HttpConfig.model_validate({"endpoint": server.url.replace("//", fields.pop("login", "//")), "method": "GET", **fields})
+        made = render(config, job_id=f"report:{user}:1", user=user, definition="report", params={}, environment={"KEY": "s3cret-of-ann"})
+        assert client.send(made, deadline=AMPLE).excerpt == "hello"
+
+    call("ann", login="//ann:s3cret-of-ann@", headers={"Cookie": "own=ann", "X-Key": "${KEY}"})
+    call("bob")
+    first, second = server.requests
+    assert (first.connection, second.connection) == (1, 1), "it is the same connection"
+    assert {"authorization", "cookie", "x-key"} <= first.headers.keys()
+    expected = {"accept", "accept-encoding", "host", "idempotency-key", "user-agent", "x-job-id", "x-task-type", "x-user-id"}
+    assert second.headers.keys() == expected
+    assert "ann" not in str(second)
 
 
 def test_proxies_and_netrc_are_not_used(serve: Serve, client: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -1089,10 +1396,71 @@ def test_a_tls_connection_that_closes_as_it_is_used_again_is_replaced(over_tls: 
     assert [request.connection for request in server.requests] == [1, 1, 2]
 
 
-def test_certificates_are_checked(over_tls: Serve, client: Client, make_client: MakeClient) -> None:
+def _tls_server(serve: Serve, certificate: trustme.LeafCert, *, newest: ssl.TLSVersion = ssl.TLSVersion.MAXIMUM_SUPPORTED) -> Server:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of versions that no client should speak
+        context.minimum_version, context.maximum_version = ssl.TLSVersion.MINIMUM_SUPPORTED, newest
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    certificate.configure_cert(context)
+
+    def encrypted(peer: Peer) -> None:
+        peer.connection = context.wrap_socket(peer.connection, server_side=True)
+        always(OK)(peer)
+
+    return serve(encrypted)
+
+
+@pytest.fixture
+def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> trustme.CA:
+    """An authority that clients trust which are made during the test."""
+    made = trustme.CA()
+    made.cert_pem.write_to_path(tmp_path / "authority.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+    return made
+
+
+def test_a_certificate_of_a_trusted_authority_is_accepted(serve: Serve, make_client: MakeClient, authority: trustme.CA) -> None:
+    """So that the refusals below are about what they say."""
+    server = _tls_server(serve, authority.issue_cert("localhost"))
+    assert get(make_client(), f"https://localhost:{server.port}/").excerpt == "hello"
+
+
+BAD_CERTIFICATES: dict[str, Callable[[trustme.CA], trustme.LeafCert]] = {
+    "its authority is not known": lambda _authority: trustme.CA().issue_cert("localhost"),
+    "it has expired": lambda authority: authority.issue_cert("localhost", not_after=datetime(2020, 1, 1, tzinfo=UTC)),
+    "it is not valid yet": lambda authority: authority.issue_cert("localhost", not_before=datetime(2099, 1, 1, tzinfo=UTC)),
+    "it is for another host name": lambda authority: authority.issue_cert("other.example"),
+}
+
+
+@pytest.mark.parametrize("problem", BAD_CERTIFICATES)
+def test_a_bad_certificate_is_refused(serve: Serve, make_client: MakeClient, authority: trustme.CA, problem: str) -> None:
+    server = _tls_server(serve, BAD_CERTIFICATES[problem](authority))
+    outcome = get(make_client(), f"https://localhost:{server.port}/", headers={"Authorization": "Bearer s3cret"})
+    assert (outcome.kind, outcome.reason) == (OutcomeKind.RETRY, f"TLS certificate is not accepted: {problem}")
+    assert not server.requests
+
+
+def test_a_self_signed_certificate_is_refused(over_tls: Serve, client: Client) -> None:
     server = over_tls(always(OK))
-    for outcome in (get(make_client(), f"https://127.0.0.1:{server.port}/"), get(client, f"https://localhost:{server.port}/")):
-        assert (outcome.kind, outcome.reason) == (OutcomeKind.RETRY, "TLS certificate is not accepted")
+    outcome = get(client, f"https://localhost:{server.port}/")
+    assert (outcome.kind, outcome.reason) == (OutcomeKind.RETRY, "TLS certificate is not accepted: it is self-signed")
+    assert not server.requests
+
+
+def test_a_certificate_for_another_address_is_refused(serve: Serve, make_client: MakeClient, authority: trustme.CA) -> None:
+    server = _tls_server(serve, authority.issue_cert("localhost"))
+    outcome = get(make_client(), f"https://127.0.0.1:{server.port}/")
+    assert (outcome.kind, outcome.reason) == (OutcomeKind.RETRY, "TLS certificate is not accepted: it is for another address")
+
+
+def test_no_tls_older_than_1_2(serve: Serve, make_client: MakeClient, authority: trustme.CA) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        server = _tls_server(serve, authority.issue_cert("localhost"), newest=ssl.TLSVersion.TLSv1_1)
+    outcome = get(make_client(), f"https://localhost:{server.port}/")
+    assert (outcome.kind, outcome.reason) == (OutcomeKind.RETRY, "TLS failed")
     assert not server.requests
 
 

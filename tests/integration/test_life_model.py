@@ -826,7 +826,7 @@ class LifeOfJobs(RuleBasedStateMachine):
 
     @rule(worker=WORKER, slots=st.sampled_from([100, 100, 0]))
     def heartbeat(self, worker: str, slots: int) -> None:
-        stops = self.store.heartbeat(worker, slots=slots, queues=list(Priority), buffer=1)
+        stops = self.store.heartbeat(worker, slots=slots, queues=list(Priority), buffer=1).stops
         assert {(stop.job_id, stop.delivery): stop.why for stop in stops} == self.model.stops[worker]
         assert len(stops) == len(self.model.stops[worker])
         self.model.workers[worker] = (self.clock.now_ms, slots)

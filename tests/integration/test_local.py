@@ -582,13 +582,15 @@ def test_the_children_read_the_settings_that_the_stack_was_given(tmp_path: Path,
         queue_buffer=0.5,
         tasks_dir="elsewhere",
         worker_slots=7,
+        http_allow=["*.internal", "[fd00::/8]:443"],
     )
     stack = local.Stack(given, slots=2, sink=local.silent, data_dir=tmp_path / "data")
     stack.redis_url, stack.mock_url = "redis://127.0.0.1:1/0", "http://127.0.0.1:2"
     variables = stack._environment()
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    changed = {"redis_url": stack.redis_url, "data_dir": tmp_path / "data", "worker_slots": 2}
+    allowed = "*.internal,[fd00::/8]:443,127.0.0.1:2"  # the mock API too
+    changed = {"redis_url": stack.redis_url, "data_dir": tmp_path / "data", "worker_slots": 2, "http_allow": allowed}
     assert load_settings().model_dump() == given.model_dump() | changed
     assert (variables["API_BASE_URL"], variables["API_TOKEN"]) == ("http://127.0.0.1:2/anything", "given")
 

@@ -923,7 +923,7 @@ def test_a_deleted_user_leaves_nothing_behind(client: redis.Redis, store: Store,
 
     allowed = {"tp:changes", "tp:stops:w1", "high", "medium", "low"}
     assert keys_with(client, "somebody") <= allowed
-    for stop in store.heartbeat("w1", slots=20, queues=["high"], buffer=1):
+    for stop in store.heartbeat("w1", slots=20, queues=["high"], buffer=1).stops:
         assert store.stopped("w1", stop, note="stopped")
     client.delete("high", "medium", "low", "tp:changes")
     assert keys_with(client, "somebody") == set()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import redis
@@ -43,6 +44,7 @@ class Machine:
     ) -> None:
         self.seconds = 1000.0
         self.stops: list[Stop] = []
+        self.consumes: list[bool] = []
         self.runs: set[tuple[str, int]] = set()
         settings = Settings(heartbeat_interval=interval, heartbeat_timeout=timeout)
         self.loop = RecoveryLoop(
@@ -52,6 +54,7 @@ class Machine:
             slots=lambda: 2,
             queues=lambda: ["high"],
             stop_run=self.stops.append,
+            consume=self.consumes.append,
             has_run=lambda job_id, delivery: (job_id, delivery) in self.runs,
             limit_of=lambda _: limit,
             endings=Endings(),
@@ -369,6 +372,38 @@ if not late:
 
 
 # --- what else goes by the server's clock ----------------------------------------------------------------------------
+
+
+def test_a_process_that_is_forked_while_others_log_can_log(tmp_path: Path) -> None:
+    code = """
+import logging, os, sys, threading
+from taskplatform import process
+if sys.argv[2] == "kept":
+    process.fork_between_log_lines()
+logging.basicConfig(stream=open(sys.argv[1], "w"), level=logging.INFO)
+def chatter():
+    while True:
+        logging.info("x" * 5000)
+for _ in range(2):
+    threading.Thread(target=chatter, daemon=True).start()
+for number in range(300):
+    if (child := os.fork()) == 0:
+        logging.info("child %d", number)
+        os._exit(0)
+    for _ in range(1000):
+        if os.waitpid(child, os.WNOHANG) != (0, 0):
+            break
+        threading.Event().wait(0.01)
+    else:
+        os.kill(child, 9)
+        print("hung", flush=True)
+        break
+os._exit(0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "log"), "kept"], stdout=subprocess.PIPE, text=True, check=True, timeout=120
+    )
+    assert done.stdout == ""
 
 
 def test_a_retry_waits_no_hour_longer_when_the_clock_is_set_right(client: redis.Redis, store: Store, clock: Clock) -> None:

@@ -271,6 +271,7 @@ def _loop(store: Store, endings: Endings | None = None, clock: Callable[[], floa
         slots=lambda: 1,
         queues=lambda: ["high"],
         stop_run=lambda _: None,
+        consume=lambda _: None,
         has_run=lambda *_: False,
         limit_of=lambda _: None,
         endings=endings or Endings(),

@@ -20,7 +20,7 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from taskplatform.model import JobState, Limit, Priority
+from taskplatform.model import BREAKER_LONGEST_PAUSE, BREAKER_PROBES, BREAKER_TURN_MS, BreakerRule, CallReport, JobState, Limit, Priority
 from taskplatform.planner import published
 from taskplatform.store import Renewal, Store
 from taskplatform.store.keys import key
@@ -35,6 +35,28 @@ SILENCE = timedelta(seconds=15)
 NO_PATIENCE = timedelta(days=1)
 #: Per second; each is a power of two per millisecond.
 RATES = (1000 / 128, 1000 / 512, 1000 / 2048)
+
+
+#: No number of calls opens a breaker here: they are opened by hand, and by probes that fail. test_breakers.py has the counting.
+RULE = BreakerRule(share=1.0, calls=1_000_000, window=timedelta(seconds=10), pause=timedelta(milliseconds=500))
+
+
+@dataclass
+class Held:
+    """A host that is held back."""
+
+    ends_ms: int
+    openings: int = 0
+    """0: it asked for a pause, and no breaker is open."""
+    passed: int = 0
+    probe: str = ""
+    tried: set[str] = field(default_factory=set)
+    """Definitions whose probes failed, since all had their turn."""
+    others_ms: int = 0
+    """Until when only others may go."""
+
+    def hold(self, ends_ms: int) -> None:
+        self.ends_ms, self.others_ms, self.passed = ends_ms, ends_ms + BREAKER_TURN_MS, 0
 
 
 @dataclass
@@ -80,8 +102,12 @@ class Judge:
     starts: dict[str, list[int]] = field(default_factory=dict)
     """When jobs under a rate started since it is as it is."""
     paused: set[str] = field(default_factory=set)
+    held: dict[str, Held] = field(default_factory=dict)
+    """Hosts that are held back."""
     hosts: dict[str, str] = field(default_factory=lambda: dict(HOSTS))
     depth: int = 0
+    served: frozenset[Priority] = frozenset(Priority)
+    """The queues that the worker serves."""
     number: int = 0
 
     # what is in force
@@ -136,6 +162,11 @@ class Judge:
         if {job.definition, job.user} & self.paused:
             return math.inf
         wait = float(max(0, job.after_ms - now_ms))
+        held = self.held.get(self.hosts[job.definition])
+        if held is not None:
+            if held.ends_ms <= now_ms and held.probe:
+                return math.inf
+            wait = max(wait, (held.others_ms if job.definition in held.tried else held.ends_ms) - now_ms)
         for name in self.names(job.job_id):
             limit = self.limits.get(name, self.limits.get("user") if name.startswith("user:") else None)
             if limit is not None and limit.concurrency is not None and self.in_flight(name) >= limit.concurrency:
@@ -149,8 +180,9 @@ class Judge:
         return wait
 
     def room(self, priority: Priority) -> bool:
-        before = sum(len(self._of_queue(other)) for other in Priority if list(Priority).index(other) <= list(Priority).index(priority))
-        return before < self.depth
+        order = list(Priority)
+        before = sum(len(self._of_queue(other)) for other in self.served if order.index(other) <= order.index(priority))
+        return priority in self.served and before < self.depth
 
     def _of_queue(self, priority: Priority) -> list[str]:
         return self.queues[priority] + [job_id for job_id, _ in self.taken if self.places[job_id].priority is priority]
@@ -170,6 +202,7 @@ class Judge:
 
         `aside`: what is still set aside for a user's cap. It may be passed by for a while when what came back before it cannot go.
         """
+        self.end_probes()
         for priority in Priority:
             known = self.queues[priority]
             assert found[priority][: len(known)] == known
@@ -180,12 +213,22 @@ class Judge:
                     self._check_first(self.waiting[job_id], [job for job in able if job.job_id not in aside])
                 self.places[job_id] = self.waiting.pop(job_id)
                 known.append(job_id)
+                held = self.held.get(self.hosts[job_id.split(":")[0]])
+                if held is not None:
+                    held.probe = job_id
+                    if job_id.split(":")[0] in held.tried:
+                        held.tried = set()
 
     def _check_first(self, job: Waiting, able: list[Waiting]) -> None:
         first = min(able, key=lambda one: (one.after_ms, one.number))
         host = self.hosts[job.definition]
-        # of the same instant, definitions on one limited host go in any order, each in its own
-        if host and f"host:{host}" in self.limits and job.after_ms == first.after_ms and host == self.hosts[first.definition]:
+        # of the same instant, definitions on one limited or held host go in any order, each in its own
+        if (
+            host
+            and (f"host:{host}" in self.limits or host in self.held)
+            and job.after_ms == first.after_ms
+            and host == self.hosts[first.definition]
+        ):
             first = min((one for one in able if one.definition == job.definition), key=lambda one: (one.after_ms, one.number))
         assert job is first, f"{job.job_id} went before {first.job_id}"
 
@@ -199,7 +242,7 @@ class Judge:
         """Whether it may; without a token it goes back to its place."""
         self.taken.remove((job_id, delivery))
         short = any(self.level(name, now_ms) < limit.tokens_per_start for name, limit in self.rates(job_id))
-        if short or self.places[job_id].after_ms > now_ms:
+        if self.places[job_id].after_ms > now_ms or self.kept_back(job_id, now_ms) or short:
             self.waiting[job_id] = self.places[job_id]
             return False
         self._spend(job_id, now_ms)
@@ -208,12 +251,62 @@ class Judge:
 
     def renew(self, job_id: str, delivery: int, now_ms: int) -> bool:
         """Whether a run that was held up may still call: it needs another token, and goes back to its place without."""
-        if all(self.level(name, now_ms) >= limit.tokens_per_start for name, limit in self.rates(job_id)):
+        enough = all(self.level(name, now_ms) >= limit.tokens_per_start for name, limit in self.rates(job_id))
+        if not self.kept_back(job_id, now_ms) and enough:
             self._spend(job_id, now_ms)
             return True
         self.running.remove((job_id, delivery))
         self.waiting[job_id] = self.places[job_id]
         return False
+
+    # hosts
+
+    def kept_back(self, job_id: str, now_ms: int) -> bool:
+        """Whether a job that was released may not call its host. The first that may is its probe."""
+        held = self.held.get(self.hosts[job_id.split(":")[0]])
+        if held is None:
+            return False
+        if now_ms < held.ends_ms or (held.probe != job_id and held.probe in {one for one, _ in self.running}):
+            return True
+        held.probe = job_id
+        return False
+
+    def end_probes(self) -> None:
+        """Who is not in flight any more does not probe."""
+        flying = {*self.queued, *(job_id for job_id, _ in self.running)}
+        for held in self.held.values():
+            held.probe = held.probe if held.probe in flying else ""
+
+    def hold(self, host: str, span_ms: int, now_ms: int) -> None:
+        """The breaker opens."""
+        held = self.held.setdefault(host, Held(0))
+        held.openings += 1
+        held.hold(now_ms + span_ms)
+
+    def report(self, job_id: str, now_ms: int, *, failed: bool, pause_ms: int) -> None:
+        """A call ended."""
+        host = self.hosts[job_id.split(":")[0]]
+        held = self.held.get(host)
+        if not host:
+            return
+        if held is None:
+            if pause_ms:
+                self.held[host] = Held(0)
+                self.held[host].hold(now_ms + pause_ms)
+        elif held.probe != job_id or now_ms < held.ends_ms:
+            # it began before
+            if now_ms + pause_ms > held.ends_ms and pause_ms:
+                held.hold(now_ms + pause_ms)
+        elif failed and pause_ms and not held.openings:
+            held.tried.add(job_id.split(":")[0])
+            held.hold(now_ms + pause_ms)
+        elif failed:
+            held.tried.add(job_id.split(":")[0])
+            self.hold(host, max(pause_ms, 500 * min(BREAKER_LONGEST_PAUSE, 2**held.openings)), now_ms)
+        else:
+            held.passed, held.others_ms = held.passed + 1, now_ms + BREAKER_TURN_MS
+            if held.passed >= (BREAKER_PROBES if held.openings else 1):
+                del self.held[host]
 
     def needed(self, name: str) -> float:
         """How many tokens there must be for one more, beside those of released jobs that have not started."""
@@ -281,7 +374,13 @@ STEP = st.one_of(
     st.tuples(st.just("pause"), st.sampled_from([*sorted(HOSTS), *USERS])),
     st.tuples(st.just("resume"), st.sampled_from([*sorted(HOSTS), *USERS])),
     st.tuples(st.just("slots"), st.integers(0, 4)),
+    st.tuples(st.just("serve"), st.sets(st.sampled_from(sorted(Priority)), min_size=1)),
+    st.tuples(st.just("serve"), st.just(set(Priority))),
+    st.tuples(st.just("leave"), st.booleans()),
     st.tuples(st.just("turns"), st.booleans()),
+    *[st.tuples(st.just("hold"), st.sampled_from(["north", "south"]), st.sampled_from([1, 300, 2000])) for _ in range(2)],
+    st.tuples(st.just("free"), st.sampled_from(["north", "south"])),
+    st.tuples(st.just("fail"), NUMBER, st.sampled_from([0, 0, 100, 1500])),
     st.tuples(st.just("move"), DEFINITION, st.sampled_from(["north", "south", ""])),
     st.tuples(st.just("lose worker")),
     st.tuples(st.just("lose message")),
@@ -363,13 +462,30 @@ class Program:
 
     def _wait(self, ms: int) -> None:
         self.clock.now_ms += ms
-        offer(self.store, slots=self.judge.depth)
+        self._offer()
+
+    def _offer(self) -> None:
+        offer(self.store, slots=self.judge.depth, queues=sorted(self.judge.served))
+
+    def _serve(self, priorities: set[Priority]) -> None:
+        self.judge.served = frozenset(priorities)
+        self._offer()
+
+    def _leave(self, tell: bool) -> None:
+        """The worker stops and another comes; what it had taken, it may have put back into its queue without a word."""
+        self.store.leave("w1", [f"{job_id}#{delivery}" for job_id, delivery in self.judge.taken] if tell else [])
+        for job_id, _ in [*self.judge.running, *(self.judge.taken if tell else [])]:
+            self.judge.waiting[job_id] = self.judge.places[job_id]
+        self.judge.running.clear()
+        if tell:
+            self.judge.taken.clear()
+        self._offer()
 
     def _take(self) -> None:
         """A worker takes a message, and is held up before it starts the job."""
-        filled = [priority for priority in Priority if self.judge.queues[priority]]
+        filled = [priority for priority in Priority if self.judge.queues[priority] and priority in self.judge.served]
         if filled:
-            message = take(self.client)
+            message = take(self.client, filled[0])
             assert message.job_id == self.judge.queues[filled[0]].pop(0)
             self.judge.taken.append((message.job_id, message.delivery))
 
@@ -391,12 +507,28 @@ class Program:
         self._take()
         self._start(len(self.judge.taken) - 1)
 
-    def _end(self, number: int, state: S, retry_in: timedelta | None = None) -> str | None:
+    def _end(self, number: int, state: S, retry_in: timedelta | None = None, *, failed: bool = False, pause_ms: int = 0) -> str | None:
         if not self.judge.running:
             return None
         job_id, delivery = self.judge.running.pop(number % len(self.judge.running))
-        assert self.store.finish(job_id, delivery=delivery, worker="w1", state=state, reason="test", retry_in=retry_in)
+        host = self.judge.hosts[job_id.split(":")[0]]
+        call = CallReport(host, failed, RULE, timedelta(milliseconds=pause_ms))
+        assert self.store.finish(job_id, delivery=delivery, worker="w1", state=state, reason="test", retry_in=retry_in, call=call)
+        self.judge.report(job_id, self.clock.now_ms, failed=failed, pause_ms=pause_ms)
         return job_id
+
+    def _fail(self, number: int, pause_ms: int) -> None:
+        """The target answers 503, and may ask for a pause."""
+        job_id = self._end(number, S.RETRYING, timedelta(seconds=number % 3), failed=True, pause_ms=pause_ms)
+        if job_id is not None:
+            self.judge.again(job_id, self.clock.now_ms + number % 3 * 1000)
+
+    def _hold(self, host: str, span_ms: int) -> None:
+        self.store.hold_host(host, span=timedelta(milliseconds=span_ms), why="test", actor=ACTOR)
+        self.judge.hold(host, span_ms, self.clock.now_ms)
+
+    def _free(self, host: str) -> None:
+        assert self.store.free_host(host, actor=ACTOR) == (self.judge.held.pop(host, None) is not None)
 
     def _finish(self, number: int) -> None:
         self._end(number, S.COMPLETED)
@@ -451,7 +583,7 @@ class Program:
 
     def _slots(self, slots: int) -> None:
         self.judge.depth = slots
-        offer(self.store, slots=slots)
+        self._offer()
 
     def _turns(self, fair: bool) -> None:
         """With turns for the users there is another order; all else is the same."""
@@ -459,6 +591,10 @@ class Program:
         self.store.set_options(fairness=fair, share=0)
 
     def _move(self, definition: str, host: str) -> None:
+        held = self.judge.held.get(self.judge.hosts[definition])
+        if held is not None and host != self.judge.hosts[definition] and held.probe.startswith(f"{definition}:"):
+            # it does not probe its old host any more
+            held.probe = ""
         self.judge.hosts[definition] = host
         self.publish(definition)
         # what is published has no limit of its own
@@ -476,18 +612,21 @@ class Program:
         for _, job_id in sorted(lost):
             self.judge.again(job_id, self.clock.now_ms + 1000 * 2 ** (self._field(job_id, "losses") - 1))
         self.judge.running.clear()
-        offer(self.store, slots=self.judge.depth)
+        self._offer()
 
     def _field(self, job_id: str, name: str) -> int:
         return int(self.client.hget(key(NAMESPACE, "job", job_id), name) or 0)
 
     def _lose_message(self) -> None:
-        """A worker process died with what it had taken."""
+        """A worker process died with what it had taken. And what lies in a queue is waited for no longer where it is to probe a host."""
         self.clock.now_ms += 1000
         self.store.reclaim(patience=timedelta(0))
         for job_id, _ in self.judge.taken:
             self.judge.waiting[job_id] = self.judge.places[job_id]
         self.judge.taken.clear()
+        lying = {job_id for ids in self.judge.queues.values() for job_id in ids}
+        for held in self.judge.held.values():
+            held.probe = "" if held.probe in lying else held.probe
 
     def _other_server(self) -> None:
         """One that may not know the last starts: all rates begin without a token."""
@@ -496,10 +635,54 @@ class Program:
         for name in self.judge.buckets:
             self.judge.buckets[name] = Bucket(self.clock.now_ms, min(0.0, self.judge.level(name, self.clock.now_ms)))
 
+    def starve(self, failing: str, served: set[Priority]) -> None:
+        """The hosts are probed while nobody serves some of the queues, and all calls of one definition fail: all else must end."""
+        for which in sorted(self.judge.paused):
+            self.do("resume", which)
+        # what lies in a queue that nobody serves has its places in the limits
+        for layer in ("live", "configured"):
+            for name in sorted(self.judge.layers[layer]):
+                self.do("limit", (name, None), layer)
+        self.do("serve", set(Priority))
+        self.do("slots", 3)
+        for host in ("north", "south"):
+            self.do("hold", host, 1)
+        self.do("wait", 1)
+        # who is in those queues may be a probe
+        order = sorted(HOSTS, key=lambda name: name.split("_")[0] in served)
+        for name in order:
+            if name == next((one for one in order if one.split("_")[0] in served), None):
+                self.do("serve", served)
+            for user in USERS:
+                self.do("submit", name, user, 0, None)
+        judge = self.judge
+
+        def left() -> set[str]:
+            places = [*judge.waiting.values(), *(judge.places[job_id] for job_id in [*judge.queued, *(one for one, _ in judge.running)])]
+            return {one.job_id for one in places if one.priority in judge.served and one.definition != failing}
+
+        for number in range(20 * len(self.every) + 50):
+            if not left():
+                return
+            if number % 3 == 2:
+                # somebody looks now and then whether a probe still lies where nobody takes it
+                self.do("lose message")
+            while judge.running or judge.taken or any(judge.queues[priority] for priority in judge.served):
+                while judge.running:
+                    if judge.running[0][0].startswith(f"{failing}:"):
+                        self.do("fail", int(len(judge.running) == 1), 0)
+                    else:
+                        self.do("finish", 0)
+                self.do(*(("run",) if any(judge.queues[priority] for priority in judge.served) else ("start", 0)))
+            wait_ms = judge.next_ms(self.clock.now_ms, set())
+            self.do("wait", 1000 if wait_ms == math.inf else max(1, math.ceil(wait_ms)))
+        raise AssertionError(f"these do not end: {left()}")
+
     def drain(self) -> None:
         """Lift all pauses, and run everything until nothing is left."""
         for which in sorted(self.judge.paused):
             self.do("resume", which)
+        self.do("serve", set(Priority))
         self.do("slots", 3)
         for _ in range(10 * len(self.every) + 20):
             judge = self.judge
@@ -520,11 +703,14 @@ class Program:
 
 
 @settings(deadline=None, database=None, max_examples=80, suppress_health_check=list(HealthCheck))
-@given(steps=st.lists(STEP, min_size=40, max_size=60))
-def test_release_keeps_to_the_rules(client: redis.Redis, store: Store, clock: Clock, steps: list[tuple[Any, ...]]) -> None:
+@given(steps=st.lists(STEP, min_size=40, max_size=60), failing=DEFINITION, served=st.sets(st.sampled_from(sorted(Priority)), min_size=1))
+def test_release_keeps_to_the_rules(
+    client: redis.Redis, store: Store, clock: Clock, steps: list[tuple[Any, ...]], failing: str, served: set[Priority]
+) -> None:
     program = Program(client, store, clock)
     for step in steps:
         program.do(*step)
     assert_consistent(client, store)
+    program.starve(failing, served)
     program.drain()
     assert_consistent(client, store)

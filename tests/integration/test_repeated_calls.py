@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, cast
 
@@ -18,9 +19,11 @@ import pytest
 import redis
 
 from taskplatform.errors import UnknownSubscription, UnknownUser
-from taskplatform.model import Definition, JobState, Limit, Priority
+from taskplatform.keys import ApiKey
+from taskplatform.model import BreakerRule, CallReport, Definition, JobState, Limit, Priority
 from taskplatform.planner import Planner, published
 from taskplatform.store import Enqueue, Store
+from taskplatform.store.access import AuditEntry
 from taskplatform.store.scripts import Scripts, names
 from tests.conftest import Clock
 from tests.integration.harness import ACTOR, HORIZON, arrive, assert_consistent, define, offer, subscribe, take
@@ -39,8 +42,11 @@ OTHER_ANSWER = {
     "create_users": "how many were new: a number for people",
     "delete_user": "that there is no such user: who asks for it twice is told so, and the user is gone",
     "discard": "that there is no such job, which Platform.discard takes for done",
+    "drain": "whether that changed something: for people",
     "enqueue": "that the jobs exist: Platform.enqueue gives them either way",
+    "finish": "what became of a host that is held back, or no more: a line in the log",
     "follow": "how many were changed: the loop around it goes on until none is",
+    "hold_host": "that the host was not held back any more, which is for people",
     "leave": "how many were given back: a line in the log",
     "limit": "whether that changed something: a number for people",
     "lose": "that the delivery no longer counts: nobody reads it",
@@ -53,6 +59,7 @@ OTHER_ANSWER = {
     "reclaim": "what was released again: lines in the log",
     "refuse": "the state in which the job waits: a line in the log",
     "recover": "what was taken: lines in the log",
+    "revoke_key": "how many were valid: a number for people",
     "release": "how many were released: the loop around it goes on while there are some",
     "retract": "whether it was published: nobody reads it",
     "stopped": "that it was said before: nobody reads it",
@@ -68,6 +75,11 @@ OTHER_ANSWER = {
 OTHER_DATABASE = {
     "create_users": {"tp:changes": "who imports users logs how many were new, by the answer: it is lost with it"},
     "plan": {"tp:planner": "the planner counts the jobs that it made by the answer"},
+    "audit": {"tp:audit:requests": "people see the same request twice, with the same id"},
+    "refuse_key": {
+        "tp:attempts": "a wrong key counts as two: some that are slow to answer are told to wait earlier",
+        "tp:audit:refused": "and people see it twice, with the same id",
+    },
     "set_aside": {
         "tp:garbage": "what no worker can take lies twice among what people look at",
         "tp:counters": "and counts twice",
@@ -109,7 +121,7 @@ class Story:
 
     def stop_all(self, worker: str) -> list[bool]:
         """What a worker does about the runs that its heartbeat tells it to stop."""
-        stops = self.store.heartbeat(worker, slots=20, queues=list(Priority), buffer=1)
+        stops = self.store.heartbeat(worker, slots=20, queues=list(Priority), buffer=1).stops
         assert stops
         return [self.store.stopped(worker, stop, note="stopped, as it was told", discarded=True) for stop in stops]
 
@@ -123,6 +135,12 @@ class Story:
     def finish(self, job_id: str, state: JobState, worker: str = "w1", delivery: int | None = None) -> bool:
         current = self.store.job(job_id).delivery if delivery is None else delivery
         return self.store.finish(job_id, delivery=current, worker=worker, state=state, reason="as it went", retry_in=SECOND)
+
+    def fail_at_host(self, job_id: str) -> bool:
+        report = CallReport("a", failed=True, rule=BreakerRule(share=0.5, calls=9, window=60 * SECOND, pause=SECOND))
+        delivery = self.store.job(job_id).delivery
+        told = {"state": S.RETRYING, "reason": "HTTP 500", "retry_in": SECOND, "call": report}
+        return self.store.finish(job_id, delivery=delivery, worker="w1", **told)  # type: ignore[arg-type]
 
     def one(self, name: str, user: str = "u1", definition: str = "report", **more: Any) -> str:
         """A new job that runs on w1, unless `state` says otherwise."""
@@ -140,6 +158,9 @@ class Story:
         store, clock, planner = self.store, self.clock, self.planner
         old = self.definitions[2]
         run_of = "report:u1:{}".format
+        access = store.access
+        by: dict[str, Any] = {"actor": ACTOR, "log_size": 100}
+        entry = AuditEntry(at_ms=0, kind="refused", action="GET /v1/jobs", address="192.0.2.1", about="wrong secret", request="7")
 
         def unsubscribe() -> int | str:
             try:
@@ -212,6 +233,17 @@ class Story:
             ("garbage", lambda: store.set_aside("high", "no message", reason="not JSON", worker="w1")),
             ("refuse", lambda: self.refuse(self.one("r1"))),
             ("refuse for good", lambda: self.refuse_for_good(run_of("r1"))),
+            ("a host is held back", lambda: store.hold_host("a", span=SECOND, why="maintenance", actor=ACTOR)),
+            (
+                "its jobs wait",
+                lambda: (store.publish(replace(published(calling()), host="a"), actor=ACTOR), self.one("b1", "u6", "calling")),
+            ),
+            ("it is probed", lambda: (clock.advance(1), store.release(), self.start("calling:u6:b1"))),
+            ("and is not well", lambda: (take(self.client), self.fail_at_host("calling:u6:b1"))),
+            ("it is let go", lambda: store.free_host("a", actor=ACTOR)),
+            ("a failure is counted", lambda: (clock.advance(1), store.release(), self.start("calling:u6:b1"), take(self.client))),
+            ("and no more", lambda: self.fail_at_host("calling:u6:b1")),
+            ("it calls no more", lambda: store.cancel("calling:u6:b1", reason="not wanted")),
             ("die", lambda: self.finish(self.running("m4"), S.TIMED_OUT)),
             ("two that are dead", lambda: (self.finish(self.running("d1"), S.FAILED), self.finish(self.running("d2"), S.FAILED))),
             ("discard both", lambda: store.discard([run_of("d1"), run_of("d2")], actor=ACTOR, subject="u1", detail="")),
@@ -236,6 +268,10 @@ class Story:
             ("plan the trigger", planner.advance),
             ("packed", lambda: len(store.jobs(user="u4").items)),
             ("a broken one", lambda: [store.postpone(item, by=60 * SECOND) for item in store.due(clock.now_ms + 10**9)]),
+            ("drain", lambda: store.drain_worker("w1", actor=ACTOR)),
+            ("a drained one lives", lambda: offer(store)),
+            ("it is to work again", lambda: store.resume_worker("w1", actor=ACTOR)),
+            ("and does", lambda: offer(store)),
             ("a second worker", lambda: (offer(store, "w2"), self.start(run_of("m5"), "w2"))),
             ("it stops", lambda: (self.one("h1"), store.withdraw("w2", [self.tag(run_of("h1")), self.tag(run_of("m5"))]))),
             ("its runs too", lambda: store.withdraw("w2", [self.tag(run_of("m5"))], also_running=True)),
@@ -245,11 +281,22 @@ class Story:
             ("it is lost", lambda: self.recover("w3")),
             ("it comes back", lambda: self.stop_all("w3")),
             ("another restart", lambda: arrive(self.client, clock, "server two")),
+            ("a key is made", lambda: self.make_key(lambda: access.create_key("ci", {"read"}, lifetime=HORIZON, **by))),
+            ("it is used", lambda: (clock.advance(1), access.authenticate(self.token))),
+            ("it is rotated", lambda: (clock.advance(1), self.make_key(lambda: access.rotate_key("ci", overlap=SECOND, **by)))),
+            ("the next is used", lambda: access.authenticate(self.token)),
+            ("a wrong one is shown", lambda: access.refuse("192.0.2.1", entry, per_minute=10, log_size=100)),
+            ("something is done with it", lambda: access.record(replace(entry, kind="requests"), log_size=100)),
+            ("it is revoked", lambda: access.revoke_key("ci", **by)),
             ("unsubscribe", unsubscribe),
             ("delete user", lambda: delete("u4")),
             ("remove", lambda: store.retract("old", actor=ACTOR, term=2)),
             ("sweep", lambda: store.sweep(retention=SECOND, dead_retention=SECOND)),
         ]
+
+    def make_key(self, make: Callable[[], tuple[ApiKey, str]]) -> None:
+        key, self.token = make()
+        assert key.expires_ms == self.clock.now_ms + HORIZON // timedelta(milliseconds=1)
 
     def lost(self, job_id: str, *, most: int, stuck: bool = False) -> bool:
         assert self.start(job_id)
@@ -260,6 +307,10 @@ class Story:
 
 def hourly() -> Definition:
     return define("hourly", interval={"type": "hourly"})
+
+
+def calling() -> Definition:
+    return define("calling")
 
 
 def dump(client: redis.Redis) -> dict[str, Any]:
@@ -301,7 +352,8 @@ def tell(
         return answers[-1][2]
 
     with monkeypatch.context() as patch:
-        patch.setattr("taskplatform.store.store.secrets.token_hex", lambda _: f"{next(tokens):016x}")
+        patch.setattr("taskplatform.store.store.secrets.token_hex", lambda size: f"{next(tokens):0{2 * size}x}")
+        patch.setattr("taskplatform.keys.secrets.choice", lambda letters: letters[0])
         patch.setattr(Scripts, "run", repeated)
         story = Story(client, Clock())
         told = [(name, step(), dump(client)) for name, step in story.steps()]

@@ -15,13 +15,15 @@ import pytest
 import redis
 
 from taskplatform.model import TRANSITIONS, JobState, Priority
-from taskplatform.store import Store, scripts, store
+from taskplatform.store import Store, access, scripts, store
 from taskplatform.store.keys import NAMES, UNACKED, UNACKED_INDEX, key, lua_table
 from taskplatform.store.scripts import names, source
 from tests.conftest import Clock
 from tests.integration.harness import ACTOR, HORIZON, define, enqueue, offer, publish, subscribe, take
 
 VERBS = names()
+#: What runs the scripts.
+CALLERS = (store, access)
 STEPS = {"by twos": 2, "by threes": 3, "by fours": 4, "by fives": 5, "by sixes": 6, "by sevens": 7}
 
 
@@ -103,7 +105,7 @@ def test_no_key_name_is_written_in_a_script(name: str) -> None:
 def test_every_name_is_used() -> None:
     everything = "".join(source(name) for name in [*VERBS, "lib"])
     by_scripts = set(re.findall(r"\bK\.(\w+)", everything))
-    by_store = set(re.findall(r'_key\("(\w+)"', inspect.getsource(store)))
+    by_store = set(re.findall(r'_key\("(\w+)"', "".join(map(inspect.getsource, CALLERS))))
     assert NAMES.keys() <= by_scripts | by_store
     assert by_store <= NAMES.keys()
 
@@ -120,7 +122,7 @@ GREETING = "arrive"
 
 
 def _runs() -> Iterator[tuple[str, list[ast.expr]]]:
-    for node in ast.walk(ast.parse(inspect.getsource(store))):
+    for node in (node for caller in CALLERS for node in ast.walk(ast.parse(inspect.getsource(caller)))):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "self._scripts.run":
             verb = node.args[0]
             assert isinstance(verb, ast.Constant)
@@ -131,7 +133,7 @@ def test_store_calls_every_script_and_nothing_else_does() -> None:
     assert {name for name, _ in _runs()} == set(VERBS) - {GREETING}
     assert f'source("{GREETING}")' in inspect.getsource(scripts.greeting)
     package = Path(inspect.getfile(store)).parent
-    others = [path for path in package.parent.rglob("*.py") if path.name not in ("store.py", "scripts.py")]
+    others = [path for path in package.parent.rglob("*.py") if path.name not in ("store.py", "access.py", "scripts.py")]
     assert [path for path in others if "scripts.run(" in path.read_text(encoding="utf-8")] == []
     assert {path.stem for path in (package / "lua").iterdir()} == {*VERBS, "lib"}
 

@@ -259,7 +259,8 @@ def test_a_whole_history(client: redis.Redis, store: Store, clock: Clock) -> Non
     assert store.release() == (1, None)
     clock.advance(2)
     take(client)
-    assert store.start(job_id, delivery=1, worker=WORKER, waited_ms=250).go
+    begun = store.start(job_id, delivery=1, worker=WORKER, waited_ms=250)
+    assert (begun.go, begun.now_ms) == (True, clock.now_ms), "signatures have the server's time"
     clock.advance(1)
     detail = {"status": 503, "duration_ms": 990, "excerpt": 'say "no" \\ {}'}
     assert finish(store, job_id, S.RETRYING, reason='503 "Busy"\n', detail=detail, retry_in=3 * SECOND)
@@ -455,7 +456,7 @@ def test_cancel_before_start(client: redis.Redis, store: Store, clock: Clock) ->
     assert store.cancel(job_id, reason="not wanted") is S.QUEUED
     assert start(store, job_id, delivery=message.delivery) == "canceled"
     assert store.job(job_id).attempt == 0
-    assert store.heartbeat(WORKER, slots=0, queues=[], buffer=1) == []
+    assert store.heartbeat(WORKER, slots=0, queues=[], buffer=1).stops == ()
     assert_consistent(client, store)
 
 
@@ -468,10 +469,10 @@ def test_cancel_after_start(client: redis.Redis, store: Store, clock: Clock) -> 
     # its worker is told, until it says that it knows
     stop = Stop(job_id, 1, "")
     for _ in range(2):
-        assert store.heartbeat(WORKER, slots=0, queues=[], buffer=1) == [stop]
+        assert store.heartbeat(WORKER, slots=0, queues=[], buffer=1).stops == (stop,)
     assert store.stopped(WORKER, stop, note="stopped") is True
     assert store.stopped(WORKER, stop, note="stopped") is False
-    assert store.heartbeat(WORKER, slots=0, queues=[], buffer=1) == []
+    assert store.heartbeat(WORKER, slots=0, queues=[], buffer=1).stops == ()
     assert [line.reason for line in store.history(job_id)].count("stopped") == 1
     assert store.counters().get("discarded", 0) == 0
     # and what it still says is noted, and changes nothing

@@ -340,7 +340,12 @@ def test_short_forms_are_those_of_the_model() -> None:
         (DAILY + HTTP + "    timeout: 12:30\n", 6, "a.timeout", "'12:30' is not a duration such as"),
         (DAILY + HTTP + "    timeout:\n      12:30\n", 6, "a.timeout", "'12:30' is not a duration such as"),
         (DAILY + HTTP + "    overlap: yes\n", 6, "a.overlap", 'got "yes"; it takes one of allow, skip'),
-        (DAILY + HTTP + "    backoff: {jitter: on}\n", 6, "a.backoff.jitter", 'got "on"; it takes true or false'),
+        (
+            DAILY + HTTP + "    backoff: {jitter: on}\n",
+            6,
+            "a.backoff.jitter",
+            'got "on"; it takes true or false or one of full, half, none',
+        ),
         (DAILY + HTTP + "    backoff:\n      base: 1h\n      cap: 1m\n", 8, "a.backoff.cap", "cap is 1m, shorter than base, 1h"),
         (DAILY + HTTP + "    catch_up: lates\n", 6, "a.catch_up.policy", '(did you mean "latest"?)'),
         (DAILY + HTTP + "    rate_limit: 5\n", 6, "a.rate_limit", "or a mapping with rate (needed), burst"),
@@ -807,6 +812,7 @@ def accepts(schema: Any, value: Any, root: Mapping[str, Any]) -> bool:
         "enum": lambda values: value in values,
         "pattern": lambda pattern: not isinstance(value, str) or re.search(pattern, value) is not None,
         "minLength": lambda least: not isinstance(value, str) or len(value) >= least,
+        "maxItems": lambda most: not isinstance(value, list) or len(value) <= most,
         "maxLength": lambda most: not isinstance(value, str) or len(value) <= most,
         "minimum": lambda least: not isinstance(value, int | float) or value >= least,
         "maximum": lambda most: not isinstance(value, int | float) or value <= most,
@@ -925,7 +931,9 @@ http_configs = st.fixed_dictionaries(
         "max_duration": durations,
     },
 )
-backoffs = st.fixed_dictionaries({}, optional={"base": durations, "cap": durations, "strategy": st.just("fixed") | odd, "jitter": odd})
+backoffs = st.fixed_dictionaries(
+    {}, optional={"base": durations, "cap": durations, "strategy": st.just("fixed") | odd, "jitter": odd | st.just("full")}
+)
 common = {
     "description": odd,
     "priority": st.sampled_from(["low", "high", " low"]) | odd,

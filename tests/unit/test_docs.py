@@ -38,6 +38,8 @@ def test_every_taskplatform_command_in_a_document_is_one(document: str, command:
     context = target.make_context("taskplatform", words)
     while isinstance(target, click.Group):
         rest = [*context._protected_args, *context.args]
+        if not rest and target.invoke_without_command:
+            return
         name, found, rest = target.resolve_command(context, rest)
         assert found is not None, f"{document}: {command}"
         if not rest and any(isinstance(parameter, click.Argument) and parameter.required for parameter in found.params):
@@ -61,7 +63,7 @@ def _as_written(default: object) -> str:
     """A default as somebody would write it into a file of settings."""
     if isinstance(default, timedelta):
         return format_duration(default)
-    if default is None or default == {}:
+    if default in (None, {}, ()):
         return "none"
     return str(default).lower() if isinstance(default, bool) else str(default)
 

@@ -39,7 +39,7 @@ def celery_message(**options: Any) -> dict[str, Any]:
             sent.append(json.loads(json.dumps(message)))
 
         channel._put = put
-        app.send_task("other", (1, "a"), {"b": None}, connection=connection, **options)
+        app.send_task("tests.plain", (1, "a"), {"b": None}, connection=connection, **options)
     return sent[0]
 
 
@@ -124,6 +124,14 @@ def packed(value: Any) -> str:
         (changed("headers.delivery", 3.0), "header delivery: 3.0"),
         (changed("headers.delivery", 4), "property delivery_tag: 'report:u1:m1#3': 'report:u1:m1#4' is expected"),
         (changed("headers.task", "another"), "header id: 'report:u1:m1' is no job of 'another'"),
+        (changed("body", packed([[1], {"user": "u1"}, {}])), "body: [[1], {'user': 'u1'}]: the job's user alone is expected"),
+        (changed("body", packed([[], {"user": "u2"}, {}])), "body: [[], {'user': 'u2'}]: the job's user alone"),
+        (changed("body", packed([[], {"user": "u1", "amount": 9}, {}])), "body: [[], {'user': 'u1', 'amount': 9}]: the job's"),
+        (changed("body", packed([[], {}, {}])), "body: [[], {}]: the job's user alone"),
+        (changed("body", packed([[], {"user": "u1"}, {"callbacks": [{"task": "report"}]}])), "'callbacks' is given"),
+        (changed("body", packed([[], {"user": "u1"}, {"chain": [{"task": "report"}]}])), "'chain' is given"),
+        (changed("headers.eta", "2100-01-01T00:00:00Z"), "'eta' is given, which no job's message has"),
+        (changed("headers.expires", "2000-01-01T00:00:00Z"), "'expires' is given"),
         (changed("properties", ...), "properties: None: an object is expected"),
         (changed("properties", "x"), "properties: 'x'"),
         (changed("properties.delivery_tag", ...), "property delivery_tag: None"),
@@ -171,14 +179,14 @@ def test_compressed_and_broken() -> None:
 TAKER = Celery("taker", set_as_current=False)
 
 
-@TAKER.task(name="other")  # type: ignore[untyped-decorator]
+@TAKER.task(name="tests.plain", shared=False)  # type: ignore[untyped-decorator]
 def other() -> None:
     """Whatever is sent."""
 
 
 def take(raw: bytes) -> None:
     """What kombu and Celery do with a message in the worker's main process, down to the request that goes to the pool."""
-    app, task = TAKER, TAKER.tasks["other"]
+    app, task = TAKER, TAKER.tasks["tests.plain"]
     channel = cast("Any", Channel.__new__(Channel))
     message = Message(loads(raw.decode()), channel=channel, accept={"application/json"})
     assert {message.delivery_tag: 1}

@@ -470,22 +470,36 @@ def test_backoff_without_jitter(backoff: dict[str, Any], attempt: int, delay: ti
 
 
 @pytest.mark.parametrize(("share", "part"), [(0.0, 0.5), (0.5, 0.75), (0.999_999, 1.0)])
-def test_jitter_takes_from_half_to_the_whole(share: float, part: float) -> None:
-    delay = Backoff(base="100s").delay(2, random_share=share)
+def test_half_jitter_takes_from_half_to_the_whole(share: float, part: float) -> None:
+    delay = Backoff(base="100s", jitter="half").delay(2, random_share=share)
     assert delay.total_seconds() == pytest.approx(200 * part, rel=1e-5)
+
+
+@pytest.mark.parametrize(("share", "seconds"), [(0.0, 0), (0.25, 50), (0.999_999, 200)])
+def test_full_jitter_takes_from_nothing_to_the_whole(share: float, seconds: float) -> None:
+    assert Backoff(base="100s").delay(2, random_share=share).total_seconds() == pytest.approx(seconds, rel=1e-5)
+    assert Backoff(strategy="fixed", base="200s", jitter="full").delay(9, random_share=share).total_seconds() == pytest.approx(
+        seconds, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(("written", "meant"), [(True, "full"), (False, "none"), ("half", "half"), ("none", "none")])
+def test_jitter_can_be_written_as_true_or_false(written: Any, meant: str) -> None:
+    assert Backoff(jitter=written).jitter == meant
 
 
 def test_jitter_is_random_and_within_its_bounds() -> None:
     delays = [Backoff(base="100s").delay(1) for _ in range(200)]
     assert len(set(delays)) > 100
-    assert all(50 * SECOND <= delay <= 100 * SECOND for delay in delays)
+    assert all(timedelta() <= delay <= 100 * SECOND for delay in delays)
+    assert min(delays) < 50 * SECOND < max(delays)
 
 
 @given(st.integers(1, 200), st.integers(1, 86_400), st.integers(0, 86_400), st.floats(0, 1, exclude_max=True))
 def test_delays_never_shrink_from_one_attempt_to_the_next_and_stay_under_the_cap(attempt: int, base: int, more: int, share: float) -> None:
     backoff = Backoff(base=base, cap=base + more)
     this, following = (backoff.delay(number, random_share=share) for number in (attempt, attempt + 1))
-    assert backoff.base / 2 <= this <= following <= backoff.cap
+    assert backoff.base * share * 0.999 <= this <= following <= backoff.cap
 
 
 def test_cap_below_base_is_refused() -> None:

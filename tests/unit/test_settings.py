@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -193,7 +193,7 @@ def test_unknown_names_of_every_source_are_told(monkeypatch: pytest.MonkeyPatch)
         "taskplatform.yaml:2: plan_horizont:",
     ]
     assert any('(did you mean "worker_slots"?)' in line for line in lines)
-    assert all("settings are beat_interval, " in line for line in lines)
+    assert all("; settings are api_" in line for line in lines)
 
 
 BAD = [
@@ -344,7 +344,7 @@ def test_times_that_do_not_go_together_are_told(monkeypatch: pytest.MonkeyPatch)
         ("worker_slots:\n\t- 3\n", "taskplatform.yaml:2: is not YAML: found character '\\t' that cannot start any token"),
         ("a: 1\n---\nb: 2\n", "taskplatform.yaml:2: is not YAML: but found another document"),
         ("a: \x07\n", "taskplatform.yaml: is not YAML: special characters are not allowed"),
-        ("a: *b\n", "taskplatform.yaml:1: is not YAML: found undefined alias 'b'"),
+        ("a: *b\n", "taskplatform.yaml:1: the alias *b is not accepted"),
         ("a: " + "[" * 5000, "taskplatform.yaml: is nested too deeply"),
     ],
 )
@@ -383,6 +383,7 @@ def test_a_yaml_file_that_was_named_has_to_be_there(monkeypatch: pytest.MonkeyPa
     assert faults() == ["TASKPLATFORM_CONFIG names 'missing.yaml', which is not a file"]
 
 
+@example({"[key]": ""})
 @given(st.dictionaries(st.sampled_from(sorted(Settings.model_fields)) | st.text(max_size=5), st.text(max_size=20), max_size=4))
 @limits(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
 def test_nothing_but_a_settings_error_comes_of_any_text(values: dict[str, str]) -> None:

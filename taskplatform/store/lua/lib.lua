@@ -41,6 +41,11 @@ local function log_change(now, size, actor, kind, subject, detail)
   call('XADD', K.changes, 'MAXLEN', '~', size, '*', 'at', text(now), 'actor', actor, 'kind', kind, 'subject', subject, 'detail', detail)
 end
 
+-- Audit log: a stream for each kind, so that what many can make happen pushes out nothing of another kind.
+local function audit(now, kind, size, ...)
+  call('XADD', K.audit .. kind, 'MAXLEN', '~', size, '*', 'at', text(now), ...)
+end
+
 -- Leading --------------------------------------------------------------------------------------------------------
 
 -- Whether the leader of this term still leads: one that slept meanwhile must not publish its old catalogue.
@@ -194,11 +199,41 @@ local function host_of(definition)
   return host
 end
 
+-- Hosts that are held back: what their calls say of them, and until when nothing may go to them -----------------
+
+-- A host that is held back has a record: its breaker is open, or it asked for a pause (Retry-After). When that time has passed it is
+-- half open, and one job at a time is released to probe it, until enough calls in a row went well. Then the record goes.
+--   kind 'open' or 'held'   since   ends: until when   set: when that was decided   openings: failures in a row of the host
+--   passed: probes that went well   probe: the delivery that probes it, '' none   probed: when it was released or started as that
+--   tried: set of definitions whose probes failed, since all had their turn   others: until when only others may probe it
+--   calls, failures: what opened it   why
+local breakers_read = {}
+
+local function breaker_of(host)
+  local known = breakers_read[host]
+  if known == nil then
+    local kept = call('HGET', K.breakers, host)
+    known = kept and cjson.decode(kept) or false
+    breakers_read[host] = known
+  end
+  return known or nil
+end
+
+local function keep_breaker(host, breaker)
+  breakers_read[host] = breaker
+  call('HSET', K.breakers, host, cjson.encode(breaker))
+end
+
+-- Whether a host's lanes may have to stand in line.
+local function has_line(host)
+  return limit_of('host:' .. host) ~= nil or breaker_of(host) ~= nil
+end
+
 -- Waiting set: one lane for each priority and definition, so that a lane that may not go holds back no other -----
 
 -- A lane is blocked until a time, or until
 local PAUSED = '+inf'     -- its definition is resumed,
-local EVENT = '8e15'      -- a job ends: so many run as may, of the definition or, for a gate, of the host,
+local EVENT = '8e15'      -- a job ends: so many run as may, of the definition or, for a gate, of the host, or one probes it,
 local GATED = '9e15'      -- its host lets it go: it stands in line with the host's other lanes.
 
 -- A stage is where lanes lie and the index of those that may go. Jobs wait in WAITING; with fairness those that are due go through
@@ -231,7 +266,7 @@ local unblock_lane
 -- before.
 local function pass_on(priority, definition, score)
   local host = host_of(definition)
-  if host == '' or not limit_of('host:' .. host) or call('ZSCORE', K.gates, host) then return end
+  if host == '' or not has_line(host) or call('ZSCORE', K.gates, host) then return end
   local first = call('ZRANGE', K.gated .. priority .. ':' .. host, 0, 0, 'WITHSCORES')
   if first[1] and (not score or tonumber(first[2]) < tonumber(score)) then unblock_lane(priority, first[1]) end
 end
@@ -491,9 +526,207 @@ local function recount(now, only)
   end
 end
 
--- Release looks which of a host's line may go now. Also where no gate is closed: the lane that might go may be there no more.
+-- Release looks which of a host's line may go now. Also where no gate is closed: the lane that might go may be there no more. All
+-- may where nothing keeps them in line any more.
 local function wake_host(host)
-  call('ZADD', K.gates, 0, host)
+  if has_line(host) then
+    call('ZADD', K.gates, 0, host)
+    return
+  end
+  call('ZREM', K.gates, host)
+  for _, priority in ipairs(PRIORITIES) do
+    for _, definition in ipairs(call('ZRANGE', K.gated .. priority .. ':' .. host, 0, -1)) do unblock_lane(priority, definition) end
+  end
+end
+
+-- Until when nothing may go to a host, as its gate is closed; nil where something may: anything, or a probe.
+local function held_until(host, now)
+  local breaker = breaker_of(host)
+  if not breaker then return nil end
+  if now < breaker.set then
+    -- the clock was set back: it is held back for the span that it was to be
+    breaker.ends, breaker.set = now + breaker.ends - breaker.set, now
+    keep_breaker(host, breaker)
+  end
+  if now < breaker.ends then return text(breaker.ends) end
+  return breaker.probe ~= '' and EVENT or nil
+end
+
+-- Whose probe failed lets the host's other definitions probe it for a moment, or one that always fails would keep them all from it.
+-- Until when it does, as its lane is blocked by that; nil where it may go. The host is half open and nobody probes it.
+local function steps_aside_until(host, definition, now)
+  local breaker = breaker_of(host)
+  -- what lies further ahead is by a clock that was set back
+  local aside = breaker and breaker.tried[definition] and now < breaker.others and breaker.others <= now + PROBE_TURN
+  return aside and text(breaker.others) or nil
+end
+
+local function set_probe(host, breaker, id, delivery, now)
+  breaker.probe, breaker.probed = id .. '#' .. delivery, now
+  keep_breaker(host, breaker)
+end
+
+-- Whether what probes a host is 'queued' or 'running'; nil where it is over, as one that a worker of another version ended.
+local function probe_state(breaker)
+  local id, delivery = string.match(breaker.probe, '^(.+)#(%d+)$')
+  if not id then return nil end
+  local values = call('HMGET', K.job .. id, 'state', 'delivery')
+  return values[2] == delivery and (values[1] == 'queued' or values[1] == 'running') and values[1] or nil
+end
+
+-- Why a job that was released may not call its host now; nil where it may. What comes first to a host that is half open is its
+-- probe, and not what was released for that and still lies in a queue, for whose turn nobody can say when it comes.
+local function kept_from_host(id, delivery, now)
+  local host = host_of((parts(id)))
+  local breaker = host ~= '' and breaker_of(host)
+  if not breaker then return nil end
+  local held = held_until(host, now)
+  if not held or held == EVENT then
+    if breaker.probe == id .. '#' .. delivery then return nil end
+    if probe_state(breaker) ~= 'running' then
+      set_probe(host, breaker, id, delivery, now)
+      return nil
+    end
+  end
+  return 'its host ' .. host .. ' is held back: ' .. breaker.why
+end
+
+-- Holds a host back for a span in ms; then it is probed. Returns that in words.
+local function hold_host(host, kind, span, why, now)
+  local breaker = breaker_of(host) or
+    { kind = kind, since = now, openings = 0, probe = '', probed = 0, tried = {}, calls = 0, failures = 0 }
+  -- a breaker that is open stays so when the host asks for a pause
+  if kind == 'open' then breaker.kind, breaker.openings = kind, breaker.openings + 1 end
+  breaker.ends, breaker.set, breaker.passed, breaker.why = now + span, now, 0, why
+  breaker.others = breaker.ends + PROBE_TURN
+  keep_breaker(host, breaker)
+  wake_host(host)
+  count(kind == 'open' and 'breaker_opened' or 'host_held')
+  return 'host ' .. host .. (kind == 'open' and ': its breaker is open for ' or ': is held back for ') ..
+    string.format('%.10g', span / 1000) .. ' s: ' .. why
+end
+
+-- A host is not held back any more. What was called before this says nothing about it: that is kept for a day.
+local function free_host(host, now)
+  local breaker = breaker_of(host)
+  local was_open = breaker.kind == 'open'
+  breakers_read[host] = false
+  call('HDEL', K.breakers, host)
+  if was_open then call('SET', K.calls .. host, text(now) .. ' 0 0 0 0 0', 'PX', 86400000) end
+  for definition in pairs(breaker.tried) do unblock_unless_paused(definition) end
+  wake_host(host)
+end
+
+-- The job that probes a host is released no more, however that ended, or calls another host now: the next may go.
+local function end_probe(host, breaker)
+  breaker.probe = ''
+  keep_breaker(host, breaker)
+  wake_host(host)
+end
+
+local function drop_probe(host, definition)
+  local breaker = host ~= '' and breaker_of(host)
+  if breaker and parts(breaker.probe) == definition then end_probe(host, breaker) end
+end
+
+-- Looks after the hosts that are half open. A probe that has been queued for longer than `patience` may have nobody to take it, and one
+-- may be over without a word: the next may go. Who calls a host so seldom that nothing probed it for an hour learns nothing from what was
+-- then. Returns whether anything may go now.
+local function tend_breakers(now, patience, clock_set)
+  local woken = false
+  for host in pairs(pairs_to_table(call('HGETALL', K.breakers))) do
+    -- should the clock have been set back, its time begins anew with this look
+    held_until(host, now)
+    local breaker = breaker_of(host)
+    if clock_set and breaker.ends < now then
+      -- and so does the hour where it was set forward
+      breaker.ends, breaker.set = now, now
+      keep_breaker(host, breaker)
+    end
+    if breaker.probe ~= '' then
+      local state = probe_state(breaker)
+      -- what was released by another clock than this one is given its time from now on
+      if state == 'queued' and (clock_set or now < breaker.probed) then
+        breaker.probed = now
+        keep_breaker(host, breaker)
+      elseif not state or (state == 'queued' and breaker.probed + patience <= now) then
+        end_probe(host, breaker)
+        woken = true
+      end
+    elseif breaker.ends + 3600000 <= now then
+      free_host(host, now)
+      woken = true
+    end
+  end
+  return woken
+end
+
+-- Counts a call that ended at a host without a record. Counting begins with a failure, so that a host in good health costs one
+-- look. Two halves of the window are kept, by the clock: this one and the one before. Returns the calls of both, and failures.
+local function count_call(host, failed, started, window, now)
+  local kept = call('GET', K.calls .. host)
+  if not kept and not failed then return 0, 0 end
+  local half, calls, failures, calls_before, failures_before = math.floor(2 * now / window), 0, 0, 0, 0
+  local since = 0
+  if kept then
+    local values = {}
+    for value in string.gmatch(kept, '%S+') do values[#values + 1] = tonumber(value) end
+    -- where the clock was set back, what it showed before counts no more
+    since = values[1] <= now and values[1] or 0
+    if values[2] == half then
+      calls, failures, calls_before, failures_before = values[3], values[4], values[5], values[6]
+    elseif values[2] == half - 1 then
+      calls_before, failures_before = values[3], values[4]
+    end
+  end
+  if started < since or (not failed and failures + failures_before == 0) then return 0, 0 end
+  calls, failures = calls + 1, failures + (failed and 1 or 0)
+  call('SET', K.calls .. host, table.concat({ text(since), text(half), calls, failures, calls_before, failures_before }, ' '),
+    'PX', since > 0 and 86400000 or window)
+  return calls + calls_before, failures + failures_before
+end
+
+-- Takes to account what the call of a run that ends says of its host: 'good', 'bad' or '' nothing, and for how many ms the host
+-- asks not to be called (0: it does not). `rule`: "<share of failures> <least calls, 0: no breaker> <window in ms> <pause in ms>".
+-- Of a host that is held back only its probe says whether it is well: what else ends began before. `called` is the host that the
+-- worker called: a definition may call another one since. Returns what became of the host, in words, or ''.
+local function report_call(id, job, called, verdict, hold, rule, reason, now)
+  local definition = parts(id)
+  local host = host_of(definition)
+  if verdict == '' or host == '' or host ~= called then return '' end
+  local share, least, window, pause = string.match(rule, '^(%S+) (%S+) (%S+) (%S+)$')
+  share, least, window, pause = tonumber(share), tonumber(least), tonumber(window), tonumber(pause)
+  local failed, breaker = verdict == 'bad', breaker_of(host)
+  if not breaker then
+    local calls, failures = 0, 0
+    if least > 0 then calls, failures = count_call(host, failed, tonumber(job.started), window, now) end
+    if failed and least > 0 and calls >= least and failures >= share * calls then
+      call('DEL', K.calls .. host)
+      local said = hold_host(host, 'open', math.max(pause, hold), failures .. ' of ' .. calls .. ' calls failed, the last: ' .. reason, now)
+      breaker = breaker_of(host)
+      breaker.calls, breaker.failures = calls, failures
+      keep_breaker(host, breaker)
+      return said
+    end
+    return hold > 0 and hold_host(host, 'held', hold, reason, now) or ''
+  end
+  if held_until(host, now) ~= EVENT or breaker.probe ~= id .. '#' .. job.delivery then
+    return hold > 0 and now + hold > breaker.ends and hold_host(host, 'held', hold, reason, now) or ''
+  end
+  if failed then
+    breaker.tried[definition] = true
+    if least == 0 then return hold_host(host, 'held', hold > 0 and hold or pause, reason, now) end
+    if hold > 0 and breaker.kind == 'held' then return hold_host(host, 'held', hold, reason, now) end
+    -- each time twice as long, up to LONGEST_PAUSE times
+    local span = math.max(hold, pause * math.min(LONGEST_PAUSE, 2 ^ breaker.openings))
+    return hold_host(host, 'open', span, 'a probe failed: ' .. reason, now)
+  end
+  breaker.passed, breaker.others = breaker.passed + 1, now + PROBE_TURN
+  keep_breaker(host, breaker)
+  if least > 0 and breaker.kind == 'open' and breaker.passed < PROBES then return '' end
+  if breaker.kind == 'open' then count('breaker_closed') end
+  free_host(host, now)
+  return 'host ' .. host .. ': is well again and held back no more'
 end
 
 -- What waits for an end of a definition's jobs, or its host's, may be looked at again; with `freed`, because a token came back
@@ -506,7 +739,7 @@ local function wake(definition, freed)
     end
   end
   local host = host_of(definition)
-  if host ~= '' and limit_of('host:' .. host) then
+  if host ~= '' and has_line(host) then
     local gate = tonumber(call('ZSCORE', K.gates, host) or math.huge)
     if gate == tonumber(EVENT) or (freed and gate < tonumber(EVENT)) then wake_host(host) end
   end
@@ -556,6 +789,9 @@ local function leave_flight(id, job, now)
     call('ZREM', K.queued .. (job.queue or job.priority), id)
     each_bucket(definition, now, unreserve)
   end
+  local host = host_of(definition)
+  local breaker = host ~= '' and breaker_of(host)
+  if breaker and breaker.probe == id .. '#' .. job.delivery then end_probe(host, breaker) end
   for _, name in ipairs(concurrencies(definition, user)) do
     if call('HINCRBY', K.inflight, name, -1) <= 0 then call('HDEL', K.inflight, name) end
   end
@@ -587,11 +823,7 @@ local function set_limit(name, layer, value, now)
   if kind == 'definition' then
     unblock_unless_paused(of)
   elseif kind == 'host' then
-    call('ZREM', K.gates, of)
-    if new then call('ZADD', K.gates, 0, of) end
-    for _, priority in ipairs(new and {} or PRIORITIES) do
-      for _, definition in ipairs(call('ZRANGE', K.gated .. priority .. ':' .. of, 0, -1)) do unblock_lane(priority, definition) end
-    end
+    wake_host(of)
   end
   return 1
 end
@@ -851,10 +1083,15 @@ local function hold_back(id, member, job, priority, definition, user, now)
     return 'blocked'
   end
   local host = host_of(definition)
-  local host_waits = host ~= '' and waits_until('host:' .. host, now)
+  local host_waits = host ~= '' and (held_until(host, now) or waits_until('host:' .. host, now))
   if host_waits then
     call('ZADD', K.gates, host_waits, host)
     gate_lane(priority, definition)
+    return 'blocked'
+  end
+  local aside = host ~= '' and steps_aside_until(host, definition, now)
+  if aside then
+    block_lane(priority, definition, aside)
     return 'blocked'
   end
   return nil
@@ -878,7 +1115,15 @@ local function hand_over(id, member, job, priority, definition, user, queue, mes
   end
   local delivery = job.delivery + 1
   end_delay(id)
-  move(id, job.state, 'queued', now, job.attempt, '', queue == priority and 'released' or 'released for its share', '')
+  local why = queue == priority and 'released' or 'released for its share'
+  local breaker = host ~= '' and breaker_of(host)
+  if breaker then
+    why = why .. ', to probe its host'
+    -- the others have had their turn
+    if breaker.tried[definition] then breaker.tried = {} end
+    set_probe(host, breaker, id, delivery, now)
+  end
+  move(id, job.state, 'queued', now, job.attempt, '', why, '')
   call('HSET', K.job .. id, 'delivery', delivery)
   if queue ~= priority then
     call('HSET', K.job .. id, 'queue', queue)

@@ -34,7 +34,8 @@ if ARGV[9] ~= 'keep' and ARGV[9] ~= host_of(definition) then
   call('HSET', key, 'host', ARGV[9])
   hosts_read[definition] = nil
   recount(now)
-  if old ~= '' and limit_of('host:' .. old) then wake_host(old) end
+  drop_probe(old, definition)
+  if old ~= '' then wake_host(old) end
 end
 if set_limit('definition:' .. definition, K.limits_configured, ARGV[8], now) == 1 then changed[#changed + 1] = 'limit' end
 local group_key = K.group .. definition

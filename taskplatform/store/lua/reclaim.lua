@@ -1,5 +1,6 @@
 -- Releases again, under a new delivery, what has been queued for too long and is not in its queue: the message was taken by a
--- process that died before it started the job. If that process lives after all, the new delivery fences it off.
+-- process that died before it started the job. If that process lives after all, the new delivery fences it off. A probe of a host that
+-- is queued for so long makes room for another.
 -- ARGV[1] now   ARGV[2] how long a job may be queued before it is looked at, in ms   ARGV[3] most jobs in one go
 -- ARGV[4] 1: the clock was set since the caller's last look
 -- Returns their ids.
@@ -58,6 +59,7 @@ for _, priority in ipairs(PRIORITIES) do
   end
 end
 for _, host in ipairs(call('ZRANGEBYSCORE', K.gates, long, '(' .. EVENT)) do call('ZADD', K.gates, 0, host) end
+unblocked = tend_breakers(now, patience, ARGV[4] == '1') or unblocked
 -- should a change of a user's cap have stopped halfway, or what was put back for it wait in a lane that was blocked since
 for _, user in ipairs(call('SRANDMEMBER', K.capped_users, 10)) do uncap(user, 100, now) end
 -- at once: whoever looks at a lane that is not blocked must not find jobs there that are overdue

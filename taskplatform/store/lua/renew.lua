@@ -10,6 +10,14 @@ local job = load_job(id)
 if not job then return 'unknown' end
 if not is_run(job, delivery, worker) then return job.state end
 if job.mark == ARGV[6] then return 'go' end
+local kept = kept_from_host(id, delivery, now)
+if kept then
+  even_when_full()
+  give_back(id, job, 'retrying', now, tonumber(job.after), worker, 'held up before its call, and ' .. kept, '')
+  call('HSET', K.job .. id, 'budget', tonumber(job.budget or '0') + 1)
+  release(now, 10)
+  return 'given back'
+end
 local definition = parts(id)
 if not next(rates(definition)) then return 'free' end
 -- it goes before what is released and has not started, because it took a token at its start
@@ -18,6 +26,7 @@ if have_tokens(definition, now) then
   call('HSET', K.job .. id, 'mark', ARGV[6])
   return 'go'
 end
+even_when_full()
 local budget = tonumber(job.budget or '0')
 if budget >= tonumber(ARGV[5]) then
   conclude(id, job, 'failed', now, worker, 'held up before its call again and again, and its place in the limit has passed', '')

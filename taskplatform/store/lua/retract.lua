@@ -14,6 +14,7 @@ call('HDEL', K.following, definition)
 hosts_read[definition] = nil
 set_limit('definition:' .. definition, K.limits_configured, '', now)
 recount(now)
-if host ~= '' and limit_of('host:' .. host) then wake_host(host) end
+drop_probe(host, definition)
+if host ~= '' then wake_host(host) end
 log_change(now, ARGV[4], ARGV[3], 'definition removed', definition, '')
 return 1

@@ -2,14 +2,14 @@
 -- ARGV[1] now   ARGV[2] job id   ARGV[3] delivery   ARGV[4] worker   ARGV[5] how long ago the message arrived, in ms
 -- ARGV[6] a mark of this call: one that is sent again, because its answer was lost, is answered as the first time
 -- ARGV[7] the version of the definition that the worker will run ('' not known)
--- Returns {'run', attempt, losses, execute_after, params, attempts that do not count} or {why not}: unknown, stale, early, limited or the job's state.
+-- Returns {'run', attempt, losses, execute_after, params, attempts that do not count, now} or {why not}: unknown, stale, early, held, limited or the job's state.
 
 local now, id, delivery, worker = clock(ARGV[1]), ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local job = load_job(id)
 if not job then return { 'unknown' } end
 if job.delivery ~= delivery then return { 'stale' } end
 local function go(attempt)
-  return { 'run', attempt, job.losses, job.after, job.params or '', tonumber(job.budget or '0') }
+  return { 'run', attempt, job.losses, job.after, job.params or '', tonumber(job.budget or '0'), now }
 end
 if job.state == 'running' and job.mark == ARGV[6] then return go(job.attempt) end
 if job.state ~= 'queued' then return { job.state } end
@@ -25,6 +25,13 @@ if not known[1] then
   conclude(id, job, 'rejected', now, worker, 'definition ' .. definition .. ' does not exist any more', '')
   release(now, 10)
   return { 'rejected' }
+end
+local kept = kept_from_host(id, delivery, now)
+if kept then
+  -- released before its host was held back: it keeps its place, and has not been tried
+  give_back(id, job, job.attempt > 0 and 'retrying' or 'pending', now, tonumber(job.after), worker, 'given back: ' .. kept, '')
+  release(now, 10)
+  return { 'held' }
 end
 if not have_tokens(definition, now) then
   -- a limit was lowered since the release, or another server does not know what was started before
