@@ -65,6 +65,7 @@ def check_definition_id(definition: object) -> str:
 
 _DURATION = re.compile(r"(?:(?P<d>\d+)d)?(?:(?P<h>\d+)h)?(?:(?P<m>\d+)m)?(?:(?P<s>\d+(?:\.\d+)?)s)?(?:(?P<ms>\d+)ms)?", re.ASCII)
 _DURATION_RULE = 'a duration such as "500ms", "90s", "10m", "2h", "1d" or "1h30m"'
+_UNIT_SECONDS = {"d": 86_400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _LONGEST = timedelta(days=366)
 
 
@@ -81,7 +82,9 @@ def parse_duration(value: object) -> timedelta:
         duration = timedelta(seconds=value)
     elif isinstance(value, str) and value.strip() and (match := _DURATION.fullmatch(value.strip())):
         parts = {name: float(text) for name, text in match.groupdict().items() if text}
-        if any(amount > 1e11 for amount in parts.values()):
+        # in seconds as a float first: a timedelta does not hold every number of days
+        seconds = sum(amount * _UNIT_SECONDS[unit] for unit, amount in parts.items())
+        if seconds > 2 * _LONGEST.total_seconds():
             raise ValueError(f"{value!r} is out of range, from 0 to 366 days are accepted")
         duration = timedelta(
             days=parts.get("d", 0),

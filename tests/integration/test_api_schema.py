@@ -1,11 +1,13 @@
 """The API against its own OpenAPI document: whatever is sent, no answer is a 5xx, or one that the document does not have.
 
-Half of the requests are such as the document allows, half are not. Half of the paths lead to what is there. Each run has another seed; what
+Half of the requests are such as the document allows, half are not. Half of the paths lead to what is there. Each run has another seed, but
+in CI; what
 fails shows it.
 """
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator
 from datetime import timedelta
@@ -79,7 +81,8 @@ def test_no_answer_is_undocumented(served: Api, client: redis.Redis, mode: Gener
     schema = schemathesis.openapi.from_dict(served("GET", "/v1/openapi.json"))
     operations = [found.ok() for found in schema.get_all_operations() if isinstance(found, Ok)]
     assert len(operations) > 45
-    seed = secrets.randbits(32)
+    # where CI is set each run is the same, as hypothesis has it there
+    seed = 4711 if os.environ.get("CI") else secrets.randbits(32)
     statuses: set[int] = set()
 
     def call(case: Case[Any], choice: int) -> None:

@@ -159,6 +159,12 @@ def test_a_number_of_seconds_is_read_to_the_millisecond(seconds: float) -> None:
     assert parse_duration(format_duration(duration)) == duration
 
 
+@pytest.mark.parametrize("text", ["15563384932d2604821h64090694m694ms", "1000000000d", "9" * 400 + "d", "367d", "366d1ms"])
+def test_a_duration_of_any_length_is_refused_in_words(text: str) -> None:
+    with pytest.raises(ValueError, match="is out of range, from 0 to 366 days are accepted"):
+        parse_duration(text)
+
+
 @pytest.mark.parametrize(
     ("duration", "text"), [(timedelta(), "0s"), (90 * SECOND, "1m30s"), (DAY + SECOND / 1000, "1d1ms"), (36 * HOUR, "1d12h")]
 )
