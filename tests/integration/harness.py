@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -484,3 +485,14 @@ def _check_plan(db: _Database) -> None:
 
 def _check_workers(db: _Database) -> None:
     assert db.under("worker").keys() <= db.one("workers").keys()
+
+
+@contextmanager
+def full(client: redis.Redis) -> Iterator[None]:
+    """Its server has no memory left."""
+    client.config_set("maxmemory-policy", "noeviction")
+    client.config_set("maxmemory", 1)
+    try:
+        yield
+    finally:
+        client.config_set("maxmemory", 0)

@@ -12,8 +12,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import cast
@@ -40,6 +39,7 @@ from tests.integration.harness import (
     assert_consistent,
     assert_idle,
     define,
+    full,
     offer,
     publish,
     queue,
@@ -722,16 +722,6 @@ def test_an_end_that_is_recorded_late_says_nothing_of_the_host(world: World) -> 
     assert (world.breaker.probe, world.breaker.passed) == (second, 0)
 
 
-@contextmanager
-def _full(client: redis.Redis) -> Iterator[None]:
-    client.config_set("maxmemory-policy", "noeviction")
-    client.config_set("maxmemory", 1)
-    try:
-        yield
-    finally:
-        client.config_set("maxmemory", 0)
-
-
 @pytest.mark.parametrize("why", ["its host is held back", "its rate has no token"])
 def test_a_run_that_was_held_up_is_given_back_also_when_redis_is_full(world: World, why: str) -> None:
     run = world.run()
@@ -740,7 +730,7 @@ def test_a_run_that_was_held_up_is_given_back_also_when_redis_is_full(world: Wor
     else:
         world.store.set_limit(f"host:{HOST}", Limit(0.1, 1), actor=ACTOR)
         arrive(world.client, world.clock, "another")
-    with _full(world.client):
+    with full(world.client):
         assert world.store.renew(run.job_id, delivery=run.delivery, worker="w1") is Renewal.NEVER
     job = world.store.job(run.job_id)
     assert (job.state, job.failures) == (S.RETRYING, 0)

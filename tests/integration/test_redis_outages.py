@@ -30,7 +30,7 @@ from taskplatform.recovery import Ending, Endings, KilledEnding, RecoveryLoop
 from taskplatform.settings import load_settings
 from taskplatform.store import Enqueue, PublishedDefinition, Store, Subscribe, connect, unavailable
 from tests.conftest import Clock
-from tests.integration.harness import recover
+from tests.integration.harness import full, recover
 from tests.integration.test_redis_server import debian_url as debian_url
 from tests.support import wait_until
 
@@ -69,16 +69,6 @@ def site(roomy: redis.Redis, clock: Clock) -> Store:
     return store
 
 
-@contextmanager
-def _full(client: redis.Redis) -> Iterator[None]:
-    client.config_set("maxmemory-policy", "noeviction")
-    client.config_set("maxmemory", 1)
-    try:
-        yield
-    finally:
-        client.config_set("maxmemory", 0)
-
-
 def _content(client: redis.Redis) -> dict[str, bytes]:
     return {key: client.dump(key) for key in client.scan_iter("*")}  # type: ignore[misc]
 
@@ -102,14 +92,14 @@ def test_what_begins_work_is_refused_as_a_whole(begin: Callable[[Store], Any], r
     site.trigger("hourly", window=timedelta(), actor="test")
     clock.advance(0.001)
     before = _content(roomy)
-    with _full(roomy), pytest.raises(StoreUnavailable, match="no memory left") as refused:
+    with full(roomy), pytest.raises(StoreUnavailable, match="no memory left") as refused:
         begin(site)
     assert refused.value.outage is Outage.MEMORY
     assert _content(roomy) == before
 
 
 def test_what_ends_work_goes_on(roomy: redis.Redis, site: Store, clock: Clock) -> None:
-    with _full(roomy):
+    with full(roomy):
         site.heartbeat("w#1", slots=2, queues=["high"], buffer=1.0)
         assert site.finish("hourly:u:running", delivery=1, worker="w#1", state=JobState.COMPLETED, reason="HTTP 200")
         assert site.cancel("hourly:u:queued", reason="test") is JobState.QUEUED
@@ -117,21 +107,21 @@ def test_what_ends_work_goes_on(roomy: redis.Redis, site: Store, clock: Clock) -
         assert site.sweep(retention=SECOND) == 2
     assert site.counts()[JobState.COMPLETED] == 1
     assert site.start("hourly:u:waiting", delivery=1, worker="w#1").go
-    with _full(roomy):
+    with full(roomy):
         assert site.lose("hourly:u:waiting", delivery=1, worker="w#1", what="test", max_losses=3, backoff=SECOND)
     clock.advance(1)
     site.release()
     assert site.start("hourly:u:waiting", delivery=2, worker="w#1").go
     clock.advance(10)
-    with _full(roomy):
+    with full(roomy):
         assert recover(site, SECOND) == [("job", "hourly:u:waiting"), ("worker", "w#1")]
     site.heartbeat("w#2", slots=2, queues=["high"], buffer=1.0)
     clock.advance(10)
     site.release()
-    with _full(roomy):
+    with full(roomy):
         assert site.withdraw("w#2", ["hourly:u:waiting#3"]) == 1
     assert site.start("hourly:u:waiting", delivery=4, worker="w#2").go
-    with _full(roomy):
+    with full(roomy):
         assert site.leave("w#2") == 1
     assert all((state.in_flight, state.reserved) == (0, 0) for state in site.limit_states())
 
