@@ -232,6 +232,31 @@ def _abortable(run: _Run) -> Iterator[http.Abort]:
         del _calls[run.job_id, run.delivery]
 
 
+@contextmanager
+def _under_soft_limit() -> Iterator[None]:
+    """Let the pool's signal of a soft time limit break off what runs here, and nothing else.
+
+    It can come when the run has just ended: the pool knows of that a moment later. Billiard's own handler then breaks off what the process
+    does between two jobs, and with that the process.
+    """
+    if not _in_pool_process:
+        yield
+        return
+    signal.signal(signal.SIGUSR1, _break_off)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, _come_too_late)
+
+
+def _break_off(*_: object) -> None:
+    raise SoftTimeLimitExceeded
+
+
+def _come_too_late(*_: object) -> None:
+    """The run that the signal was for has ended. Not SIG_IGN, which the programs that a function starts would inherit."""
+
+
 @lru_cache(maxsize=1)
 def _worker_nonce() -> str:
     return uuid.uuid4().hex[:8]
@@ -344,6 +369,10 @@ class PlatformTask(Task):  # type: ignore[misc]
 
         Whose job it is says its id, and with what the ledger: whoever could write a message could put anything into its arguments.
         """
+        with _under_soft_limit():
+            return self._run_delivery()
+
+    def _run_delivery(self) -> str:
         request = self.request
         delivery = request.get("delivery")
         if delivery is None and not request.called_directly:
@@ -712,7 +741,9 @@ def _end_with_main_process(**_: Any) -> None:
 
     Pool processes are forked by the main thread, which lives as long as its process.
     """
+    global _in_pool_process
     if os.getpid() != _main_pid:
+        _in_pool_process = True
         process.die_with_parent(_main_pid)
 
 
@@ -721,6 +752,8 @@ process.fork_between_log_lines()
 
 #: The worker's main process; pool processes inherit it.
 _main_pid = 0
+#: Whether this is one of the prefork pool, that runs its jobs in its main thread.
+_in_pool_process = False
 
 
 def _request(job_id: str, delivery: int) -> PlatformRequest | None:

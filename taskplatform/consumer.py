@@ -544,8 +544,9 @@ def _is_written(job: Any) -> bool:
 def _look_after_results(pool: Any, hub: Any) -> None:
     """Let the prefork pool lose no result while the broker cannot be used, and its client keeps the worker's loop waiting or breaks it off.
 
-    - It takes what its processes have sent before it acts upon a time limit. Celery's timers come first when the loop goes on, and would
-      hit runs that have ended long ago: end them as timed out, and their processes with them.
+    - It takes what its processes have sent before it acts upon a time limit, to the end of it: a process cannot write a long result before
+      the one before it is read. Celery's timers come first when the loop goes on, and would hit runs that have ended long ago: end them as
+      timed out, and their processes with them.
     - It reads to its end what it has begun to read before the loop is made anew. What follows the half of a message is no message, and the
       process would be taken for busy for ever. (Celery does it at its end alone.)
     """
@@ -556,6 +557,7 @@ def _look_after_results(pool: Any, hub: Any) -> None:
     def after_results(act: Callable[..., None]) -> Callable[..., None]:
         def act_then(*arguments: Any) -> None:
             _take_results(pool, hub)
+            _finish_reads(pool, hub)
             act(*arguments)
 
         return act_then
@@ -564,7 +566,10 @@ def _look_after_results(pool: Any, hub: Any) -> None:
     reset = hub.reset
 
     def finish_and_reset() -> None:
-        _finish_reads(pool, hub)
+        for process in _finish_reads(pool, hub):
+            log.error("process %d has not sent the rest of a result: it is ended", process.pid)
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
         reset()
 
     hub.reset = finish_and_reset
@@ -583,13 +588,10 @@ def _take_results(pool: Any, hub: Any) -> None:
                 callback(*arguments)
 
 
-def _finish_reads(pool: Any, hub: Any) -> None:
-    for descriptor, process in list(pool._fileno_to_outq.items()):
-        rest, _ = hub.readers.get(descriptor, (None, ()))
-        if isinstance(rest, Generator) and not _finish_read(rest, descriptor):
-            log.error("process %d has not sent the rest of a result: it is ended", process.pid)
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
+def _finish_reads(pool: Any, hub: Any) -> list[Any]:
+    """The processes that have sent a part of a message and no more of it."""
+    begun = [(hub.readers.get(descriptor, (None, ()))[0], descriptor, process) for descriptor, process in pool._fileno_to_outq.items()]
+    return [process for rest, descriptor, process in begun if isinstance(rest, Generator) and not _finish_read(rest, descriptor)]
 
 
 def _finish_read(rest: Generator[None, None, None], descriptor: int) -> bool:

@@ -70,6 +70,15 @@ def retries_itself(job: Job) -> str:
     return f"attempt {job.attempt} was the last"
 
 
+def fails_deeply(job: Job, depth: int = 150) -> None:
+    """What its process tells the pool is the length of its traceback: more than a pipe holds (64 KiB, pipe(7))."""
+    if depth:
+        return fails_deeply(job, depth - 1)
+    _tell(job, "began")
+    time.sleep(0.5)
+    raise celery.current_task.retry(exc=ValueError("deep down"))
+
+
 def ignores_soft_limit(job: Job) -> None:
     _tell(job, "began")
     while True:
