@@ -39,10 +39,10 @@ from celery.worker.request import Request
 from taskplatform import http, process
 from taskplatform.addresses import AllowList
 from taskplatform.catalogue import Catalogue, load, resolve_calls
-from taskplatform.errors import CatalogueError, InvalidInput, Outage, SettingsError, StoreError, StoreUnavailable, TaskPlatformError
+from taskplatform.errors import CatalogueError, InvalidInput, SettingsError, StoreError, StoreUnavailable, TaskPlatformError
 from taskplatform.message import time_limits
 from taskplatform.model import START_SLACK_MS, CallReport, Definition, JobState, Priority, format_duration
-from taskplatform.outage import OutageLog
+from taskplatform.outage import OutageLog, when_reachable
 from taskplatform.platform import Platform
 from taskplatform.recovery import LOSS_BACKOFF, Discarded, Ending, Endings, KilledEnding, RecoveryLoop
 from taskplatform.release import ReleaseLoop, renew
@@ -120,26 +120,12 @@ def platform() -> Platform:
 
 
 def platform_when_reachable() -> Platform:
-    """The same, for processes that start before Redis does: they wait for it, as Celery waits for its broker.
-
-    Where Redis does not let us in, or its certificate is not accepted, waiting is no help: the process ends, with 1.
-    """
-    outage = OutageLog(log, "the start")
-    while True:
-        try:
-            owner = platform()
-        except StoreUnavailable as fault:
-            if fault.outage is Outage.UNTRUSTED:
-                log.critical("cannot start: %s", fault)
-                raise SystemExit(1) from None
-            worker_state.maybe_shutdown()
-            time.sleep(outage.failed(fault))
-        except StoreError as fault:
-            log.critical("cannot start: %s", fault)
-            raise SystemExit(1) from None
-        else:
-            outage.over()
-            return owner
+    """The same, for processes that may start before Redis does. They end, with 1, where waiting is no help."""
+    try:
+        return when_reachable(platform, log, between=worker_state.maybe_shutdown)
+    except StoreError as fault:
+        log.critical("cannot start: %s", fault)
+        raise SystemExit(1) from None
 
 
 @lru_cache(maxsize=1)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from taskplatform.errors import Outage, StoreUnavailable
 
 #: Between two lines of one outage.
 _SAY_EVERY_SECONDS = 60.0
 _FIRST_WAIT_SECONDS = 0.2
 #: The longest wait: so late, at the worst, it is noticed that Redis is well again.
 LONGEST_WAIT_SECONDS = 3.0
+
+T = TypeVar("T")
 
 
 class OutageLog:
@@ -42,3 +48,22 @@ class OutageLog:
         if self._failures:
             self._log.warning("%s goes on, after %.1f s", self._what, time.monotonic() - ago - self._began)
             self._failures = 0
+
+
+def when_reachable(connect: Callable[[], T], log: logging.Logger, *, between: Callable[[], object] = lambda: None) -> T:
+    """What `connect` returns, for processes that may start before Redis does: they wait for it, and call `between` each time they do.
+
+    Where Redis does not let us in, or its certificate is not accepted, waiting is no help: raises that StoreError.
+    """
+    outage = OutageLog(log, "the start")
+    while True:
+        try:
+            connected = connect()
+        except StoreUnavailable as fault:
+            if fault.outage is Outage.UNTRUSTED:
+                raise
+            between()
+            time.sleep(outage.failed(fault))
+        else:
+            outage.over()
+            return connected

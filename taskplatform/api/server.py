@@ -13,9 +13,9 @@ import logging
 import signal
 import socket
 import ssl
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -25,9 +25,9 @@ import uvicorn
 from taskplatform import http
 from taskplatform.api.application import guarded, make_app
 from taskplatform.api.guard import MOST_HEADER_BYTES, GuardedProtocol
-from taskplatform.errors import SettingsError, StoreUnavailable
+from taskplatform.errors import SettingsError
 from taskplatform.keys import TOKEN
-from taskplatform.outage import OutageLog
+from taskplatform.outage import when_reachable
 from taskplatform.platform import Platform
 from taskplatform.settings import Settings, environment
 
@@ -46,7 +46,7 @@ def run(settings: Settings, *, insecure_http: bool = False) -> int:
     formatter = _log_to_stderr(settings)
     context = tls_context(settings, insecure_http=insecure_http)
     listener = listen(settings)
-    with closing(listener), closing(_platform_when_reachable(settings)) as platform:
+    with closing(listener), closing(when_reachable(partial(Platform.connect, settings, actor="api"), log)) as platform:
         configs = [definition.config for definition in platform.catalogue.values() if definition.config is not None]
         formatter.secrets = (*settings.secrets, *http.secrets_in(configs, environment()))
         server = make_server(platform, context)
@@ -85,19 +85,6 @@ def _log_to_stderr(settings: Settings) -> _DiscreetFormatter:
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return formatter
-
-
-def _platform_when_reachable(settings: Settings) -> Platform:
-    """As all processes that may start before Redis does: it waits."""
-    outage = OutageLog(log, "the start")
-    while True:
-        try:
-            platform = Platform.connect(settings, actor="api")
-        except StoreUnavailable as fault:
-            time.sleep(outage.failed(fault))
-        else:
-            outage.over()
-            return platform
 
 
 def make_server(platform: Platform, context: ssl.SSLContext | None) -> uvicorn.Server:
