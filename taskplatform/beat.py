@@ -31,9 +31,14 @@ from redbeat.schedulers import LUA_EXTEND_TO_SCRIPT, RedBeatScheduler, acquire_d
 
 from taskplatform.app import platform_when_reachable
 from taskplatform.errors import Conflict, Outage, StoreError, StoreUnavailable
+from taskplatform.metrics import PlatformCollector, beat_metrics, tick_seconds
+from taskplatform.ops import OpsServer
+from taskplatform.ops import Process as OpsProcess
 from taskplatform.outage import OutageLog
 from taskplatform.planner import Planner
-from taskplatform.settings import environment
+from taskplatform.platform import Platform
+from taskplatform.pulse import Pulse
+from taskplatform.settings import environment, settings
 from taskplatform.store import LockLost, Newer, unavailable
 
 log = logging.getLogger(__name__)
@@ -63,12 +68,20 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         self._newer = Newer.NONE
         self._signs_off = False
         super().__init__(*args, **kwargs)
-        owner = platform_when_reachable()
-        self._platform = owner
-        self._store = owner.store
-        self._settings = owner.settings
-        self._catalogue = owner.catalogue
+        self._settings = settings()
         self._name = f"beat@{socket.gethostname()}#{os.getpid()}"
+        self._platform: Platform | None = None
+        self._pulse = Pulse("tick")
+        self._tick_seconds = tick_seconds()
+        self._ops = OpsServer(
+            self._ops_process(),
+            self._settings,
+            collectors=[PlatformCollector(lambda: self._platform and self._platform.store, self._settings), self._tick_seconds],
+        )
+        self._ops.start()
+        self._platform = owner = platform_when_reachable(failed=self._pulse.failed)
+        self._store = owner.store
+        self._catalogue = owner.catalogue
         self._planner = Planner(
             owner.store,
             owner.catalogue,
@@ -87,9 +100,11 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
     def tick(self, **kwargs: Any) -> float:
         """One round as leader or as standby. Returns the seconds until the next."""
         try:
-            wait = self._tick(**kwargs)
+            with self._tick_seconds.time():
+                wait = self._tick(**kwargs)
         except (LockLost, Conflict):
             self._step_down(self._why_lost())
+            self._pulse.succeeded()
             return float(self.max_interval)
         except Exception as fault:
             outage = unavailable(fault)
@@ -97,14 +112,28 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
                 # this ends the process, and not in good order
                 self._signs_off = False
                 raise
+            self._pulse.failed(outage)
             self._make_room(outage)
             return min(self._outage.failed(outage), float(self.max_interval))
         self._outage.over()
+        self._pulse.succeeded()
         return wait
+
+    def _ops_process(self) -> OpsProcess:
+        """How this beat is judged: by its ticks, whether it leads or stands by."""
+        between = 3 * self._settings.beat_interval.total_seconds()
+        return OpsProcess(
+            role="beat",
+            pulses=[self._pulse],
+            patience=max(self._settings.ops_patience.total_seconds(), between),
+            fresh=max(self._settings.beat_lock_timeout.total_seconds(), between),
+            facts=lambda: {"beat": self._name, "leads": self._term is not None},
+            metrics=lambda: beat_metrics(leads=self._term is not None),
+        )
 
     def _make_room(self, outage: StoreUnavailable) -> None:
         """Where memory is full the sweep cannot be sent to a worker, because a message takes some."""
-        if outage.outage is Outage.MEMORY:
+        if outage.outage is Outage.MEMORY and self._platform is not None:
             try:
                 self._platform.sweep(budget=timedelta())
             except StoreUnavailable as fault:
@@ -113,6 +142,8 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
     def close(self) -> None:
         """Give the lock back if this beat leads, and sign off unless it was broken by an error; if Redis can be reached."""
         lock, token = self.lock, self.lock and self.lock.local.token
+
+        self._ops.stop()
 
         def release() -> None:
             try:
@@ -190,6 +221,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         return self.lock is not None
 
     def _extend(self) -> None:
+        self._pulse.step()
         if self.lock is not None:
             self.lock.extend(int(self.lock_timeout))
 

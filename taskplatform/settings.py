@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -102,6 +102,18 @@ class Settings(BaseSettings):
     http_max_response: int = Field(default=65_536, ge=1024, description="bytes of an answer that are read")
     http_excerpt: int = Field(default=200, ge=0, le=4096, description="characters of an answer that the history keeps")
 
+    ops_host: str = Field(
+        default="127.0.0.1", description="address on which each process serves /health, /ready and /metrics; 0.0.0.0: on all"
+    )
+    ops_port: str = Field(
+        default="0",
+        description="port of these; a range such as 8092-8099, of which each process takes the first that is free; 0: they are not served",
+    )
+    ops_patience: PositiveDuration = Field(
+        default=timedelta(seconds=60),
+        description="/health fails when a loop of the process stands still for so long; 30 s may pass while Redis does not answer",
+    )
+
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     flower_max_tasks: int = Field(default=10_000, ge=100, description="tasks that Flower keeps in memory")
 
@@ -126,6 +138,16 @@ class Settings(BaseSettings):
         except (yaml.YAMLError, RecursionError):
             takes = {"rate_limit": '10/s or {"rate": "10/s", "burst": 15}', "host_limits": '{"api.example.com": {"rate": "10/s"}}'}
             raise ValueError(f"{value!r} cannot be read; it takes {takes[info.field_name or '']}") from None
+
+    @field_validator("ops_port")
+    @classmethod
+    def _check_ops_port(cls, text: str) -> str:
+        first, dash, last = text.replace(" ", "").partition("-")
+        numbers = [int(part) for part in (first, last if dash else first) if re.fullmatch(r"[0-9]{1,5}", part)]
+        good = len(numbers) == 2 and numbers[0] <= numbers[1] <= 65535 and (numbers[0] > 0 or not dash) and numbers[1] - numbers[0] < 1000
+        if not good:
+            raise ValueError(f"got {text!r}; it takes a port, a range of at most 1000 such as 8092-8099, or 0 for none")
+        return text
 
     @field_validator("redis_url")
     @classmethod
@@ -155,6 +177,12 @@ class Settings(BaseSettings):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    @property
+    def ops_ports(self) -> Sequence[int]:
+        """The ports that `ops_port` names, in the order in which they are tried; none where nothing is to be served."""
+        first, dash, last = self.ops_port.replace(" ", "").partition("-")
+        return () if first == "0" else range(int(first), int(last if dash else first) + 1)
 
     @property
     def limits(self) -> dict[str, Limit]:

@@ -80,9 +80,16 @@ NAMES = {
     # what happened and should be rare
     "counters": "counters",  # hash: what happened → how often
     "garbage": "garbage",  # stream, bounded: what came out of a queue and was no message
+    # for metrics
+    "stats": "stats:",  # by definition, hash: "<priority>|<state>" → jobs that ended so (retrying: attempts), see also `BOUNDS_MS`
+    "lags": "lags:",  # by priority, hash: how long after they were due jobs started, see `BOUNDS_MS`
     # what people changed
     "changes": "changes",  # stream, bounded
 }
+
+#: The buckets of the histograms in "stats" (fields "run|<bound>", "run|ms") and "lags" ("<bound>", "ms"): a span counts in the first
+#: whose upper bound is not below it, else in "inf"; "ms" is the sum. A release may have others: what older ones counted stays.
+BOUNDS_MS = (10, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 1_800_000)
 
 #: The broker's own keys, which kombu names: queues are lists named as the priorities.
 UNACKED = "unacked"
@@ -106,5 +113,6 @@ def lua_table(namespace: str) -> str:
         f"local PRIORITIES = {{{priorities}}}\n"
         f"local ALLOWED = {{{allowed}}}\n"
         f"local SLACK = {START_SLACK_MS}\n"
+        f"local BOUNDS = {{{', '.join(map(str, BOUNDS_MS))}}}\n"
         f"local POISON = '{POISON_PILL}'\n"
     )

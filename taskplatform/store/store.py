@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -28,6 +29,7 @@ from taskplatform.model import (
     slot,
 )
 from taskplatform.store.connection import connect
+from taskplatform.store.figures import Figures, read_counts, read_lags, waiting_for_limits
 from taskplatform.store.keys import key
 from taskplatform.store.records import (
     Beat,
@@ -431,8 +433,8 @@ class Store:
     def planner(self) -> dict[str, str]:
         """What the planner last said of itself: horizon (ms), leader, since, term, tick (ms), planned, widened, widened_ms.
 
-        `widened` counts the windows that limits made wider or later, `widened_ms` by how much in all. While something cannot be
-        planned: failing_since (ms) and error.
+        `widened` counts the windows that limits made wider or later, `widened_ms` by how much in all. skipped_missed, skipped_paused and
+        skipped_removed count occurrences that were skipped, by why. While something cannot be planned: failing_since (ms) and error.
         """
         return cast("dict[str, str]", self._redis.hgetall(self._key("planner")))
 
@@ -878,13 +880,13 @@ class Store:
         raw = cast("dict[str, str]", self._redis.hgetall(self._key("limits")))
         return {name: read_limit(text) for name, text in sorted(raw.items())}
 
-    def limit_states(self) -> list[LimitState]:
-        """Those in force with how they stand, by name."""
+    def limit_states(self, *, of_users: bool = True) -> list[LimitState]:
+        """Those in force with how they stand, by name; without `of_users` none that was set for one user."""
         pipe = self._redis.pipeline(transaction=True)
         for name in ("limits", "limits_live", "limits_configured", "inflight"):
             pipe.hgetall(self._key(name))
         limits, live, configured, in_flight = pipe.execute()
-        names = sorted(limits)
+        names = sorted(name for name in limits if of_users or not name.startswith("user:"))
         for name in names:
             pipe.get(self._key("limit", name))
         buckets = dict(zip(names, pipe.execute(), strict=True))
@@ -1133,6 +1135,87 @@ class Store:
             paused={definition: why for definition, (why, _) in of_definitions if why},
             dead_letters=dead,
             counters={name: int(times) for name, times in counters.items()},
+        )
+
+    # metrics
+
+    def figures(self) -> Figures:
+        """What metrics are made of, in six round trips. Its cost grows with the definitions, the limits and the jobs that run."""
+        now_ms = self.now_ms()
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hgetall(self._key("planner"))
+        pipe.zrange(self._key("due"), "(0", "+inf", byscore=True, withscores=True, offset=0, num=1)
+        pipe.hgetall(self._key("counts"))
+        pipe.hgetall(self._key("counters"))
+        pipe.zcard(self._key("dead"))
+        pipe.zrange(self._key("active"), 0, -1)
+        pipe.zrange(self._key("workers"), 0, -1, withscores=True)
+        pipe.hgetall(self._key("beats"))
+        pipe.scard(self._key("capped_users"))
+        pipe.smembers(self._key("definitions"))
+        for priority in Priority:
+            pipe.zcard(self._key("queued", priority))
+            pipe.hgetall(self._key("lags", priority))
+            pipe.zrange(self._key("ready", priority), 0, -1)
+            pipe.zrange(self._key("blocked", priority), 0, -1, withscores=True)
+            pipe.zrange(self._key("turns", priority), 0, -1)
+        planner, due, counts, counters, dead, active, heartbeats, beats, capped, known, *rest = pipe.execute()
+        of_priority = dict(zip(Priority, _batches(rest, 5), strict=True))
+        definitions = sorted(known)
+        blocked = {(definition, priority): until for priority, (_, _, _, rows, _) in of_priority.items() for definition, until in rows}
+        lanes = sorted(
+            {(definition, priority) for priority, (_, _, ready, _, turns) in of_priority.items() for definition in (*ready, *turns)}
+            | blocked.keys()
+        )
+        for definition, priority in lanes:
+            lane, turn = self._key("lane", f"{priority}:{definition}"), self._key("turn", f"{priority}:{definition}")
+            pipe.zcard(lane)
+            pipe.zcount(lane, "-inf", now_ms)
+            pipe.zrange(lane, 0, 0, withscores=True)
+            pipe.zcard(turn)
+            pipe.zrange(turn, 0, 0)
+        of_lanes = dict(zip(lanes, _batches(pipe.execute(), 5), strict=True))
+        for definition in definitions:
+            pipe.hmget(self._key("definition", definition), "paused", "host")
+            pipe.hgetall(self._key("stats", definition))
+        for worker, _ in heartbeats:
+            pipe.hgetall(self._key("worker", worker))
+            pipe.scard(self._key("worker_jobs", worker))
+        answers = pipe.execute()
+        of_definitions = dict(zip(definitions, _batches(answers[: 2 * len(definitions)], 2), strict=True))
+        of_workers = list(zip(heartbeats, _batches(answers[2 * len(definitions) :], 2), strict=True))
+        # with fairness a place is no time
+        heads = {turns[0][12:]: place for place, (_, _, _, _, turns) in of_lanes.items() if turns}
+        oldest = {place: int(head[0][1]) for place, (_, _, head, _, _) in of_lanes.items() if head}
+        for job in self.jobs_by_id(list(heads)):
+            place = heads[job.id]
+            oldest[place] = min(job.execute_after_ms, oldest.get(place, job.execute_after_ms))
+        due_jobs = {place: lane_due + turns for place, (_, lane_due, _, turns, _) in of_lanes.items() if lane_due + turns}
+        limits = self.limit_states(of_users=False)
+        return Figures(
+            now_ms=now_ms,
+            planner=planner,
+            oldest_due_ms=int(due[0][1]) if due else None,
+            entered={state: int(counts.get(state, 0)) for state in JobState},
+            counters={name: int(times) for name, times in counters.items() if name},
+            dead_letters=dead,
+            running=Counter(job_id.partition(":")[0] for job_id in active),
+            queued={priority: rows[0] for priority, rows in of_priority.items()},
+            waiting={place: total + turns for place, (total, _, _, turns, _) in of_lanes.items() if total + turns},
+            due=due_jobs,
+            oldest_ms=oldest,
+            paused=frozenset(definition for definition, ((why, _), _) in of_definitions.items() if why),
+            definitions=tuple(definitions),
+            lags={priority: read_lags(rows[1]) for priority, rows in of_priority.items()},
+            counts={definition: read_counts(fields) for definition, (_, fields) in of_definitions.items()},
+            workers=tuple(read_worker(worker, int(beat), fields, ()) for (worker, beat), (fields, _) in of_workers),
+            running_on={worker: count for (worker, _), (_, count) in of_workers},
+            beats=tuple(read_beat(name, line) for name, line in beats.items()),
+            limits=tuple(limits),
+            held_by=waiting_for_limits(
+                due_jobs, blocked, {definition: host or "" for definition, ((_, host), _) in of_definitions.items()}, limits
+            ),
+            capped_users=capped,
         )
 
     # housekeeping

@@ -14,11 +14,14 @@ if not is_run(job, delivery, worker) then
   if add_note(id, now, job, worker, 'discarded the result of delivery ' .. delivery .. ': ' .. to .. ', ' .. ARGV[6], ARGV[7]) then count('discarded') end
   return job.state
 end
+local definition, priority = parts(id), job.priority
 if to == 'retrying' then
   give_back(id, job, 'retrying', now, now + tonumber(ARGV[8]), worker, ARGV[6], ARGV[7])
+  tally(definition, priority .. '|retrying', 1)
 else
   conclude(id, job, to, now, worker, ARGV[6], ARGV[7])
 end
 call('HSET', K.job .. id, 'mark', mark)
+observe_run(definition, job.started, now)
 release(now, 10)
 return 'done'
