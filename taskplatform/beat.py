@@ -23,6 +23,7 @@ import socket
 import threading
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
@@ -32,14 +33,13 @@ from redbeat.schedulers import LUA_EXTEND_TO_SCRIPT, RedBeatScheduler, acquire_d
 from taskplatform.app import platform_when_reachable
 from taskplatform.errors import Conflict, Outage, StoreError, StoreUnavailable
 from taskplatform.metrics import PlatformCollector, beat_metrics, tick_seconds
-from taskplatform.ops import OpsServer
-from taskplatform.ops import Process as OpsProcess
+from taskplatform.ops import OpsServer, Process
 from taskplatform.outage import OutageLog
 from taskplatform.planner import Planner
 from taskplatform.platform import Platform
 from taskplatform.pulse import Pulse
 from taskplatform.settings import environment, settings
-from taskplatform.store import LockLost, Newer, unavailable
+from taskplatform.store import LockLost, Newer, Store, unavailable
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,44 @@ _ACCOUNT = 20
 
 #: So long a beat that stops waits for Redis, to release its lock; without that the lock ends at its timeout.
 _CLOSE_SECONDS = 3.0
+
+
+class _Telling:
+    """What this process tells of its beat over HTTP. Celery makes a scheduler to print its settings, and another one to run it."""
+
+    def __init__(self) -> None:
+        chosen = settings()
+        between = 3 * chosen.beat_interval.total_seconds()
+        self.scheduler: Scheduler | None = None
+        self.pulse = Pulse("tick")
+        self.seconds = tick_seconds()
+        process = Process(
+            role="beat",
+            pulses=[self.pulse],
+            patience=max(chosen.ops_patience.total_seconds(), between),
+            fresh=max(chosen.beat_lock_timeout.total_seconds(), between),
+            facts=lambda: {"beat": _name(), "leads": self._leads},
+            metrics=lambda: beat_metrics(leads=self._leads),
+        )
+        self.ops = OpsServer(process, chosen, collectors=[PlatformCollector(self._store, chosen), self.seconds])
+        self.ops.start()
+
+    @property
+    def _leads(self) -> bool:
+        return self.scheduler is not None and self.scheduler.leads
+
+    def _store(self) -> Store | None:
+        owner = self.scheduler and self.scheduler._platform
+        return owner.store if owner else None
+
+
+@lru_cache(maxsize=1)
+def _telling(_pid: int) -> _Telling:
+    return _Telling()
+
+
+def _name() -> str:
+    return f"beat@{socket.gethostname()}#{os.getpid()}"
 
 
 class Scheduler(RedBeatScheduler):  # type: ignore[misc]
@@ -69,16 +107,11 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         self._signs_off = False
         super().__init__(*args, **kwargs)
         self._settings = settings()
-        self._name = f"beat@{socket.gethostname()}#{os.getpid()}"
+        self._name = _name()
         self._platform: Platform | None = None
-        self._pulse = Pulse("tick")
-        self._tick_seconds = tick_seconds()
-        self._ops = OpsServer(
-            self._ops_process(),
-            self._settings,
-            collectors=[PlatformCollector(lambda: self._platform and self._platform.store, self._settings), self._tick_seconds],
-        )
-        self._ops.start()
+        self._telling = _telling(os.getpid())
+        self._telling.scheduler = self
+        self._pulse = self._telling.pulse
         self._platform = owner = platform_when_reachable(failed=self._pulse.failed)
         self._store = owner.store
         self._catalogue = owner.catalogue
@@ -92,6 +125,11 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         )
         self._digest = self._digest_of_all()
 
+    @property
+    def leads(self) -> bool:
+        """Whether it leads, as far as it knows."""
+        return self._term is not None
+
     def setup_schedule(self) -> None:
         """Redbeat's, but only by a leader that publishes: any other whose entries differ would delete those that are in force."""
         if self._published:
@@ -100,7 +138,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
     def tick(self, **kwargs: Any) -> float:
         """One round as leader or as standby. Returns the seconds until the next."""
         try:
-            with self._tick_seconds.time():
+            with self._telling.seconds.time():
                 wait = self._tick(**kwargs)
         except (LockLost, Conflict):
             self._step_down(self._why_lost())
@@ -119,18 +157,6 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         self._pulse.succeeded()
         return wait
 
-    def _ops_process(self) -> OpsProcess:
-        """How this beat is judged: by its ticks, whether it leads or stands by."""
-        between = 3 * self._settings.beat_interval.total_seconds()
-        return OpsProcess(
-            role="beat",
-            pulses=[self._pulse],
-            patience=max(self._settings.ops_patience.total_seconds(), between),
-            fresh=max(self._settings.beat_lock_timeout.total_seconds(), between),
-            facts=lambda: {"beat": self._name, "leads": self._term is not None},
-            metrics=lambda: beat_metrics(leads=self._term is not None),
-        )
-
     def _make_room(self, outage: StoreUnavailable) -> None:
         """Where memory is full the sweep cannot be sent to a worker, because a message takes some."""
         if outage.outage is Outage.MEMORY and self._platform is not None:
@@ -143,7 +169,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         """Give the lock back if this beat leads, and sign off unless it was broken by an error; if Redis can be reached."""
         lock, token = self.lock, self.lock and self.lock.local.token
 
-        self._ops.stop()
+        self._telling.ops.stop()
 
         def release() -> None:
             try:

@@ -163,8 +163,8 @@ class OpsServer:
             except OSError as fault:
                 if not said:
                     log.error(
-                        "no /health, /ready and /metrics of this process: %s; trying again. Set TASKPLATFORM_OPS_PORT to a port that is free, "
-                        "or to a range with one for each process of the machine, such as 8092-8099",
+                        "this process serves no /health, /ready and /metrics: %s; trying again. "
+                        "Set TASKPLATFORM_OPS_PORT to a free port, or to a range for all processes of a machine, such as 8092-8099",
                         fault,
                     )
                     said = True

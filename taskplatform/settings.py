@@ -102,9 +102,7 @@ class Settings(BaseSettings):
     http_max_response: int = Field(default=65_536, ge=1024, description="bytes of an answer that are read")
     http_excerpt: int = Field(default=200, ge=0, le=4096, description="characters of an answer that the history keeps")
 
-    ops_host: str = Field(
-        default="127.0.0.1", description="address on which each process serves /health, /ready and /metrics; 0.0.0.0: on all"
-    )
+    ops_host: str = Field(default="127.0.0.1", description="address where each process serves /health, /ready and /metrics; 0.0.0.0: all")
     ops_port: str = Field(
         default="0",
         description="port of these; a range such as 8092-8099, of which each process takes the first that is free; 0: they are not served",
