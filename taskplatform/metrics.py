@@ -45,7 +45,7 @@ _Labels = Sequence[str]
 class Recent(Generic[T]):
     """What `read` gave last. It is called when somebody asks and what is there is older than a second: by one at a time."""
 
-    def __init__(self, read: Callable[[], T], *, keep: float = _KEEP_SECONDS, wait: float = _WAIT_SECONDS) -> None:
+    def __init__(self, read: Callable[[], T], *, keep: float, wait: float = _WAIT_SECONDS) -> None:
         self._read = read
         self._keep = keep
         self._wait = wait
@@ -81,10 +81,10 @@ class Recent(Generic[T]):
 class PlatformCollector(Collector):
     """What the platform as a whole does and has done. Asks Redis when it is scraped, once a second at the most."""
 
-    def __init__(self, store: Callable[[], Store | None], settings: Settings) -> None:
+    def __init__(self, store: Callable[[], Store | None], settings: Settings, *, keep: float = _KEEP_SECONDS) -> None:
         self._store = store
         self._settings = settings
-        self._recent = Recent(self._figures)
+        self._recent = Recent(self._figures, keep=keep)
         self._lock = threading.Lock()
         #: What each counter last was.
         self._before: dict[tuple[str, ...], float] = {}

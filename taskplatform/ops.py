@@ -149,9 +149,6 @@ class OpsServer:
     def stop(self) -> None:
         """Close the port."""
         self._stopped.set()
-        server = self._server
-        if server is not None:
-            server.shutdown()
         if self._thread is not None:
             self._thread.join(2 * _POLL_SECONDS + 1)
 
@@ -173,9 +170,10 @@ class OpsServer:
             said = False
             log.info("/health, /ready and /metrics on http://%s:%d", self._host, self.port)
             try:
-                # `shutdown` before this would be forgotten
-                if not self._stopped.is_set():
-                    server.serve_forever(_POLL_SECONDS)
+                # not `serve_forever`: who ends it waits for ever if it has not begun
+                while not self._stopped.is_set():
+                    server.handle_request()
+                    server.service_actions()
             except Exception:
                 log.exception("the server of /health, /ready and /metrics failed; it is started again")
                 self._stopped.wait(_LISTEN_AGAIN_SECONDS)
@@ -221,6 +219,7 @@ def _json(body: object) -> bytes:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+    timeout = _POLL_SECONDS
     request_queue_size = _MOST_CONNECTIONS
 
     def __init__(self, address: tuple[str, int], handler: Any) -> None:
