@@ -186,8 +186,8 @@ class OpsServer:
         for port in self._ports:
             try:
                 server = _Server((self._host, port), partial(_Handler, ops=self))
-            except OSError as fault:
-                faults.append(f"{self._host}:{port}: {fault.strerror or fault}")
+            except (OSError, UnicodeError) as fault:  # the latter of a host whose name is none
+                faults.append(f"{self._host}:{port}: {getattr(fault, 'strerror', None) or fault}")
             else:
                 self.port = server.server_address[1]
                 return server

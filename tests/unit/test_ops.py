@@ -224,12 +224,14 @@ def _neighbours(count: int) -> list[int]:
     raise AssertionError("no free ports side by side")
 
 
-def test_an_address_that_is_none_is_said(pulse: Pulse, caplog: pytest.LogCaptureFixture) -> None:
-    server = OpsServer(a_process(pulse), Settings(ops_port="8081", ops_host="203.0.113.7"))
+@pytest.mark.parametrize(("host", "fault"), [("203.0.113.7", "Cannot assign requested address"), ("a..b", "label empty or too long")])
+def test_an_address_that_is_none_is_said(pulse: Pulse, caplog: pytest.LogCaptureFixture, host: str, fault: str) -> None:
+    server = OpsServer(a_process(pulse), Settings(ops_port="8081", ops_host=host))
     server.start()
     wait_until(lambda: "serves no /health" in caplog.text)
     server.stop()
-    assert "203.0.113.7:8081: Cannot assign requested address" in caplog.text
+    assert f"{host}:8081: " in caplog.text
+    assert fault in caplog.text
 
 
 def test_without_a_port_there_is_no_thread(pulse: Pulse) -> None:
