@@ -286,8 +286,8 @@ def test_promtool_finds_no_fault(binaries: tuple[str, str], town: Town) -> None:
         text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=10).content
         done = subprocess.run([binaries[1], "check", "metrics"], input=text, capture_output=True, check=False)
         assert (done.returncode, done.stdout + done.stderr) == (0, b"")
-    done = subprocess.run([binaries[1], "check", "rules", str(ALERTS)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    rules = subprocess.run([binaries[1], "check", "rules", str(ALERTS)], capture_output=True, text=True, check=False)
+    assert rules.returncode == 0, rules.stdout + rules.stderr
 
 
 # --- when something is wrong -----------------------------------------------------------------------------------------
