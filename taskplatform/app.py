@@ -41,9 +41,13 @@ from taskplatform.addresses import AllowList
 from taskplatform.catalogue import Catalogue, load, resolve_calls
 from taskplatform.errors import CatalogueError, InvalidInput, SettingsError, StoreError, StoreUnavailable, TaskPlatformError
 from taskplatform.message import time_limits
+from taskplatform.metrics import worker_metrics
 from taskplatform.model import START_SLACK_MS, CallReport, Definition, JobState, Priority, format_duration
+from taskplatform.ops import Check, OpsServer
+from taskplatform.ops import Process as OpsProcess
 from taskplatform.outage import OutageLog, when_reachable
 from taskplatform.platform import Platform
+from taskplatform.pulse import Pulse
 from taskplatform.recovery import LOSS_BACKOFF, Discarded, Ending, Endings, KilledEnding, RecoveryLoop
 from taskplatform.release import ReleaseLoop, renew
 from taskplatform.settings import environment, settings
@@ -119,10 +123,18 @@ def platform() -> Platform:
     return _platform_of(os.getpid())
 
 
-def platform_when_reachable() -> Platform:
-    """The same, for processes that may start before Redis does. They end, with 1, where waiting is no help."""
+def platform_when_reachable(*, failed: Callable[[StoreUnavailable], object] = lambda _: None) -> Platform:
+    """The same, for processes that may start before Redis does. They end, with 1, where waiting is no help.
+
+    `failed` is called each time that it cannot be reached.
+    """
+
+    def between(fault: StoreUnavailable) -> None:
+        failed(fault)
+        worker_state.maybe_shutdown()
+
     try:
-        return when_reachable(platform, log, between=worker_state.maybe_shutdown)
+        return when_reachable(platform, log, between=between)
     except StoreError as fault:
         log.critical("cannot start: %s", fault)
         raise SystemExit(1) from None
@@ -662,12 +674,22 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
         os.environ[_NONCE_VARIABLE] = _worker_nonce()
         self._release: ReleaseLoop | None = None
         self._recovery: RecoveryLoop | None = None
+        self._ops: OpsServer | None = None
         super().__init__(worker, **kwargs)
 
     def start(self, worker: Any) -> None:
-        """Begin to release, to heartbeat and to recover."""
-        owner = platform_when_reachable()
-        self._release = ReleaseLoop(owner.store)
+        """Begin to tell of this worker, to release, to heartbeat and to recover."""
+        of_release, of_recovery = pulses = Pulse("release"), Pulse("recovery")
+        self._ops = OpsServer(_ops_process(worker, pulses), settings())
+        self._ops.start()
+
+        def not_reached(fault: StoreUnavailable) -> None:
+            # nothing has begun yet, and a new start would not help
+            for pulse in (*pulses, worker.consumer.pulse):
+                pulse.failed(fault)
+
+        owner = platform_when_reachable(failed=not_reached)
+        self._release = ReleaseLoop(owner.store, pulse=of_release)
         self._recovery = RecoveryLoop(
             owner.store,
             owner.settings,
@@ -686,6 +708,7 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 "started": str(owner.store.now_ms()),
                 **process.identity(),
             },
+            pulse=of_recovery,
         )
         if isinstance(worker, PlatformWorker) and worker.ending is not None:  # else it is embedded, and ends by Celery's own way
             worker.ending.recovery = self._recovery
@@ -708,6 +731,40 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def _leave(self, **_: Any) -> None:
         if self._recovery is not None:
             self._recovery.stop()
+        if self._ops is not None:
+            self._ops.stop()
+
+
+def _ops_process(worker: Any, pulses: Sequence[Pulse]) -> OpsProcess:
+    """How this worker is judged, beside its loops: whether it takes jobs."""
+    consumer, chosen = worker.consumer, settings()
+
+    def takes_jobs() -> Iterator[Check]:
+        served = consumer.served
+        fault = "" if served else "it was told to serve no queue"
+        if served and not consumer.consumes:
+            fault = "its main loop does not take messages from the broker"
+        yield Check("queues", fault, {"queues": served})
+
+    def before() -> None:
+        if consumer.may_stand:
+            consumer.pulse.step()
+
+    return OpsProcess(
+        role="worker",
+        pulses=(*pulses, consumer.pulse),
+        patience=chosen.ops_patience.total_seconds(),
+        fresh=chosen.heartbeat_timeout.total_seconds(),
+        looks_at=takes_jobs,
+        facts=lambda: {"worker": worker_id(worker.hostname), "slots": int(worker.pool.num_processes), "running": _running_here()},
+        stopping=is_stopping,
+        before=before,
+        metrics=lambda: worker_metrics(slots=int(worker.pool.num_processes), running=_running_here(), unrecorded=len(_endings)),
+    )
+
+
+def _running_here() -> int:
+    return len(worker_state.active_requests)
 
 
 @signals.worker_before_create_process.connect  # type: ignore[untyped-decorator]

@@ -23,6 +23,7 @@ import socket
 import threading
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
@@ -31,10 +32,14 @@ from redbeat.schedulers import LUA_EXTEND_TO_SCRIPT, RedBeatScheduler, acquire_d
 
 from taskplatform.app import platform_when_reachable
 from taskplatform.errors import Conflict, Outage, StoreError, StoreUnavailable
+from taskplatform.metrics import PlatformCollector, beat_metrics, tick_seconds
+from taskplatform.ops import OpsServer, Process
 from taskplatform.outage import OutageLog
 from taskplatform.planner import Planner
-from taskplatform.settings import environment
-from taskplatform.store import LockLost, Newer, unavailable
+from taskplatform.platform import Platform
+from taskplatform.pulse import Pulse
+from taskplatform.settings import environment, settings
+from taskplatform.store import LockLost, Newer, Store, unavailable
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +52,44 @@ _ACCOUNT = 20
 
 #: So long a beat that stops waits for Redis, to release its lock; without that the lock ends at its timeout.
 _CLOSE_SECONDS = 3.0
+
+
+class _Telling:
+    """What this process tells of its beat over HTTP. Celery makes a scheduler to print its settings, and another one to run it."""
+
+    def __init__(self) -> None:
+        chosen = settings()
+        between = 3 * chosen.beat_interval.total_seconds()
+        self.scheduler: Scheduler | None = None
+        self.pulse = Pulse("tick")
+        self.seconds = tick_seconds()
+        process = Process(
+            role="beat",
+            pulses=[self.pulse],
+            patience=max(chosen.ops_patience.total_seconds(), between),
+            fresh=max(chosen.beat_lock_timeout.total_seconds(), between),
+            facts=lambda: {"beat": _name(), "leads": self._leads},
+            metrics=lambda: beat_metrics(leads=self._leads),
+        )
+        self.ops = OpsServer(process, chosen, collectors=[PlatformCollector(self._store, chosen), self.seconds])
+        self.ops.start()
+
+    @property
+    def _leads(self) -> bool:
+        return self.scheduler is not None and self.scheduler.leads
+
+    def _store(self) -> Store | None:
+        owner = self.scheduler and self.scheduler._platform
+        return owner.store if owner else None
+
+
+@lru_cache(maxsize=1)
+def _telling(_pid: int) -> _Telling:
+    return _Telling()
+
+
+def _name() -> str:
+    return f"beat@{socket.gethostname()}#{os.getpid()}"
 
 
 class Scheduler(RedBeatScheduler):  # type: ignore[misc]
@@ -63,12 +106,15 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         self._newer = Newer.NONE
         self._signs_off = False
         super().__init__(*args, **kwargs)
-        owner = platform_when_reachable()
-        self._platform = owner
+        self._settings = settings()
+        self._name = _name()
+        self._platform: Platform | None = None
+        self._telling = _telling(os.getpid())
+        self._telling.scheduler = self
+        self._pulse = self._telling.pulse
+        self._platform = owner = platform_when_reachable(failed=self._pulse.failed)
         self._store = owner.store
-        self._settings = owner.settings
         self._catalogue = owner.catalogue
-        self._name = f"beat@{socket.gethostname()}#{os.getpid()}"
         self._planner = Planner(
             owner.store,
             owner.catalogue,
@@ -79,6 +125,11 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         )
         self._digest = self._digest_of_all()
 
+    @property
+    def leads(self) -> bool:
+        """Whether it leads, as far as it knows."""
+        return self._term is not None
+
     def setup_schedule(self) -> None:
         """Redbeat's, but only by a leader that publishes: any other whose entries differ would delete those that are in force."""
         if self._published:
@@ -87,9 +138,11 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
     def tick(self, **kwargs: Any) -> float:
         """One round as leader or as standby. Returns the seconds until the next."""
         try:
-            wait = self._tick(**kwargs)
+            with self._telling.seconds.time():
+                wait = self._tick(**kwargs)
         except (LockLost, Conflict):
             self._step_down(self._why_lost())
+            self._pulse.succeeded()
             return float(self.max_interval)
         except Exception as fault:
             outage = unavailable(fault)
@@ -97,14 +150,16 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
                 # this ends the process, and not in good order
                 self._signs_off = False
                 raise
+            self._pulse.failed(outage)
             self._make_room(outage)
             return min(self._outage.failed(outage), float(self.max_interval))
         self._outage.over()
+        self._pulse.succeeded()
         return wait
 
     def _make_room(self, outage: StoreUnavailable) -> None:
         """Where memory is full the sweep cannot be sent to a worker, because a message takes some."""
-        if outage.outage is Outage.MEMORY:
+        if outage.outage is Outage.MEMORY and self._platform is not None:
             try:
                 self._platform.sweep(budget=timedelta())
             except StoreUnavailable as fault:
@@ -113,6 +168,8 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
     def close(self) -> None:
         """Give the lock back if this beat leads, and sign off unless it was broken by an error; if Redis can be reached."""
         lock, token = self.lock, self.lock and self.lock.local.token
+
+        self._telling.ops.stop()
 
         def release() -> None:
             try:
@@ -190,6 +247,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         return self.lock is not None
 
     def _extend(self) -> None:
+        self._pulse.step()
         if self.lock is not None:
             self.lock.extend(int(self.lock_timeout))
 

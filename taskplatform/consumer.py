@@ -35,6 +35,7 @@ from taskplatform.garbage import fault_in
 from taskplatform.hearing import Hearing
 from taskplatform.message import is_job
 from taskplatform.outage import LONGEST_WAIT_SECONDS, OutageLog
+from taskplatform.pulse import Pulse
 from taskplatform.settings import settings
 from taskplatform.store import unavailable
 
@@ -200,6 +201,8 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
         self._half_timeout = timeout / 2
         self._patience = max(timeout, _LEAST_PATIENCE_SECONDS)
         self.hearing = Hearing(patience=self._patience, interval=self._interval)
+        #: Of the main loop, also while it has no connection and tries to get one.
+        self.pulse = Pulse("consumer")
         self._ticks: set[Any] = set()
         self._watched = False
         self._connecting = False
@@ -210,6 +213,11 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
     def consumes(self) -> bool:
         """Whether it takes messages, as far as it can be seen from outside of the main loop."""
         return self._may_stand or self.hearing.turns(within=self._half_timeout)
+
+    @property
+    def may_stand(self) -> bool:
+        """Whether the main loop stands still because it runs a task itself."""
+        return self._may_stand
 
     @property
     def served(self) -> list[str]:
@@ -249,6 +257,7 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
 
         def failed(fault: BaseException, _interval: float) -> None:
             self._attempts += 1
+            self.pulse.failed(unavailable(fault) or fault)
             self._outage.failed(unavailable(fault) or fault)
 
         self._connecting = True
@@ -286,12 +295,14 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
 
     def on_connection_error_after_connected(self, exc: BaseException) -> None:
         """The connection was lost, or refuses what it is asked: a new one helps against the first, and time against both."""
+        self.pulse.failed(unavailable(exc) or exc)
         wait = self._outage.failed(unavailable(exc) or exc)
         super().on_connection_error_after_connected(exc)
         time.sleep(wait)
 
     def on_connection_error_before_connected(self, exc: BaseException) -> None:
         """A new connection could be made, and not be used: Celery would try again at once."""
+        self.pulse.failed(unavailable(exc) or exc)
         time.sleep(self._outage.failed(unavailable(exc) or exc))
 
     def on_close(self) -> None:
@@ -316,6 +327,7 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
         hub.call_later(_WELL_SECONDS, self._is_well)
         _look_after_results(getattr(self.pool, "_pool", None), hub)
         hub.on_tick.add(self.hearing.turned)
+        hub.on_tick.add(self.pulse.succeeded)
         self.hearing.begin()
         if not self._watched:
             self._watched = True

@@ -50,8 +50,8 @@ class OutageLog:
             self._failures = 0
 
 
-def when_reachable(connect: Callable[[], T], log: logging.Logger, *, between: Callable[[], object] = lambda: None) -> T:
-    """What `connect` returns, for processes that may start before Redis does: they wait for it, and call `between` each time they do.
+def when_reachable(connect: Callable[[], T], log: logging.Logger, *, between: Callable[[StoreUnavailable], object] = lambda _: None) -> T:
+    """What `connect` returns, for processes that may start before Redis does: they wait for it, and call `between` with each fault.
 
     Where Redis does not let us in, or its certificate is not accepted, waiting is no help: raises that StoreError.
     """
@@ -62,7 +62,7 @@ def when_reachable(connect: Callable[[], T], log: logging.Logger, *, between: Ca
         except StoreUnavailable as fault:
             if fault.outage is Outage.UNTRUSTED:
                 raise
-            between()
+            between(fault)
             time.sleep(outage.failed(fault))
         else:
             outage.over()

@@ -22,6 +22,7 @@ from taskplatform.health import Alarm
 from taskplatform.model import Backoff, CallReport, JobState, format_duration
 from taskplatform.outage import OutageLog
 from taskplatform.process import has_ended
+from taskplatform.pulse import Pulse
 from taskplatform.settings import Settings
 from taskplatform.store import Stop, Store
 
@@ -188,6 +189,10 @@ class Endings:
     def __init__(self) -> None:
         self._kept: dict[tuple[str, int], Ending | KilledEnding] = {}
 
+    def __len__(self) -> int:
+        """How many are kept."""
+        return len(self._kept)
+
     def keep(self, ending: Ending | KilledEnding) -> None:
         """One more. Of the host that it called it says nothing any more: what that was like, it was then."""
         if isinstance(ending, Ending):
@@ -235,7 +240,9 @@ class RecoveryLoop:
         endings: Endings,
         info: Mapping[str, str],
         clock: Clock = time.monotonic,
+        pulse: Pulse | None = None,
     ) -> None:
+        self._pulse = pulse or Pulse("recovery")
         self._store = store
         self._settings = settings
         self._worker = worker
@@ -292,8 +299,10 @@ class RecoveryLoop:
                     next_care = now + self._care_seconds
                 self._alarm.sound()
             except Exception as fault:
+                self._pulse.failed(fault)
                 wait = min(self._settings.heartbeat_interval.total_seconds(), outage.failed(fault))
             else:
+                self._pulse.succeeded()
                 outage.over()
             self._stopped.wait(wait)
 

@@ -14,6 +14,7 @@ import time
 
 from taskplatform.model import START_SLACK_MS
 from taskplatform.outage import OutageLog
+from taskplatform.pulse import Pulse
 from taskplatform.store import Renewal, Store
 
 log = logging.getLogger(__name__)
@@ -43,8 +44,9 @@ def renew(store: Store, job_id: str, *, delivery: int, worker: str, asked: float
 class ReleaseLoop:
     """Releases what is due, until `stop`."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, pulse: Pulse | None = None) -> None:
         self._store = store
+        self._pulse = pulse or Pulse("release")
         self._stopped = threading.Event()
 
     def run(self) -> None:
@@ -54,8 +56,10 @@ class ReleaseLoop:
             try:
                 released, wait_ms = self._store.release()
             except Exception as fault:
+                self._pulse.failed(fault)
                 self._stopped.wait(outage.failed(fault))
                 continue
+            self._pulse.succeeded()
             outage.over()
             if released and not wait_ms:
                 continue

@@ -16,7 +16,7 @@ import io
 import os
 import re
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -167,6 +167,16 @@ class Settings(BaseSettings):
         default=timedelta(days=1), description="answers to API calls with an Idempotency-Key are kept this long"
     )
 
+    ops_host: str = Field(default="127.0.0.1", description="address where each process serves /health, /ready and /metrics; 0.0.0.0: all")
+    ops_port: str = Field(
+        default="0",
+        description="port of these; a range such as 8092-8099, of which each process takes the first that is free; 0: they are not served",
+    )
+    ops_patience: PositiveDuration = Field(
+        default=timedelta(seconds=60),
+        description="/health fails when a loop of the process stands still for so long; 30 s may pass while Redis does not answer",
+    )
+
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     flower_max_tasks: int = Field(default=10_000, ge=100, description="tasks that Flower keeps in memory")
     flower_login: str | None = Field(
@@ -209,6 +219,16 @@ class Settings(BaseSettings):
     @classmethod
     def _from_list(cls, value: object) -> object:
         return [entry for entry in value.split(",") if entry.strip()] if isinstance(value, str) else value
+
+    @field_validator("ops_port")
+    @classmethod
+    def _check_ops_port(cls, text: str) -> str:
+        first, dash, last = text.replace(" ", "").partition("-")
+        numbers = [int(part) for part in (first, last if dash else first) if re.fullmatch(r"[0-9]{1,5}", part)]
+        good = len(numbers) == 2 and numbers[0] <= numbers[1] <= 65535 and (numbers[0] > 0 or not dash) and numbers[1] - numbers[0] < 1000
+        if not good:
+            raise ValueError(f"got {text!r}; it takes a port, a range of at most 1000 such as 8092-8099, or 0 for none")
+        return text
 
     @field_validator("redis_url")
     @classmethod
@@ -331,6 +351,12 @@ class Settings(BaseSettings):
         found = [login.get("password", ""), self.flower_login or "", (self.flower_login or "").partition(":")[2]]
         found += [value.get_secret_value() for name in type(self).model_fields if isinstance(value := getattr(self, name), SecretStr)]
         return tuple(dict.fromkeys(one for one in found if len(one) >= 8))
+
+    @property
+    def ops_ports(self) -> Sequence[int]:
+        """The ports that `ops_port` names, in the order in which they are tried; none where nothing is to be served."""
+        first, dash, last = self.ops_port.replace(" ", "").partition("-")
+        return () if first == "0" else range(int(first), int(last if dash else first) + 1)
 
     @property
     def limits(self) -> dict[str, Limit]:

@@ -5,6 +5,8 @@ never disagree, whatever dies between two calls. Times are milliseconds since th
 """
 
 from taskplatform.store.connection import LockLost, connect, unavailable
+from taskplatform.store.figures import DefinitionCounts, Figures, Histogram
+from taskplatform.store.keys import BOUNDS_MS
 from taskplatform.store.records import (
     Beat,
     Breaker,
@@ -34,16 +36,20 @@ from taskplatform.store.records import (
 from taskplatform.store.store import Store
 
 __all__ = [
+    "BOUNDS_MS",
     "Beat",
     "Breaker",
     "BreakerState",
     "Change",
     "Commitment",
     "DeadLetterResult",
+    "DefinitionCounts",
     "DueItem",
     "Enqueue",
+    "Figures",
     "Garbage",
     "Group",
+    "Histogram",
     "LimitState",
     "LockLost",
     "Newer",

@@ -91,9 +91,16 @@ NAMES = {
     "audit": "audit:",  # by kind, stream, bounded
     # the control API
     "answer": "answer:",  # by digest of a caller's Idempotency-Key, JSON: what was asked with it, and the answer; it expires
+    # for metrics
+    "stats": "stats:",  # by definition, hash: "<priority>|<state>" → jobs that ended so (retrying: attempts), see also `BOUNDS_MS`
+    "lags": "lags:",  # by priority, hash: how long after they were due jobs started, see `BOUNDS_MS`
     # what people changed
     "changes": "changes",  # stream, bounded
 }
+
+#: The buckets of the histograms in "stats" (fields "run|<bound>", "run|ms") and "lags" ("<bound>", "ms"): a span counts in the first
+#: whose upper bound is not below it, else in "inf"; "ms" is the sum. A release may have others: what older ones counted stays.
+BOUNDS_MS = (10, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 1_800_000)
 
 #: The broker's own keys, which kombu names: queues are lists named as the priorities.
 UNACKED = "unacked"
@@ -120,5 +127,6 @@ def lua_table(namespace: str) -> str:
         f"local PROBES = {BREAKER_PROBES}\n"
         f"local PROBE_TURN = {BREAKER_TURN_MS}\n"
         f"local LONGEST_PAUSE = {BREAKER_LONGEST_PAUSE}\n"
+        f"local BOUNDS = {{{', '.join(map(str, BOUNDS_MS))}}}\n"
         f"local POISON = '{POISON_PILL}'\n"
     )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -40,6 +40,7 @@ from taskplatform.model import (
 )
 from taskplatform.store.access import Access
 from taskplatform.store.connection import connect
+from taskplatform.store.figures import Figures, read_figures
 from taskplatform.store.keys import key
 from taskplatform.store.records import (
     Beat,
@@ -65,6 +66,7 @@ from taskplatform.store.records import (
     SubscribeResult,
     Vitals,
     Worker,
+    batches,
     read_beat,
     read_breaker,
     read_calls,
@@ -221,7 +223,7 @@ class Store:
     def create_users(self, users: Iterable[str], *, actor: str) -> int:
         """Create many, without an entry in the change log for each. Returns how many were new."""
         made = 0
-        for batch in _batches(users, _BATCH):
+        for batch in batches(users, _BATCH):
             made += int(self._scripts.run("create_users", *batch))
         if made:
             self._log(actor, "users created", "", f"{made} users")
@@ -273,7 +275,7 @@ class Store:
     def missing_users(self, users: Iterable[str]) -> set[str]:
         """Those that do not exist."""
         missing: set[str] = set()
-        for batch in _batches(dict.fromkeys(users), 5000):
+        for batch in batches(dict.fromkeys(users), 5000):
             pipe = self._redis.pipeline(transaction=False)
             for user in batch:
                 pipe.exists(self._key("user", user))
@@ -291,7 +293,7 @@ class Store:
     def subscribe(self, subscriptions: Sequence[Subscribe], *, horizon: timedelta, actor: str, log: bool = True) -> list[SubscribeResult]:
         """Make or change subscriptions, each on its own; answers in the same order."""
         answers: list[SubscribeResult] = []
-        for batch in _batches(subscriptions, 200):
+        for batch in batches(subscriptions, 200):
             args: list[str | int] = []
             for one in batch:
                 gid, schedule = self._group_of(one)
@@ -368,7 +370,7 @@ class Store:
     def subscription_params(self, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
         """The own parameters of (user, definition), where there are any."""
         found: dict[tuple[str, str], dict[str, Any]] = {}
-        for batch in _batches(dict.fromkeys(pairs), 5000):
+        for batch in batches(dict.fromkeys(pairs), 5000):
             pipe = self._redis.pipeline(transaction=False)
             for user, definition in batch:
                 pipe.hget(self._key("user", user), definition)
@@ -451,8 +453,8 @@ class Store:
     def planner(self) -> dict[str, str]:
         """What the planner last said of itself: horizon (ms), leader, since, term, tick (ms), planned, widened, widened_ms.
 
-        `widened` counts the windows that limits made wider or later, `widened_ms` by how much in all. While something cannot be
-        planned: failing_since (ms) and error.
+        `widened` counts the windows that limits made wider or later, `widened_ms` by how much in all. skipped_missed, skipped_paused and
+        skipped_removed count occurrences that were skipped, by why. While something cannot be planned: failing_since (ms) and error.
         """
         return cast("dict[str, str]", self._redis.hgetall(self._key("planner")))
 
@@ -497,7 +499,7 @@ class Store:
     def look_again(self) -> None:
         """Let the planner look at everything now, because the clock was set back: what was put off would be late by as much."""
         now_ms = self.now_ms()
-        for batch in _batches(cast("list[str]", self._redis.zrange(self._key("due"), 0, -1)), 1000):
+        for batch in batches(cast("list[str]", self._redis.zrange(self._key("due"), 0, -1)), 1000):
             self._redis.zadd(self._key("due"), dict.fromkeys(batch, now_ms), xx=True, lt=True)
 
     def group(self, gid: str) -> Group | None:
@@ -576,7 +578,7 @@ class Store:
         Raises UnknownUser or UnknownDefinition.
         """
         made: list[bool] = []
-        for batch in _batches(jobs, _BATCH):
+        for batch in batches(jobs, _BATCH):
             args: list[str] = []
             for job in batch:
                 after = str(job.execute_after_ms) if job.execute_after_ms is not None else f"+{job.delay_ms}"
@@ -756,7 +758,7 @@ class Store:
     def redrive(self, ids: Sequence[str], *, reason: str) -> list[DeadLetterResult]:
         """Run dead letters again, each with a fresh budget of retries and losses and under its old id."""
         answers: list[DeadLetterResult] = []
-        for batch in _batches(ids, 100):
+        for batch in batches(ids, 100):
             # else it is the state in which it died
             answers += [_DEAD_LETTER_RESULTS.get(answer, DeadLetterResult.DONE) for answer in self._retry(batch, reason, dead=True)]
         return answers
@@ -764,7 +766,7 @@ class Store:
     def discard(self, ids: Sequence[str], *, actor: str, subject: str, detail: str) -> list[DeadLetterResult]:
         """Forget dead letters now, with an entry in the change log about `subject` for each 100."""
         answers: list[DeadLetterResult] = []
-        for batch in _batches(ids, 100):
+        for batch in batches(ids, 100):
             found = self._scripts.run("discard", actor, self._log_size, subject, detail, *batch)
             answers += [_DEAD_LETTER_RESULTS.get(answer, DeadLetterResult.DONE) for answer in found]
         return answers
@@ -782,7 +784,7 @@ class Store:
 
     def jobs_by_id(self, ids: Sequence[str]) -> list[Job]:
         """Those that exist, in this order."""
-        return [job for batch in _batches(ids, 1000) for job in self._jobs(batch)]
+        return [job for batch in batches(ids, 1000) for job in self._jobs(batch)]
 
     def _jobs(self, ids: Sequence[str]) -> list[Job]:
         pipe = self._redis.pipeline(transaction=False)
@@ -792,7 +794,7 @@ class Store:
             pipe.hgetall(self._key("job", job_id))
             pipe.lindex(self._key("history", job_id), -1)
         found: list[Job] = []
-        for job_id, (packed, fields, last) in zip(ids, _batches(pipe.execute(), 3), strict=True):
+        for job_id, (packed, fields, last) in zip(ids, batches(pipe.execute(), 3), strict=True):
             if fields:
                 found.append(read_job(job_id, fields, last))
             elif packed:
@@ -862,7 +864,7 @@ class Store:
 
     def _packed_jobs(self, user: str) -> list[tuple[int, str]]:
         """(created, id) of the user's jobs that are not in the user's index."""
-        return [(int(made), job_id) for job_id, made in _batches(self._scripts.run("list_packed", user), 2)]
+        return [(int(made), job_id) for job_id, made in batches(self._scripts.run("list_packed", user), 2)]
 
     def _newest(
         self, indexes: Sequence[str], more: Sequence[tuple[int, str]], lower: int, upper: int, after: tuple[int, str] | None, limit: int
@@ -917,13 +919,14 @@ class Store:
         raw = cast("dict[str, str]", self._redis.hgetall(self._key("limits")))
         return {name: read_limit(text) for name, text in sorted(raw.items())}
 
-    def limit_states(self) -> list[LimitState]:
-        """Those in force with how they stand, by name; and the hosts that are held back."""
+    def limit_states(self, *, of_users: bool = True) -> list[LimitState]:
+        """Those in force with how they stand, by name, and the hosts that are held back; without `of_users` none that is of one user."""
         pipe = self._redis.pipeline(transaction=True)
         for name in ("limits", "limits_live", "limits_configured", "inflight", "breakers"):
             pipe.hgetall(self._key(name))
         limits, live, configured, in_flight, breakers = pipe.execute()
-        names = sorted(limits.keys() | {f"host:{host}" for host in breakers})
+        wanted = {name for name in limits if of_users or not name.startswith("user:")}
+        names = sorted(wanted | {f"host:{host}" for host in breakers})
         for name in names:
             pipe.get(self._key("limit", name))
         buckets = dict(zip(names, pipe.execute(), strict=True))
@@ -1021,7 +1024,7 @@ class Store:
         for gid, definition in groups:
             pipe.zcard(self._key("slots", gid))
             pipe.hexists(self._key("definition", definition), "paused")
-        return [0 if paused else size for size, paused in _batches(pipe.execute(), 2)]
+        return [0 if paused else size for size, paused in batches(pipe.execute(), 2)]
 
     def commitments(self, *, horizon: timedelta) -> list[Commitment]:
         """What limits must carry already: what is to come of open occurrences, and what is due and waits."""
@@ -1035,7 +1038,7 @@ class Store:
         committed, *lanes = pipe.execute()
         waiting = [
             (priority, definition)
-            for priority, indexes in zip(Priority, _batches(lanes, 3), strict=True)
+            for priority, indexes in zip(Priority, batches(lanes, 3), strict=True)
             for definition in dict.fromkeys(definition for index in indexes for definition in index)
         ]
         for priority, definition in waiting:
@@ -1047,7 +1050,7 @@ class Store:
         dues = answers.pop() if committed else ()
         found = [
             Commitment(definition, priority, now_ms, now_ms, due + taking_turns)
-            for (priority, definition), (due, taking_turns) in zip(waiting, _batches(answers, 2), strict=True)
+            for (priority, definition), (due, taking_turns) in zip(waiting, batches(answers, 2), strict=True)
             if due + taking_turns
         ]
         for (oid, text), due_ms in zip(committed.items(), dues, strict=True):
@@ -1073,7 +1076,7 @@ class Store:
         """
         extra = [part for pair in (info or {}).items() for part in pair]
         told, *flat = self._scripts.run("heartbeat", worker, slots, ",".join(queues), buffer, int(drained), *extra)
-        stops = ((run.rpartition("#"), why) for run, why in _batches(flat, 2))
+        stops = ((run.rpartition("#"), why) for run, why in batches(flat, 2))
         return Orders(tuple(Stop(job_id, int(delivery), why) for (job_id, _, delivery), why in stops), told == "1")
 
     def drain_worker(self, worker: str, *, actor: str) -> bool:
@@ -1152,7 +1155,7 @@ class Store:
         for worker, _ in rows:
             pipe.hgetall(self._key("worker", worker))
             pipe.smembers(self._key("worker_jobs", worker))
-        answers = _batches(pipe.execute(), 2)
+        answers = batches(pipe.execute(), 2)
         return sorted(
             (read_worker(worker, int(beat), fields, jobs) for (worker, beat), (fields, jobs) in zip(rows, answers, strict=True)),
             key=lambda one: one.id,
@@ -1211,7 +1214,7 @@ class Store:
         for definition in definitions:
             pipe.hmget(self._key("definition", definition), "paused", "timeout")
         answers = pipe.execute()
-        of_workers = list(zip(beats, _batches(answers[: 2 * len(beats)], 2), strict=True))
+        of_workers = list(zip(beats, batches(answers[: 2 * len(beats)], 2), strict=True))
         of_definitions = list(zip(definitions, answers[2 * len(beats) :], strict=True))
         tokens = None if total is None else _bucket(bucket, read_limit(total), now_ms)[0]
         return Vitals(
@@ -1221,7 +1224,7 @@ class Store:
             oldest_due_ms=int(due[0][1]) if due else None,
             workers=tuple(read_worker(worker, int(beat), fields, ()) for (worker, beat), (fields, _) in of_workers),
             running_on={worker: count for (worker, _), (_, count) in of_workers},
-            queues=read_queues(capacity, dict(zip(Priority, _batches(rest, 4), strict=True))),
+            queues=read_queues(capacity, dict(zip(Priority, batches(rest, 4), strict=True))),
             total_has_room=tokens is None or tokens >= 1,
             running=running,
             oldest_runs=tuple((job_id, int(started)) for job_id, started in runs),
@@ -1250,6 +1253,12 @@ class Store:
     def forget_answer(self, digest: str) -> None:
         """Let the caller's key be used again: nothing came of it."""
         self._redis.delete(self._key("answer", digest))
+
+    # metrics
+
+    def figures(self) -> Figures:
+        """What metrics are made of, in six round trips. Its cost grows with the definitions, the limits and the jobs that run."""
+        return read_figures(self._redis, self._key, self.now_ms(), self.limit_states(of_users=False), self.jobs_by_id)
 
     # housekeeping
 
@@ -1324,14 +1333,3 @@ def _no_user(user: str) -> UnknownUser:
 
 #: One for all: json.dumps makes an encoder for each call that is not like the last.
 _to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
-
-
-def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    batch: list[T] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

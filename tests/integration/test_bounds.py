@@ -264,7 +264,7 @@ def test_nothing_is_left_when_all_has_gone(client: redis.Redis, site: Site) -> N
     site.store.reclaim(patience=SECOND)
     site.platform.sweep()
     left = {name.split()[0] for name in site.sizes()}
-    assert left <= {"seq", "counts", "counters", "planner", "server", "options", "shares", "changes", "stops"}
+    assert left <= {"seq", "counts", "counters", "planner", "server", "options", "shares", "changes", "stops", "lags"}
 
 
 def test_a_schedule_that_was_never_in_force_leaves_no_group(client: redis.Redis, site: Site) -> None:

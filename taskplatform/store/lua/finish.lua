@@ -18,11 +18,14 @@ if not is_run(job, delivery, worker) then
   return { job.state, '' }
 end
 local said = report_call(id, job, ARGV[12], ARGV[9], tonumber(ARGV[10]), ARGV[11], ARGV[6], now)
+local definition, priority = parts(id), job.priority
 if to == 'retrying' then
   give_back(id, job, 'retrying', now, now + tonumber(ARGV[8]), worker, ARGV[6], ARGV[7])
+  tally(definition, priority .. '|retrying', 1)
 else
   conclude(id, job, to, now, worker, ARGV[6], ARGV[7])
 end
 call('HSET', K.job .. id, 'mark', mark)
+observe_run(definition, job.started, now)
 release(now, 10)
 return { 'done', said }

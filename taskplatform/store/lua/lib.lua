@@ -35,6 +35,36 @@ local function count(what, by)
   call('HINCRBY', K.counters, what, by or 1)
 end
 
+-- Metrics --------------------------------------------------------------------------------------------------------
+
+-- Counts something of a definition. What still ends of one that was removed leaves nothing behind.
+local function tally(definition, what, by)
+  local key = K.stats .. definition
+  if call('HINCRBY', key, what, by) == by and call('EXISTS', K.definition .. definition) == 0 then call('DEL', key) end
+end
+
+-- The bucket of a histogram that a span belongs to: its upper bound in ms.
+local function bucket_for(span)
+  for _, bound in ipairs(BOUNDS) do
+    if span <= bound then return bound end
+  end
+  return 'inf'
+end
+
+-- A run that was recorded as started has ended, and that is recorded now.
+local function observe_run(definition, started, now)
+  local span = math.max(0, now - tonumber(started))
+  tally(definition, 'run|' .. bucket_for(span), 1)
+  tally(definition, 'run|ms', span)
+end
+
+-- A job started so long after it was due.
+local function observe_lag(priority, after, now)
+  local key, span = K.lags .. priority, math.max(0, now - tonumber(after))
+  call('HINCRBY', key, bucket_for(span), 1)
+  call('HINCRBY', key, 'ms', span)
+end
+
 -- Change log -----------------------------------------------------------------------------------------------------
 
 local function log_change(now, size, actor, kind, subject, detail)
@@ -880,6 +910,7 @@ local function conclude(id, job, to, now, worker, reason, detail)
     call('ZADD', K.finished, text(now), id)
   end
   count_unfinished(id, -1)
+  tally(parts(id), job.priority .. '|' .. to, 1)
   job.state = to
 end
 
@@ -952,7 +983,10 @@ local function lose(id, job, now, worker, what, most_losses, backoff)
     give_back(id, job, 'retrying', now, now + wait_ms, worker, what .. '; again in ' .. string.format('%g', wait_ms / 1000) .. ' s', '')
   end
   call('HSET', K.job .. id, 'losses', losses)
-  if ran then call('HSET', K.job .. id, 'budget', tonumber(job.budget or '0') + 1) end
+  if ran then
+    call('HSET', K.job .. id, 'budget', tonumber(job.budget or '0') + 1)
+    tally(parts(id), 'lost', 1)
+  end
   drop_unacked(id, job)
 end
 

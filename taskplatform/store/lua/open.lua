@@ -31,7 +31,11 @@ for i = 9, #ARGV, 6 do
       base = text(now + delay + late * tonumber(window))
       late = late + 1
     end
-    if source ~= 'skip' and paused then
+    if source == 'skip' then
+      -- one record for all that were missed
+      call('HINCRBY', K.planner, 'skipped_missed', string.match(reason, '^%d+') or 1)
+    elseif paused then
+      call('HINCRBY', K.planner, 'skipped_paused', 1)
       source, reason = 'skip', 'definition paused, ' .. paused
     end
     local state = source == 'skip' and 'skipped' or 'open'

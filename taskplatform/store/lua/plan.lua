@@ -38,6 +38,7 @@ local known = call('HMGET', K.definition .. definition, 'priority', 'overlap', '
 if not known[1] or known[3] then
   local reason = known[3] and ('definition paused, ' .. known[3]) or 'definition removed'
   close('skipped', reason)
+  call('HINCRBY', K.planner, known[3] and 'skipped_paused' or 'skipped_removed', 1)
   return { 'skipped', 0, '' }
 end
 local priority, no_overlap = known[1], known[2] == 'skip'

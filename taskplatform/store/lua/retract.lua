@@ -8,7 +8,7 @@ if not leads(ARGV[5]) then return -1 end
 if call('SREM', K.definitions, definition) == 0 then return 0 end
 for _, priority in ipairs(PRIORITIES) do unblock_lane(priority, definition) end
 local host = host_of(definition)
-call('DEL', K.definition .. definition)
+call('DEL', K.definition .. definition, K.stats .. definition)
 call('SREM', K.unannounced, definition)
 call('HDEL', K.following, definition)
 hosts_read[definition] = nil

@@ -57,6 +57,7 @@ call('HSET', K.job .. id, 'attempt', attempt, 'worker', worker, 'started', text(
 if job.refusals then call('HDEL', K.job .. id, 'refusals') end
 call('ZREM', K.queued .. (job.queue or job.priority), id)
 each_bucket(definition, now, spend)
+observe_lag(job.priority, job.after, now)
 call('ZADD', K.active, text(now), id)
 call('SADD', K.worker_jobs .. worker, id)
 -- a worker that was declared lost and came back counts again
