@@ -6,8 +6,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 SCALE ?= 1
+RUNS ?= 1
+FAULTS := $(addprefix tests/acceptance/test_,$(addsuffix .py,beat beat_faults chaos clock_steps cuts deaf fault_points garbage messages recovery \
+	redis_faults stop threads time_limits two_catalogues upkeep worker_loss)) \
+	$(addprefix tests/integration/test_,$(addsuffix .py,beats bounds dead_letters health life_model recovery redis_outages redis_server repeated_calls))
 
-.PHONY: help venv demo up test check format bench clean
+.PHONY: help venv demo up test faults check format bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -27,6 +31,9 @@ up: $(STAMP) ## run the whole platform until Ctrl-C
 
 test: $(STAMP) ## all tests, slow fault tests included: three modules at a time, because most wait for something
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+faults: $(STAMP) ## the fault suite alone, RUNS=10 for ten times in a row
+	for run in $$(seq $(RUNS)); do echo "run $$run" && $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(FAULTS) || exit 1; done
 
 check: $(STAMP) ## ruff, mypy --strict, import-linter, the installed versions, and the shipped definitions
 	$(BIN)/ruff check .
