@@ -43,6 +43,10 @@ def _equals(wanted: object, value: Any) -> bool:
     return bool(value == wanted) and isinstance(value, bool) == isinstance(wanted, bool)
 
 
+def _is_off(value: Any) -> bool:
+    return not value
+
+
 def _at_least(least: float, value: Any) -> bool:
     return isinstance(value, int | float) and value >= least
 
@@ -55,7 +59,7 @@ RULES = (
     Rule("task_acks_late", "True", _is(True), "A job that is acknowledged before it ran frees its place: more are fetched than can start."),
     Rule("task_acks_on_failure", "True", _is(True), f"Retries are the ledger's. {_TWICE}"),
     Rule("task_acks_on_timeout", "True", _is(True), f"Retries are the ledger's. {_TWICE}"),
-    Rule("task_reject_on_worker_lost", "False", _is(False), f"Lost jobs are the ledger's to give back. {_TWICE}"),
+    Rule("task_reject_on_worker_lost", "False", _is_off, f"Lost jobs are the ledger's to give back. {_TWICE}"),
     Rule(
         "broker_transport_options.queue_order_strategy",
         "'priority'",
@@ -98,7 +102,7 @@ RULES = (
     Rule(
         "worker_cancel_long_running_tasks_on_connection_loss",
         "False",
-        _is(False),
+        _is_off,
         "A short outage of Redis would end all jobs that run.",
     ),
     Rule(
@@ -115,7 +119,7 @@ RULES = (
         "AsyncResult would not say what the ledger says.",
         severity=Severity.WARNING,
     ),
-    Rule("task_always_eager", "False", _is(False), "Tasks would run in the process that sends them.", (_WORKER, _BEAT)),
+    Rule("task_always_eager", "False", _is_off, "Tasks would run in the process that sends them.", (_WORKER, _BEAT)),
     Rule("enable_utc", "True", _is(True), "Celery's own schedule would follow each machine's clock.", (_WORKER, _BEAT), Severity.WARNING),
     Rule(
         "beat_scheduler",

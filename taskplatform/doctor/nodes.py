@@ -17,6 +17,8 @@ from taskplatform.store import Beat, Worker
 _WORKER_CODES = ("no_worker", "worker_late", "recovery_stuck", "queue_unserved")
 _PLANNER_CODES = ("planner_missing", "planner_stopped", "planner_behind", "planner_failing")
 _STUCK_CODES = ("release_stuck", "queue_stuck", "run_too_long", "dead_letters")
+#: Before a second look at who leads.
+_TAKE_OVER_SECONDS = 1.0
 #: Between two looks at what should not grow.
 _SAMPLE_SECONDS = 1.5
 #: A backlog is one when so many jobs wait, the first for so long.
@@ -96,7 +98,7 @@ def leader(visit: Visit) -> Iterator[Finding]:
 def _leads_wrongly(visit: Visit) -> Iterator[Finding]:
     """Also after a second look: in a take-over nobody leads, or two say so, for a moment."""
     store = visit.redis().store
-    time.sleep(min(max(1.0, 2 * visit.settings.beat_interval.total_seconds()), visit.left / 2))
+    time.sleep(min(max(_TAKE_OVER_SECONDS, 2 * visit.settings.beat_interval.total_seconds()), visit.left / 2))
     # who just died says for a while that it leads
     recent_ms = max(3000, 3 * _ms(visit.settings.beat_interval))
     beats, now_ms = store.beats(), store.now_ms()

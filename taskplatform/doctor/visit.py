@@ -98,6 +98,13 @@ class Visit:
                 mend = known.mend.format(subject=one.subject)
                 yield Finding(code=one.code, severity=severity, subject=one.subject, what=one.text, why=known.why, mend=mend)
 
+    def close(self) -> None:
+        """Close the connections; who still waits for an answer gets none."""
+        with self._lock:
+            made = self._shared.get("redis")
+        if made is not None and made.done() and made.exception() is None:
+            made.result().close()
+
     def _once(self, name: str, make: Callable[[], T]) -> T:
         """What `make` gives, for all checks together; whoever asks first makes it."""
         with self._lock:
@@ -115,7 +122,11 @@ class Visit:
     def _connect(self) -> Diagnosis:
         chosen = self.settings
         found = Diagnosis(chosen.redis_url, tls=chosen.redis_tls, namespace=chosen.namespace, timeout=REDIS_SECONDS)
-        found.info()
+        try:
+            found.info()
+        except BaseException:
+            found.close()
+            raise
         return found
 
     def _read(self) -> Seen:
@@ -144,8 +155,9 @@ def make(visit: Visit, checks: Mapping[str, Check]) -> Report:
         thread.start()
     for thread in threads.values():
         thread.join(visit.left)
-    at_ms = time.time_ns() // 1_000_000
-    return Report(at_ms=at_ms, results=tuple(_result(name, one, done=not threads[name].is_alive()) for name, one in made.items()))
+    results = tuple(_result(name, one, done=not threads[name].is_alive()) for name, one in made.items())
+    visit.close()
+    return Report(at_ms=time.time_ns() // 1_000_000, results=results)
 
 
 def _make(visit: Visit, check: Check, made: _Made) -> None:

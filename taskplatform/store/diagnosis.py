@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, cast
 
 from redis.exceptions import ConnectionError, NoPermissionError, ResponseError, TimeoutError
@@ -145,10 +144,8 @@ class Diagnosis:
         #: For verbs that only read, as `vitals`.
         self.store = Store(self._redis, namespace=namespace)
 
-    def __enter__(self) -> Diagnosis:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Close the connections."""
         self._redis.close()
 
     def info(self) -> dict[str, Any]:
@@ -270,7 +267,8 @@ class Diagnosis:
         try:
             for rule, words in transaction:
                 (answer,) = _answers(connection, [words])
-                if isinstance(answer, NoPermissionError):
+                # for EXEC that is a transaction that is aborted
+                if isinstance(answer, ResponseError) and ("no permissions" in str(answer) or isinstance(answer, NoPermissionError)):
                     refused[rule] = str(answer)
             if "+multi" in refused:
                 # what follows would be carried out
