@@ -452,7 +452,7 @@ def test_definitions_that_do_not_load(server: EmbeddedServer, tmp_path: Path) ->
 
 def test_definitions_that_cannot_be_met(server: EmbeddedServer, live: Store) -> None:
     live.create_users([f"u{number}" for number in range(200)], actor=ACTOR)
-    every_minute = {"interval": {"type": "minutely"}, "window": "10s"}
+    every_minute: dict[str, Any] = {"interval": {"type": "minutely"}, "window": "10s"}
     publish(live, define("slow", **every_minute, rate_limit="1/s"), define("calm", **every_minute))
     live.subscribe([Subscribe(f"u{number}", "slow") for number in range(200)], horizon=HORIZON, actor=ACTOR)
     report = look(server.url, "work.capacity")
@@ -518,7 +518,7 @@ def test_keys_that_end(server: EmbeddedServer, live: Store) -> None:
     wait_until(lambda: codes() == {"key_expired"})
     access.create_key("short", {Scope.READ}, actor=ACTOR, log_size=100)
     assert codes() == set()
-    bootstrap = {"api_key": "k" * 40}
+    bootstrap: dict[str, Any] = {"api_key": "k" * 40}
     assert look(server.url, "access.keys", **bootstrap).state is State.OK
     assert codes(**bootstrap) == {"bootstrap_key"}
     access.create_key("root", {Scope.ADMIN}, actor=ACTOR, log_size=100)
@@ -527,7 +527,11 @@ def test_keys_that_end(server: EmbeddedServer, live: Store) -> None:
 
 def test_certificates(tmp_path: Path) -> None:
     folder = tmp_path / "certs"
-    named = {"api_tls_cert": folder / "server.crt", "api_tls_key": folder / "server.key", "api_tls_client_ca": folder / "ca.crt"}
+    named: dict[str, Any] = {
+        "api_tls_cert": folder / "server.crt",
+        "api_tls_key": folder / "server.key",
+        "api_tls_client_ca": folder / "ca.crt",
+    }
 
     def codes() -> set[str]:
         # no Redis is needed for that
@@ -541,13 +545,11 @@ def test_certificates(tmp_path: Path) -> None:
     (folder / "server.key").chmod(0o644)
     assert codes() == {"key_file_open"}
     (folder / "server.key").chmod(0o600)
-    for when, code in (
-        ({"not_after": datetime(2020, 1, 1, tzinfo=UTC)}, "certificate_expired"),
-        (
-            {"not_before": datetime(2099, 1, 1, tzinfo=UTC), "not_after": datetime(2100, 1, 1, tzinfo=UTC)},
-            "certificate_not_valid_yet",
-        ),
-    ):
+    times: dict[str, dict[str, Any]] = {
+        "certificate_expired": {"not_after": datetime(2020, 1, 1, tzinfo=UTC)},
+        "certificate_not_valid_yet": {"not_before": datetime(2099, 1, 1, tzinfo=UTC), "not_after": datetime(2100, 1, 1, tzinfo=UTC)},
+    }
+    for code, when in times.items():
         trustme.CA().issue_cert("localhost", **when).cert_chain_pems[0].write_to_path(folder / "server.crt")
         assert codes() == {code}
     certs.make(folder, force=True)
@@ -556,7 +558,7 @@ def test_certificates(tmp_path: Path) -> None:
 
 def test_settings_that_leave_something_open(tmp_path: Path) -> None:
     def codes(environment: Mapping[str, str] | None = None, **settings: Any) -> set[str]:
-        given = {"ops_port": "8092-8099", "data_dir": tmp_path, **settings}
+        given: dict[str, Any] = {"ops_port": "8092-8099", "data_dir": tmp_path, **settings}
         return set(found(look("redis://127.0.0.1:9/0", "access.settings", environment=environment, **given)))
 
     assert codes() == set()
