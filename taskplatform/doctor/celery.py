@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from taskplatform.doctor.nodes import living_beats, living_workers
 from taskplatform.doctor.report import Finding, Severity
-from taskplatform.doctor.visit import Nothing, Visit
+from taskplatform.doctor.visit import Nothing, Visit, import_from_here
 from taskplatform.model import Priority
 from taskplatform.node import celery_settings, read_settings
 
@@ -167,9 +165,7 @@ def running(visit: Visit) -> Iterator[Finding]:
 
 def here(visit: Visit) -> Iterator[Finding]:
     """What a process that starts in this folder would be set to."""
-    folder = str(Path.cwd())
-    if folder not in sys.path:  # as the celery command has it
-        sys.path.insert(0, folder)
+    import_from_here()
     if importlib.util.find_spec("celeryconfig") is None:
         raise Nothing("there is no celeryconfig.py in this folder")
     from celery import Celery

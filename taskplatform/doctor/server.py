@@ -10,8 +10,11 @@ from urllib.parse import urlsplit
 
 from taskplatform.doctor.report import Finding, Severity
 from taskplatform.doctor.visit import Visit
+from taskplatform.errors import StoreError
+from taskplatform.model import format_duration
 from taskplatform.node import ClockGauge
 from taskplatform.settings import shown_url
+from taskplatform.store.acl import Role, rules
 
 #: The first Redis that has all that the scripts and the API use (`SET` with `NX` and `GET`; `ZRANGE` and `ZMSCORE` came before).
 OLDEST_REDIS = (7, 0)
@@ -26,8 +29,6 @@ _LONGEST_LAG = 10
 
 def reach(visit: Visit) -> Iterator[Finding]:
     """Whether it answers."""
-    from taskplatform.errors import StoreError
-
     shown = shown_url(visit.settings.redis_url)
     try:
         visit.redis()
@@ -215,8 +216,6 @@ def clock_finding(whose: str, ahead_ms: int, error_ms: int) -> Iterator[Finding]
 
 def rights(visit: Visit) -> Iterator[Finding]:
     """Whether this user may do what the platform does, and no more."""
-    from taskplatform.store.acl import Role, rules
-
     redis, chosen = visit.redis(), visit.settings
     found, user = redis.rights(), redis.user()
     path = urlsplit(chosen.redis_url).path.strip("/")
@@ -285,6 +284,4 @@ def _megabytes(size: int) -> str:
 
 def span_text(seconds: float) -> str:
     """`3m`, as settings have it."""
-    from taskplatform.model import format_duration
-
     return format_duration(timedelta(seconds=round(seconds)))

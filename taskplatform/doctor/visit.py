@@ -7,15 +7,18 @@ there is nothing to look at; whatever else it raises makes it *unknown*, and wha
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
-from taskplatform.catalogue import Catalogue
+from taskplatform.catalogue import Catalogue, resolve_calls
+from taskplatform.catalogue import check as check_files
 from taskplatform.doctor.report import Finding, Report, Result, Severity, State
 from taskplatform.errors import StoreUnavailable, TaskPlatformError
 from taskplatform.health import Health
@@ -135,13 +138,19 @@ class Visit:
         return Seen(redis.info(), store.vitals(), check_health(store, self.settings), store.beats())
 
     def _load(self) -> tuple[Catalogue, list[str]]:
-        from taskplatform.catalogue import check, resolve_calls
-
-        catalogue, faults = check([self.settings.tasks_dir], environment=self.environment)
+        import_from_here()
+        catalogue, faults = check_files([self.settings.tasks_dir], environment=self.environment)
         return catalogue, list(map(str, [*faults, *resolve_calls(catalogue)]))
 
 
 Check = Callable[[Visit], Iterator[Finding]]
+
+
+def import_from_here() -> None:
+    """Let what lies in the current folder be imported, as the celery command has it."""
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
 
 def make(visit: Visit, checks: Mapping[str, Check]) -> Report:
