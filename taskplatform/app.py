@@ -36,7 +36,7 @@ from celery.result import AsyncResult
 from celery.worker import state as worker_state
 from celery.worker.request import Request
 
-from taskplatform import http, process
+from taskplatform import http, node, process
 from taskplatform.addresses import AllowList
 from taskplatform.catalogue import Catalogue, load, resolve_calls
 from taskplatform.errors import CatalogueError, InvalidInput, SettingsError, StoreError, StoreUnavailable, TaskPlatformError
@@ -706,6 +706,9 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 "host": socket.gethostname(),
                 "pool": type(worker.pool).__module__,
                 "started": str(owner.store.now_ms()),
+                "conf": json.dumps(node.celery_settings(worker.app.conf, worker_prefetch_multiplier=worker.prefetch_multiplier)),
+                "definitions": node.digest({name: one.version for name, one in owner.catalogue.items()}),
+                **node.versions(),
                 **process.identity(),
             },
             pulse=of_recovery,

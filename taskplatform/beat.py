@@ -33,6 +33,7 @@ from redbeat.schedulers import LUA_EXTEND_TO_SCRIPT, RedBeatScheduler, acquire_d
 from taskplatform.app import platform_when_reachable
 from taskplatform.errors import Conflict, Outage, StoreError, StoreUnavailable
 from taskplatform.metrics import PlatformCollector, beat_metrics, tick_seconds
+from taskplatform.node import ClockGauge, celery_settings, digest, versions
 from taskplatform.ops import OpsServer, Process
 from taskplatform.outage import OutageLog
 from taskplatform.planner import Planner
@@ -124,6 +125,8 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
             environment=environment(),
         )
         self._digest = self._digest_of_all()
+        self._gauge = ClockGauge(owner.store.now_ms)
+        self._info = self._told()
 
     @property
     def leads(self) -> bool:
@@ -217,6 +220,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
             leads=self._term is not None,
             alive=alive,
             account=_ACCOUNT * alive,
+            info={**self._info, "clock": self._gauge.text()},
         )
         self._signs_off = True
 
@@ -291,6 +295,15 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         }
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def _told(self) -> dict[str, str]:
+        """What others can compare."""
+        return {
+            "host": socket.gethostname(),
+            "conf": json.dumps(celery_settings(self.app.conf, redbeat_lock_timeout=self.lock_timeout)),
+            "definitions": digest({name: one.version for name, one in self._catalogue.items()}),
+            **versions(),
+        }
 
     def _advance(self) -> float:
         try:

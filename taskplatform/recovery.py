@@ -20,6 +20,7 @@ from typing import Any
 from taskplatform.errors import StoreError, StoreUnavailable
 from taskplatform.health import Alarm
 from taskplatform.model import Backoff, CallReport, JobState, format_duration
+from taskplatform.node import ClockGauge
 from taskplatform.outage import OutageLog
 from taskplatform.process import has_ended
 from taskplatform.pulse import Pulse
@@ -254,6 +255,7 @@ class RecoveryLoop:
         self._limit_of = limit_of
         self._endings = endings
         self._info = info
+        self._gauge = ClockGauge(store.now_ms)
         self._clock = clock
         self._alarm = Alarm(store, settings)
         #: This worker stops; and what people told it by `taskplatform nodes drain`.
@@ -319,7 +321,7 @@ class RecoveryLoop:
                 queues=self._queues(),
                 buffer=self._settings.queue_buffer,
                 drained=self._drained,
-                info=self._info,
+                info={**self._info, "clock": self._gauge.text()},
             )
         if orders.drained is not self._drained:
             self._drained = orders.drained

@@ -30,13 +30,21 @@ LockLost = LockError
 _HEALTH_SECONDS = 30
 
 
-def connect(url: str, *, tls: Mapping[str, Any] | None = None, greet: Callable[[AbstractConnection], None] | None = None) -> redis.Redis:
+def connect(
+    url: str,
+    *,
+    tls: Mapping[str, Any] | None = None,
+    greet: Callable[[AbstractConnection], None] | None = None,
+    timeout: float = 5,
+    retries: int = 3,
+) -> redis.Redis:
     """A client with a connection pool, that takes short outages (about 2 s) by itself. Raises StoreError for a URL that is none.
 
     `tls` is what redis-py is told of a rediss:// URL's TLS (`Settings.redis_tls`); without it, certificate and host name are verified
     with the system's CAs.
 
-    `greet` is called with each new connection before anything else is sent over it.
+    `greet` is called with each new connection before anything else is sent over it. An answer has to come within `timeout` seconds, and
+    what failed is tried again so many times.
     """
     options: dict[str, Any] = dict(tls or {})
     if greet is not None:
@@ -53,11 +61,11 @@ def connect(url: str, *, tls: Mapping[str, Any] | None = None, greet: Callable[[
             url,
             decode_responses=True,
             # a heartbeat that got no answer is sent again over a new connection before the worker counts as lost
-            socket_timeout=5,
-            socket_connect_timeout=5,
+            socket_timeout=timeout,
+            socket_connect_timeout=timeout,
             health_check_interval=_HEALTH_SECONDS,
-            retry=Retry(ExponentialWithJitterBackoff(base=0.1, cap=1), 3),
-            retry_on_error=[ConnectionError, TimeoutError],
+            retry=Retry(ExponentialWithJitterBackoff(base=0.1, cap=1), retries),
+            retry_on_error=[ConnectionError, TimeoutError] if retries else [],
             **options,
         )
         # so that an unknown option of the URL comes out here, not with the first command

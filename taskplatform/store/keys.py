@@ -33,6 +33,7 @@ NAMES = {
     "closed": "closed",  # sorted set: <oid> → when it was done, for the retention
     "planner": "planner",  # hash: horizon, term, reach, what it last did and what fails, widened windows, see Store.planner
     "beats": "beats",  # hash: beat → "<digest of what it would publish> <its number> <last seen> <1: leads> <since>"
+    "beat_info": "beat_info",  # hash: beat → what it tells of itself, as JSON
     "triggers": "triggers",  # sorted set: "<definition>:<digest of a caller's key>" → the time of its trigger
     "server": "server",  # the run id of the Redis server that this data was last used on
     # jobs

@@ -294,6 +294,8 @@ class Beat:
     """The later deployed, the higher."""
     since_ms: int
     heartbeat_ms: int
+    info: Mapping[str, str] = field(default_factory=dict)
+    """What else it tells of itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -524,9 +526,9 @@ def read_commitment(oid: str, committed: str, *, now_ms: int, next_ms: float | N
     return Commitment(definition, None, round(left_from + late), max(round(left_from + late), round(end + late)), left)
 
 
-def read_beat(name: str, line: str) -> Beat:
+def read_beat(name: str, line: str, told: str | None = None) -> Beat:
     catalogue, number, seen, leads, since = line.split(" ")
-    return Beat(name, leads == "1", catalogue, int(number), int(since), int(seen))
+    return Beat(name, leads == "1", catalogue, int(number), int(since), int(seen), json.loads(told) if told else {})
 
 
 def read_worker(name: str, beat: int, fields: Mapping[str, str], jobs: Iterable[str]) -> Worker:

@@ -459,24 +459,42 @@ class Store:
         return cast("dict[str, str]", self._redis.hgetall(self._key("planner")))
 
     def attend(
-        self, beat: str, *, catalogue: str, number: int | None, leads: bool, alive: timedelta, account: timedelta
+        self,
+        beat: str,
+        *,
+        catalogue: str,
+        number: int | None,
+        leads: bool,
+        alive: timedelta,
+        account: timedelta,
+        info: Mapping[str, str] | None = None,
     ) -> tuple[int, Newer]:
         """A beat lives. `catalogue` is a digest of what it would publish, `number` what it was told last (None: it has just started).
+        `info` is what else it tells of itself.
 
         Who was silent for longer than `alive` does not live; for longer than `account`, counts for nothing. Returns the number of what
         it would publish, and whether there is something newer.
         """
         told = "" if number is None else number
-        number, newer = self._scripts.run("attend", beat, catalogue, told, int(leads), milliseconds(alive), milliseconds(account))
+        number, newer = self._scripts.run(
+            "attend", beat, catalogue, told, int(leads), milliseconds(alive), milliseconds(account), json.dumps(info or {})
+        )
         return number, Newer(newer)
 
     def sign_off(self, beat: str) -> None:
         """A beat stops in good order: what only it would publish is of no account from now on."""
-        self._redis.hdel(self._key("beats"), beat)
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.hdel(self._key("beats"), beat)
+        pipe.hdel(self._key("beat_info"), beat)
+        pipe.execute()
 
     def beats(self) -> list[Beat]:
         """Those that have not signed off, in order of their names; one that died stays for some hours."""
-        return [read_beat(name, line) for name, line in sorted(cast("dict[str, str]", self._redis.hgetall(self._key("beats"))).items())]
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hgetall(self._key("beats"))
+        pipe.hgetall(self._key("beat_info"))
+        lines, told = pipe.execute()
+        return [read_beat(name, line, told.get(name)) for name, line in sorted(lines.items())]
 
     def counters(self) -> dict[str, int]:
         """How often happened what should be rare, since this Redis is used: lost workers, lost messages and the like, by name."""

@@ -767,7 +767,7 @@ def test_beats(platform: Platform) -> None:
     (beat,) = run_json("beats")
     assert ISO.fullmatch(beat.pop("since"))
     assert ISO.fullmatch(beat.pop("heartbeat"))
-    assert beat == {"id": "beat@host#1", "leads": True, "catalogue": "0a1b2c", "number": 1}
+    assert beat == {"id": "beat@host#1", "leads": True, "catalogue": "0a1b2c", "number": 1, "info": {}}
 
 
 @pytest.mark.parametrize("answer", [0, 1])

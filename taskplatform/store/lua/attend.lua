@@ -4,6 +4,7 @@
 -- newer, and an old beat that dies and is started again beside others is not.
 -- ARGV[1] now   ARGV[2] beat   ARGV[3] digest of what it would publish   ARGV[4] its number, as it was told ('' it has just started)
 -- ARGV[5] 1: it leads   ARGV[6] a beat that was silent so long, in ms, does not live   ARGV[7] and after so long it is of no account
+-- ARGV[8] what else it tells of itself, as JSON
 -- Returns {number, newer}; newer is about what is newer than this: 2 a beat that lives, and has for a while, would publish it,
 -- 1 there was such a beat not long ago and it did not sign off, 0 neither.
 
@@ -23,6 +24,7 @@ for name, line in pairs(pairs_to_table(call('HGETALL', K.beats))) do
     if ARGV[4] ~= '' then since = its_since end
   elseif silent > 100 * account then
     call('HDEL', K.beats, name)
+    call('HDEL', K.beat_info, name)
   else
     others[#others + 1] = { number = tonumber(its_number), silent = silent, lived = tonumber(seen) - tonumber(its_since) }
   end
@@ -41,4 +43,5 @@ for _, other in ipairs(others) do
   end
 end
 call('HSET', K.beats, beat, table.concat({ digest, text(number), text(now), ARGV[5], since }, ' '))
+call('HSET', K.beat_info, beat, ARGV[8])
 return { number, newer }
