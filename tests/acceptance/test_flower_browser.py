@@ -1,0 +1,166 @@
+"""Flower in a real browser, on a platform with jobs of the shipped definitions: what people see there.
+
+The pictures in docs/images are made here, by the same code (`make screenshots`): where SCREENSHOTS names a folder, they go there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+
+from taskplatform.catalogue import load
+from taskplatform.model import Job, JobState
+from taskplatform.platform import Platform
+from taskplatform.settings import load_settings
+from tests.acceptance.site import eventually
+from tests.acceptance.upnode import LOGIN, UpNode
+from tests.conftest import ROOT
+
+#: Of a busy machine: a browser is a large program.
+SECONDS = 60
+#: What a picture in the repository may have, in bytes.
+MOST_BYTES = 300_000
+JOBS = {
+    "hourly_data_sync": ("user1", "user2", "user3"),
+    "daily_user_report": ("user2",),
+    "weekly_analytics": ("user3",),
+    "monthly_billing": ("user4",),
+}
+
+
+@pytest.fixture(scope="module")
+def platform(up: UpNode) -> Iterator[Platform]:
+    definitions = load(ROOT / "tasks", environment={"API_BASE_URL": up.address("Mock API"), "API_TOKEN": "token"})
+    made = Platform.connect(load_settings(redis_url=up.address("Redis")), catalogue=definitions)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    """Debian's chromium, without a screen."""
+    found = [shutil.which("chromium"), shutil.which("chromedriver")]
+    if not all(found):
+        if os.environ.get("CI"):
+            pytest.fail("chromium or chromedriver is missing: apt-get install chromium chromium-driver")
+        pytest.skip("chromium or chromedriver is missing: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(found[0])
+    for word in ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--window-size=1640,840"):
+        options.add_argument(word)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    if os.geteuid() == 0:
+        options.add_argument("--no-sandbox")  # chromium refuses to have one as root
+    driver = webdriver.Chrome(options=options, service=Service(str(found[1])))
+    driver.set_page_load_timeout(SECONDS)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def flower(up: UpNode, browser: webdriver.Chrome) -> str:
+    """Its address, when the browser has logged in."""
+    url = up.address("Flower")
+    browser.get(url)
+    assert not browser.find_elements(By.ID, "workers-table")  # nothing without the login
+    user, password = (quote(part, safe="") for part in LOGIN)
+    browser.get(url.replace("://", f"://{user}:{password}@"))
+    return url
+
+
+@pytest.fixture(scope="module")
+def jobs(flower: str, platform: Platform) -> list[Job]:
+    """Jobs that completed, one that failed and one that waits for its second attempt."""
+    platform.create_users(f"user{number}" for number in range(1, 5))
+    made = [platform.enqueue(definition, user=user) for definition, users in JOBS.items() for user in users]
+    made.append(platform.enqueue("finance_tax_rounding_check", user="user2", params={"currency": "none"}))
+    made.append(platform.enqueue("slot_drill", user="user1", params={"seconds": "not a number"}))
+    ends = {**dict.fromkeys(JOBS, JobState.COMPLETED), "finance_tax_rounding_check": JobState.RETRYING, "slot_drill": JobState.FAILED}
+    eventually(
+        lambda: all(platform.job(job.id).state is ends[job.definition] for job in made), "the jobs do not get there", seconds=SECONDS
+    )
+    return made
+
+
+def _table(browser: webdriver.Chrome) -> list[dict[str, str]]:
+    """The table of tasks, by the names of its columns; a task's id is taken from where it leads."""
+    script = """
+        const names = [...document.querySelectorAll('#tasks-table thead th')].map(one => one.dataset.column);
+        const id = cell => decodeURIComponent(cell.querySelector('a').pathname.split('/').pop());
+        return [...document.querySelectorAll('#tasks-table tbody tr')].filter(row => row.cells.length > 1).map(row =>
+            Object.fromEntries([...row.cells].map(
+                (cell, number) => [names[number], names[number] == 'uuid' ? id(cell) : cell.textContent.trim()])));
+    """
+    return list(browser.execute_script(script))
+
+
+def _text(browser: webdriver.Chrome, selector: str) -> str:
+    """Of the first such element, shown or not; in one step, because pages renew themselves."""
+    return str(browser.execute_script("return (document.querySelector(arguments[0]) || {}).textContent || ''", selector))
+
+
+def _picture(browser: webdriver.Chrome, name: str, tmp_path: Path) -> None:
+    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
+    path = folder / name
+    assert browser.save_screenshot(str(path))
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert 10_000 < len(data) < MOST_BYTES, f"{name} has {len(data)} bytes"
+
+
+@pytest.mark.timeout(300)
+def test_tasks_are_definitions_with_their_users(browser: webdriver.Chrome, flower: str, jobs: list[Job], tmp_path: Path) -> None:
+    wanted = {job.id: job for job in jobs}
+    told = {"slot_drill": "FAILURE", "finance_tax_rounding_check": "RETRY"}
+    ends = {job.id: told.get(job.definition, "SUCCESS") for job in jobs}
+
+    def shown() -> dict[str, dict[str, str]]:
+        return {row["uuid"]: row for row in _table(browser) if row["uuid"] in wanted}
+
+    def as_they_ended() -> bool:
+        browser.get(f"{flower}/tasks")
+        eventually(lambda: bool(_table(browser)), "the table stays empty", seconds=SECONDS)
+        return {name: row["state"] for name, row in shown().items()} == ends
+
+    eventually(as_they_ended, "not all jobs are shown as they ended", seconds=SECONDS)
+    for name, row in shown().items():
+        assert row["name"] == wanted[name].definition
+        assert row["kwargs"] == str({"user": wanted[name].user})
+        assert row["retries"] == "0"
+        assert row["worker"].startswith("worker")
+    _picture(browser, "flower.png", tmp_path)
+
+
+def test_a_task_has_a_page(browser: webdriver.Chrome, flower: str, jobs: list[Job]) -> None:
+    failed = jobs[-1]
+    browser.get(f"{flower}/task/{failed.id}")
+    text = _text(browser, "#task-page")
+    for wanted in (failed.id, "slot_drill", "FAILURE", "'user': 'user1'", "not a number"):
+        assert wanted in text
+    assert not browser.find_elements(By.ID, "task-revoke")
+
+
+def test_workers_have_pages_without_orders(browser: webdriver.Chrome, flower: str, platform: Platform) -> None:
+    nodes = [worker.id.partition("#")[0] for worker in platform.workers()]
+    assert len(nodes) == 2
+    browser.get(f"{flower}/workers")
+    eventually(lambda: all(node in _text(browser, "#workers-table tbody") for node in nodes), "not all workers are listed", seconds=SECONDS)
+    limited = next(one for one in platform.catalogue.values() if one.rate_limit)
+
+    def whole() -> bool:
+        browser.get(f"{flower}/worker/{nodes[0]}")
+        return limited.id in _text(browser, "#tab-limits")
+
+    eventually(whole, "Flower does not know what the worker can", seconds=SECONDS)
+    assert "/s" in _text(browser, "#tab-limits")
+    assert all(queue in _text(browser, "#tab-queues") for queue in ("high", "medium", "low"))
+    for order in ("worker-group", "worker-pool-grow", "worker-add-consumer", f"task-rate-limit-{limited.id}"):
+        assert not browser.find_elements(By.ID, order), order
