@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 SCALE ?= 1
 
-.PHONY: help venv demo up test check format bench clean
+.PHONY: help venv demo up test check format bench screenshots reference clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -47,6 +47,12 @@ $(PEERS): $(STAMP)
 
 bench: $(PEERS) ## all benchmarks, one table, SCALE=0.1 for a tenth of the work; installs the task queues that they run beside
 	$(BIN)/python -m bench --scale $(SCALE)
+
+screenshots: $(STAMP) ## make docs/images anew, from what runs; needs chromium and chromium-driver
+	SCREENSHOTS=docs/images CI=true $(BIN)/python -m pytest -q tests/acceptance/test_screens.py
+
+reference: $(STAMP) ## make docs/api-reference.md anew, from the API's OpenAPI document
+	$(BIN)/python -m tests.reference
 
 clean: ## remove .venv, caches and the data of `up`
 	rm -rf $(VENV) .taskplatform .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, cast
 
 import redis
@@ -51,7 +52,7 @@ def run(scale: float = 1.0) -> dict[str, Any]:
         assert store.counts()[JobState.COMPLETED] == users
         finished = _memory(client)
         client.close()
-    user, subscription, waiting = ((after - before) / users for before, after in zip(memory, memory[1:], strict=False))
+    user, subscription, waiting = ((after - before) / users for before, after in pairwise(memory))
     return {
         "users": users,
         "subscriptions": users * DEFINITIONS,

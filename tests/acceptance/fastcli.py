@@ -8,6 +8,7 @@ what lies in PATH as `taskplatform`.
 from __future__ import annotations
 
 import array
+import importlib
 import json
 import os
 import signal
@@ -33,11 +34,8 @@ sys.exit(code[0] if code else "the command ended without an exit code")
 
 def serve(path: str) -> None:
     """Until it is ended."""
-    import taskplatform.api.application
-    import taskplatform.bulk
-    import taskplatform.catalogue
-    import taskplatform.health
-    import taskplatform.platform
+    for name in ("api.application", "bulk", "catalogue", "health", "platform"):
+        importlib.import_module(f"taskplatform.{name}")
     from taskplatform.cli import main
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children

@@ -99,6 +99,16 @@ class Town:
         self.ports.pop("5556", None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tools() -> None:
+    """What the pages call beside the platform's own commands."""
+    missing = [name for name in ("bash", "curl", "jq") if shutil.which(name) is None]
+    if missing and os.environ.get("CI"):
+        pytest.fail(f"{', '.join(missing)} is missing")
+    if missing:
+        pytest.skip(f"{', '.join(missing)} is missing")
+
+
 @pytest.fixture(scope="module")
 def town(up: UpNode, guard: Guard, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
     programs = tmp_path_factory.mktemp("programs")
@@ -141,7 +151,6 @@ class Terminal:
         self._serving: list[int] = []
         self.output = ""
 
-
     def serve(self, text: str) -> bool:
         """Run it, which does not end."""
         log = self._folder / f"serving{len(self._serving)}.log"
@@ -176,7 +185,7 @@ class Terminal:
         assert self._bash.stdout is not None
         script = self._folder / ".typed"
         script.write_text(self._town.here(text) + "\n", encoding="utf-8")
-        self._bash.stdin.write(f". {script} </dev/null\necho {MARKER}\n")
+        self._bash.stdin.write(f". {script} </dev/null\nprintf '\\n{MARKER}\\n'\n")  # what it prints may not end its line
         self._bash.stdin.flush()
         seen: list[str] = []
         too_long = threading.Timer(SECONDS, os.killpg, (self._bash.pid, signal.SIGKILL))

@@ -1,17 +1,25 @@
-"""Flower in a real browser, on a platform with jobs of the shipped definitions: what people see there.
+"""What people see on a platform with jobs of the shipped definitions: Flower in a real browser, tables in a terminal.
 
 The pictures in docs/images are made here, by the same code (`make screenshots`): where SCREENSHOTS names a folder, they go there.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import pty
+import re
 import shutil
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from rich._export_format import CONSOLE_SVG_FORMAT
+from rich.console import Console
+from rich.text import Text
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -21,13 +29,15 @@ from taskplatform.model import Job, JobState
 from taskplatform.platform import Platform
 from taskplatform.settings import load_settings
 from tests.acceptance.site import eventually
-from tests.acceptance.upnode import LOGIN, UpNode
+from tests.acceptance.upnode import LOGIN, REAL_COMMAND, UpNode
 from tests.conftest import ROOT
 
 #: Of a busy machine: a browser is a large program.
 SECONDS = 60
 #: What a picture in the repository may have, in bytes.
 MOST_BYTES = 300_000
+#: Columns of the terminal.
+WIDTH = 132
 JOBS = {
     "hourly_data_sync": ("user1", "user2", "user3"),
     "daily_user_report": ("user2",),
@@ -77,7 +87,7 @@ def flower(up: UpNode, browser: webdriver.Chrome) -> str:
 
 
 @pytest.fixture(scope="module")
-def jobs(flower: str, platform: Platform) -> list[Job]:
+def jobs(platform: Platform) -> list[Job]:
     """Jobs that completed, one that failed and one that waits for its second attempt."""
     platform.create_users(f"user{number}" for number in range(1, 5))
     made = [platform.enqueue(definition, user=user) for definition, users in JOBS.items() for user in users]
@@ -107,9 +117,13 @@ def _text(browser: webdriver.Chrome, selector: str) -> str:
     return str(browser.execute_script("return (document.querySelector(arguments[0]) || {}).textContent || ''", selector))
 
 
+def _at(name: str, tmp_path: Path) -> Path:
+    """Where a picture goes."""
+    return Path(os.environ.get("SCREENSHOTS") or tmp_path) / name
+
+
 def _picture(browser: webdriver.Chrome, name: str, tmp_path: Path) -> None:
-    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
-    path = folder / name
+    path = _at(name, tmp_path)
     assert browser.save_screenshot(str(path))
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG")
@@ -164,3 +178,39 @@ def test_workers_have_pages_without_orders(browser: webdriver.Chrome, flower: st
     assert all(queue in _text(browser, "#tab-queues") for queue in ("high", "medium", "low"))
     for order in ("worker-group", "worker-pool-grow", "worker-add-consumer", f"task-rate-limit-{limited.id}"):
         assert not browser.find_elements(By.ID, order), order
+
+
+def test_tables_in_a_terminal(up: UpNode, platform: Platform, jobs: list[Job], tmp_path: Path) -> None:
+    platform.set_limit("total", "10/s", burst=15)
+    platform.set_limit("definition:hourly_data_sync", "5/s", concurrency=4)
+    retrying = jobs[-2].id
+    commands = ("nodes", "limits list", "jobs list --user user2 --limit 4", f"jobs show {retrying}")
+    shown = "".join(f"$ taskplatform {command}\n{_typed(up, command)}\n" for command in commands)
+    platform.reset_limit("total")
+    platform.reset_limit("definition:hourly_data_sync")
+    for wanted in (*(worker.id for worker in platform.workers()), "10/s", "retrying", "finance_tax_rounding_check"):
+        assert wanted in shown
+    console = Console(record=True, width=WIDTH, file=io.StringIO())
+    console.print(Text.from_ansi(shown))
+    # without the fonts that it would fetch from elsewhere
+    plain = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+    picture = console.export_svg(title="taskplatform", code_format=plain)
+    assert "http" not in picture.replace("http://www.w3.org/2000/svg", "").replace("https://www.textualize.io", "")
+    assert len(picture) < MOST_BYTES
+    _at("terminal.svg", tmp_path).write_text(picture, encoding="utf-8")
+
+
+def _typed(up: UpNode, command: str) -> str:
+    """What the command shows on a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    given = {name: value for name, value in up.environment.items() if not name.startswith("TASKPLATFORM_")}
+    environment = {**given, "TASKPLATFORM_REDIS_URL": up.address("Redis"), "COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
+    environment |= {"API_BASE_URL": up.address("Mock API"), "API_TOKEN": "token"}
+    process = subprocess.Popen([REAL_COMMAND, *command.split()], cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    seen = bytearray()
+    with suppress(OSError), os.fdopen(ours, "rb", buffering=0) as terminal:  # Linux says EIO where the other end is closed
+        while data := terminal.read(65_536):
+            seen += data
+    assert process.wait(SECONDS) == 0, seen
+    return seen.decode().replace("\r\n", "\n")
