@@ -183,6 +183,9 @@ class Terminal:
         """Whether it ended well. `output` is what it showed."""
         assert self._bash.stdin is not None
         assert self._bash.stdout is not None
+        if "taskplatform health" in text:
+            # of a machine that was busy with other things it may say for a moment that something came late
+            wait_until(lambda: self._town.platform.health().well, seconds=2 * SECONDS)
         script = self._folder / ".typed"
         script.write_text(self._town.here(text) + "\n", encoding="utf-8")
         self._bash.stdin.write(f". {script} </dev/null\nprintf '\\n{MARKER}\\n'\n")  # what it prints may not end its line

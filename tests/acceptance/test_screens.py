@@ -37,7 +37,7 @@ SECONDS = 60
 #: What a picture in the repository may have, in bytes.
 MOST_BYTES = 300_000
 #: Columns of the terminal.
-WIDTH = 132
+WIDTH = 150
 JOBS = {
     "hourly_data_sync": ("user1", "user2", "user3"),
     "daily_user_report": ("user2",),
@@ -64,7 +64,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
         pytest.skip("chromium or chromedriver is missing: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = str(found[0])
-    for word in ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--window-size=1640,840"):
+    for word in ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--window-size=1760,840"):
         options.add_argument(word)
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
     if os.geteuid() == 0:
@@ -181,14 +181,10 @@ def test_workers_have_pages_without_orders(browser: webdriver.Chrome, flower: st
 
 
 def test_tables_in_a_terminal(up: UpNode, platform: Platform, jobs: list[Job], tmp_path: Path) -> None:
-    platform.set_limit("total", "10/s", burst=15)
-    platform.set_limit("definition:hourly_data_sync", "5/s", concurrency=4)
-    retrying = jobs[-2].id
-    commands = ("nodes", "limits list", "jobs list --user user2 --limit 4", f"jobs show {retrying}")
+    retrying = jobs[-2]
+    commands = ("nodes", "beats", f"jobs list --user {retrying.user} --limit 4", f"jobs show {retrying.id}")
     shown = "".join(f"$ taskplatform {command}\n{_typed(up, command)}\n" for command in commands)
-    platform.reset_limit("total")
-    platform.reset_limit("definition:hourly_data_sync")
-    for wanted in (*(worker.id for worker in platform.workers()), "10/s", "retrying", "finance_tax_rounding_check"):
+    for wanted in (*(worker.id for worker in platform.workers()), "beat@", "daily_user_report", "retrying", "assigned"):
         assert wanted in shown
     console = Console(record=True, width=WIDTH, file=io.StringIO())
     console.print(Text.from_ansi(shown))
