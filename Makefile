@@ -11,7 +11,7 @@ FAULTS := $(addprefix tests/acceptance/test_,$(addsuffix .py,beat beat_faults ch
 	redis_faults stop threads time_limits two_catalogues upkeep worker_loss)) \
 	$(addprefix tests/integration/test_,$(addsuffix .py,beats bounds dead_letters health life_model recovery redis_outages redis_server repeated_calls))
 
-.PHONY: help venv demo up test faults check format bench clean
+.PHONY: help venv demo up test faults check format bench screenshots reference clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -54,6 +54,12 @@ $(PEERS): $(STAMP)
 
 bench: $(PEERS) ## all benchmarks, one table, SCALE=0.1 for a tenth of the work; installs the task queues that they run beside
 	$(BIN)/python -m bench --scale $(SCALE)
+
+screenshots: $(STAMP) ## make docs/images anew, from what runs; needs chromium and chromium-driver
+	SCREENSHOTS=docs/images CI=true $(BIN)/python -m pytest -q tests/acceptance/test_screens.py
+
+reference: $(STAMP) ## make docs/api-reference.md anew, from the API's OpenAPI document
+	$(BIN)/python -m tests.reference
 
 clean: ## remove .venv, caches and the data of `up`
 	rm -rf $(VENV) .taskplatform .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

@@ -55,6 +55,12 @@ FIGURES: dict[str, tuple[Figure, ...]] = {
         Figure("redis_bytes_per_subscription", at_most=250),
         Figure("redis_bytes_per_job", at_most=1100),
     ),
+    "footprint": (
+        Figure("bytes_per_user"),
+        Figure("bytes_per_subscription"),
+        Figure("bytes_per_waiting_job"),
+        Figure("bytes_per_finished_job"),
+    ),
     "idle": (Figure("tick_ms_empty"), Figure("tick_ms_full"), Figure("ratio", at_most=1.5)),
     "execute": (Figure("jobs_per_s"), Figure("ratio_celery", at_least=0.9)),
     "http": (Figure("ratio_ceiling", at_least=0.95), Figure("ratio_peers", at_least=1.0)),

@@ -6,6 +6,8 @@ options, its environment or a `flowerconfig.py`:
 - It starts with a login alone (`flower_login`, or Flower's own --basic_auth or --auth), or on a loopback address or a unix socket.
 - With `flower_read_only`, the default, it answers 403 to whatever is sent to /api, and to every method but GET and HEAD, other than the
   table of tasks, which its page asks for with POST. So nothing can be run, revoked, limited or shut down through it.
+- It keeps `flower_max_tasks` tasks at the most, and its table of tasks has arguments, where the user stands, and retries, unless
+  --tasks_columns says what it has.
 - `/metrics` and `/healthcheck` need no login, and nobody else's page may read an answer.
 - A Redis whose certificate is not accepted, or that does not let it in, ends it at once.
 """
@@ -28,6 +30,8 @@ from taskplatform.store import connect
 _LOOPBACK = "127.0.0.1"
 #: What Flower's own pages send with POST to read.
 _READ_BY_POST = "/tasks/datatable"
+_FLOWERS_COLUMNS = "name,uuid,state,received,runtime,worker"
+_COLUMNS = "name,uuid,state,kwargs,retries,received,runtime,worker"
 
 
 class PlatformFlower(Flower):  # type: ignore[misc]
@@ -50,6 +54,9 @@ class PlatformFlower(Flower):  # type: ignore[misc]
                     f"Flower has no login and is to listen on {options.address}, where others can reach it: set "
                     f"TASKPLATFORM_FLOWER_LOGIN to user:password, or let it listen on {_LOOPBACK}"
                 )
+        options.max_tasks = min(options.max_tasks, chosen.flower_max_tasks)
+        if options.tasks_columns == _FLOWERS_COLUMNS:
+            options.tasks_columns = _COLUMNS
         _require_redis(chosen)
         super().__init__(options=options, **arguments)
 

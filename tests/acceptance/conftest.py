@@ -23,6 +23,7 @@ from taskplatform.platform import Platform
 from tests.acceptance.nodes import Guard, ServerNode, WorkerNode
 from tests.acceptance.site import Site, base_environment, running_site
 from tests.acceptance.target import Target
+from tests.acceptance.upnode import UpNode
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +76,16 @@ def platform(site: Site) -> Platform:
 def user(site: Site) -> str:
     """A new user."""
     return site.user()
+
+
+@pytest.fixture(scope="session")
+def up(guard: Guard, tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpNode]:
+    """`taskplatform up`, for tests of what people type and see."""
+    node = UpNode(environment=base_environment("", guard.environment), folder=tmp_path_factory.mktemp("up"))
+    try:
+        yield node.started()
+    finally:
+        node.stop()
 
 
 # pytest-celery's own fixtures, over processes instead of containers

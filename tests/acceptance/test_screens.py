@@ -1,0 +1,231 @@
+"""What people see on a platform with jobs of the shipped definitions: Flower in a real browser, tables in a terminal.
+
+The pictures in docs/images are made here, by the same code (`make screenshots`): where SCREENSHOTS names a folder, they go there.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+import requests
+from rich._export_format import CONSOLE_SVG_FORMAT
+from rich.console import Console
+from rich.text import Text
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+
+from taskplatform.catalogue import load
+from taskplatform.model import Job, JobState
+from taskplatform.platform import Platform
+from taskplatform.settings import load_settings
+from tests.acceptance.site import eventually
+from tests.acceptance.upnode import LOGIN, REAL_COMMAND, UpNode
+from tests.conftest import ROOT
+
+#: Of a busy machine: a browser is a large program.
+SECONDS = 60
+#: What a picture in the repository may have, in bytes.
+MOST_BYTES = 300_000
+#: Columns of the terminal.
+WIDTH = 150
+JOBS = {
+    "hourly_data_sync": ("user1", "user2", "user3"),
+    "daily_user_report": ("user2",),
+    "weekly_analytics": ("user3",),
+    "monthly_billing": ("user4",),
+}
+#: Of the jobs that do not complete.
+ENDS = {"finance_tax_rounding_check": (JobState.RETRYING, JobState.FAILED), "slot_drill": (JobState.FAILED,)}
+#: How Flower shows each state, and then how many retries there were before.
+SHOWN = {"SUCCESS": "0", "RETRY": "0", "FAILURE": "01"}
+
+
+@pytest.fixture(scope="module")
+def platform(up: UpNode) -> Iterator[Platform]:
+    definitions = load(ROOT / "tasks", environment={"API_BASE_URL": up.address("Mock API"), "API_TOKEN": "token"})
+    made = Platform.connect(load_settings(redis_url=up.address("Redis")), catalogue=definitions)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    """Debian's chromium, without a screen."""
+    found = [shutil.which("chromium"), shutil.which("chromedriver")]
+    if not all(found):
+        if os.environ.get("CI"):
+            pytest.fail("chromium or chromedriver is missing: apt-get install chromium chromium-driver")
+        pytest.skip("chromium or chromedriver is missing: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(found[0])
+    for word in ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--window-size=1760,840"):
+        options.add_argument(word)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    if os.geteuid() == 0:
+        options.add_argument("--no-sandbox")  # chromium refuses to have one as root
+    driver = webdriver.Chrome(options=options, service=Service(str(found[1])))
+    driver.set_page_load_timeout(SECONDS)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def flower(up: UpNode, browser: webdriver.Chrome) -> str:
+    """Its address, when the browser has logged in."""
+    url = up.address("Flower")
+    browser.get(url)
+    assert not browser.find_elements(By.ID, "workers-table")  # nothing without the login
+    user, password = (quote(part, safe="") for part in LOGIN)
+    browser.get(url.replace("://", f"://{user}:{password}@"))
+    return url
+
+
+@pytest.fixture(scope="module")
+def jobs(up: UpNode, platform: Platform) -> list[Job]:
+    """Jobs that completed; at last one that waits for its second attempt, or failed in it by now; and one that failed."""
+    # it shows what happens while it listens
+    eventually(lambda: _heard(up) >= 2, "Flower hears nothing", seconds=SECONDS)
+    platform.create_users(f"user{number}" for number in range(1, 5))
+    made = [platform.enqueue(definition, user=user) for definition, users in JOBS.items() for user in users]
+    made.append(platform.enqueue("finance_tax_rounding_check", user="user2", params={"currency": "none"}))
+    made.append(platform.enqueue("slot_drill", user="user1", params={"seconds": "not a number"}))
+    eventually(
+        lambda: all(platform.job(job.id).state in ENDS.get(job.definition, (JobState.COMPLETED,)) for job in made),
+        "the jobs do not get there",
+        seconds=SECONDS,
+    )
+    return made
+
+
+def _heard(up: UpNode) -> int:
+    """From how many workers Flower has heard."""
+    answer = requests.get(f"{up.address('Flower')}/workers", params={"json": 1}, auth=LOGIN, timeout=SECONDS)
+    return sum(bool(worker["status"]) for worker in answer.json()["data"])
+
+
+def _table(browser: webdriver.Chrome) -> list[dict[str, str]]:
+    """The table of tasks, by the names of its columns; a task's id is taken from where it leads."""
+    script = """
+        const names = [...document.querySelectorAll('#tasks-table thead th')].map(one => one.dataset.column);
+        const id = cell => decodeURIComponent(cell.querySelector('a').pathname.split('/').pop());
+        return [...document.querySelectorAll('#tasks-table tbody tr')].filter(row => row.cells.length > 1).map(row =>
+            Object.fromEntries([...row.cells].map(
+                (cell, number) => [names[number], names[number] == 'uuid' ? id(cell) : cell.textContent.trim()])));
+    """
+    return list(browser.execute_script(script))
+
+
+def _text(browser: webdriver.Chrome, selector: str) -> str:
+    """Of the first such element, shown or not; in one step, because pages renew themselves."""
+    return str(browser.execute_script("return (document.querySelector(arguments[0]) || {}).textContent || ''", selector))
+
+
+def _at(name: str, tmp_path: Path) -> Path:
+    """Where a picture goes."""
+    return Path(os.environ.get("SCREENSHOTS") or tmp_path) / name
+
+
+def _picture(browser: webdriver.Chrome, name: str, tmp_path: Path) -> None:
+    path = _at(name, tmp_path)
+    assert browser.save_screenshot(str(path))
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert 10_000 < len(data) < MOST_BYTES, f"{name} has {len(data)} bytes"
+
+
+@pytest.mark.timeout(300)
+def test_tasks_are_definitions_with_their_users(browser: webdriver.Chrome, flower: str, jobs: list[Job], tmp_path: Path) -> None:
+    wanted = {job.id: job for job in jobs}
+
+    def shown() -> dict[str, dict[str, str]]:
+        return {row["uuid"]: row for row in _table(browser) if row["uuid"] in wanted}
+
+    def as_they_ended() -> bool:
+        browser.get(f"{flower}/tasks")
+        eventually(lambda: bool(_table(browser)), "the table stays empty", seconds=SECONDS)
+        rows = shown()
+        return rows.keys() == wanted.keys() and all(row["state"] in SHOWN for row in rows.values())
+
+    eventually(as_they_ended, "not all jobs are shown as they ended", seconds=SECONDS)
+    for name, row in shown().items():
+        assert row["name"] == wanted[name].definition
+        assert row["kwargs"] == str({"user": wanted[name].user})
+        failed = wanted[name].definition in ENDS
+        assert row["state"] in (("RETRY", "FAILURE") if failed else ("SUCCESS",))
+        assert row["retries"] in SHOWN[row["state"]]
+        assert row["worker"].startswith("worker")
+    _picture(browser, "flower.png", tmp_path)
+
+
+def test_a_task_has_a_page(browser: webdriver.Chrome, flower: str, jobs: list[Job]) -> None:
+    failed = jobs[-1]
+
+    def ended() -> bool:
+        browser.get(f"{flower}/task/{failed.id}")
+        return "FAILURE" in _text(browser, "#task-page")
+
+    eventually(ended, "Flower does not know how the job ended", seconds=SECONDS)
+    for wanted in (failed.id, "slot_drill", "'user': 'user1'", "not a number"):
+        assert wanted in _text(browser, "#task-page")
+    assert not browser.find_elements(By.ID, "task-revoke")
+
+
+def test_workers_have_pages_without_orders(browser: webdriver.Chrome, flower: str, platform: Platform) -> None:
+    nodes = [worker.id.partition("#")[0] for worker in platform.workers()]
+    assert len(nodes) >= 2
+    browser.get(f"{flower}/workers")
+    eventually(lambda: all(node in _text(browser, "#workers-table tbody") for node in nodes), "not all workers are listed", seconds=SECONDS)
+    limited = next(one for one in platform.catalogue.values() if one.rate_limit)
+
+    def whole() -> bool:
+        browser.get(f"{flower}/worker/{nodes[0]}")
+        return limited.id in _text(browser, "#tab-limits")
+
+    eventually(whole, "Flower does not know what the worker can", seconds=SECONDS)
+    assert "/s" in _text(browser, "#tab-limits")
+    assert all(queue in _text(browser, "#tab-queues") for queue in ("high", "medium", "low"))
+    for order in ("worker-group", "worker-pool-grow", "worker-add-consumer", f"task-rate-limit-{limited.id}"):
+        assert not browser.find_elements(By.ID, order), order
+
+
+def test_tables_in_a_terminal(up: UpNode, platform: Platform, jobs: list[Job], tmp_path: Path) -> None:
+    retrying = jobs[-2]
+    commands = ("nodes", "beats", f"jobs list --user {retrying.user} --limit 4", f"jobs show {retrying.id}")
+    shown = "".join(f"$ taskplatform {command}\n{_typed(up, command)}\n" for command in commands)
+    for wanted in (*(worker.id for worker in platform.workers()), "beat@", "daily_user_report", "retrying", "assigned"):
+        assert wanted in shown
+    console = Console(record=True, width=WIDTH, file=io.StringIO())
+    console.print(Text.from_ansi(shown))
+    # without the fonts that it would fetch from elsewhere
+    plain = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+    picture = console.export_svg(title="taskplatform", code_format=plain)
+    assert "http" not in picture.replace("http://www.w3.org/2000/svg", "").replace("https://www.textualize.io", "")
+    assert len(picture) < MOST_BYTES
+    _at("terminal.svg", tmp_path).write_text(picture, encoding="utf-8")
+
+
+def _typed(up: UpNode, command: str) -> str:
+    """What the command shows on a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    given = {name: value for name, value in up.environment.items() if not name.startswith("TASKPLATFORM_")}
+    environment = {**given, "TASKPLATFORM_REDIS_URL": up.address("Redis"), "COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
+    environment |= {"API_BASE_URL": up.address("Mock API"), "API_TOKEN": "token"}
+    process = subprocess.Popen([REAL_COMMAND, *command.split()], cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    seen = bytearray()
+    with suppress(OSError), os.fdopen(ours, "rb", buffering=0) as terminal:  # Linux says EIO where the other end is closed
+        while data := terminal.read(65_536):
+            seen += data
+    assert process.wait(SECONDS) == 0, seen
+    return seen.decode().replace("\r\n", "\n")
