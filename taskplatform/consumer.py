@@ -181,6 +181,16 @@ class JobTransport(redis.Transport):  # type: ignore[misc]
                     channel.basic_ack(tag)
 
 
+class SentinelJobChannel(JobChannel, redis.SentinelChannel):  # type: ignore[misc]
+    """The same to the server that Sentinels name as the master."""
+
+
+class SentinelJobTransport(JobTransport, redis.SentinelTransport):  # type: ignore[misc]
+    """Makes these."""
+
+    Channel = SentinelJobChannel
+
+
 class PlatformConsumer(Consumer):  # type: ignore[misc]
     """Celery's consumer, that keeps no notes of jobs, sets aside what is no message, and sends the task events of a burst together.
 
@@ -249,7 +259,8 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
     def connection_for_read(self, heartbeat: float | None = None) -> Any:
         """A new connection for messages, over our own transport."""
         connection = self.app.connection_for_read(heartbeat=heartbeat)
-        connection.create_transport = partial(JobTransport, connection, hearing=self.hearing, set_aside=self.set_aside)
+        kind = SentinelJobTransport if issubclass(connection.transport_cls, redis.SentinelTransport) else JobTransport
+        connection.create_transport = partial(kind, connection, hearing=self.hearing, set_aside=self.set_aside)
         return self.ensure_connected(connection)
 
     def ensure_connected(self, conn: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import redis
-from redis.backoff import ExponentialWithJitterBackoff
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.connection import AbstractConnection
 from redis.exceptions import (
     AuthenticationError,
@@ -20,8 +22,10 @@ from redis.exceptions import (
     TimeoutError,
 )
 from redis.retry import Retry
+from redis.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 
 from taskplatform.errors import InvalidInput, Outage, StoreError, StoreUnavailable
+from taskplatform.sentinel import SentinelUrl
 
 #: What redbeat's lock raises when it is another's by now, or nobody's.
 LockLost = LockError
@@ -33,12 +37,24 @@ _HEALTH_SECONDS = 30
 def connect(url: str, *, tls: Mapping[str, Any] | None = None, greet: Callable[[AbstractConnection], None] | None = None) -> redis.Redis:
     """A client with a connection pool, that takes short outages (about 2 s) by itself. Raises StoreError for a URL that is none.
 
-    `tls` is what redis-py is told of a rediss:// URL's TLS (`Settings.redis_tls`); without it, certificate and host name are verified
-    with the system's CAs.
+    With a URL of Sentinels (`SentinelUrl`), each new connection goes to the server that they name as the master at that time, and one
+    that turns out to be a replica by now is given up.
+
+    `tls` is what redis-py is told of the TLS of a rediss:// or sentinels:// URL (`Settings.redis_tls`); without it, certificate and
+    host name are verified with the system's CAs.
 
     `greet` is called with each new connection before anything else is sent over it.
     """
-    options: dict[str, Any] = dict(tls or {})
+    options: dict[str, Any] = {
+        "decode_responses": True,
+        # a heartbeat that got no answer is sent again over a new connection before the worker counts as lost
+        "socket_timeout": 5,
+        "socket_connect_timeout": 5,
+        "health_check_interval": _HEALTH_SECONDS,
+        "retry": Retry(ExponentialWithJitterBackoff(base=0.1, cap=1), 3),
+        "retry_on_error": [ConnectionError, TimeoutError],
+        **(tls or {}),
+    }
     if greet is not None:
 
         def on_connect(connection: AbstractConnection) -> None:
@@ -49,22 +65,37 @@ def connect(url: str, *, tls: Mapping[str, Any] | None = None, greet: Callable[[
 
         options["redis_connect_func"] = on_connect
     try:
-        client = _Client.from_url(
-            url,
-            decode_responses=True,
-            # a heartbeat that got no answer is sent again over a new connection before the worker counts as lost
-            socket_timeout=5,
-            socket_connect_timeout=5,
-            health_check_interval=_HEALTH_SECONDS,
-            retry=Retry(ExponentialWithJitterBackoff(base=0.1, cap=1), 3),
-            retry_on_error=[ConnectionError, TimeoutError],
-            **options,
-        )
+        client = _by_sentinels(SentinelUrl.parse(url), options, tls or {}) if SentinelUrl.is_one(url) else _Client.from_url(url, **options)
         # so that an unknown option of the URL comes out here, not with the first command
         client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
     except (TypeError, ValueError) as fault:
         raise StoreError(f"the URL of Redis is not accepted: {fault}") from None
     return client
+
+
+def _by_sentinels(url: SentinelUrl, options: Mapping[str, Any], tls: Mapping[str, Any]) -> _Client:
+    # one that does not answer is not asked again: the next one is
+    sentinel = _Sentinel(url.sentinels, sentinel_kwargs={**url.asking(tls), "retry": Retry(NoBackoff(), 0)})
+    pool = _SentinelPool(url.master, sentinel, ssl=url.tls, db=url.database, **url.login, **options)
+    return _Client.from_pool(pool)
+
+
+class _Sentinel(Sentinel):
+    """Redis-py's, for many threads: two that sort its list at a time would lose Sentinels out of it."""
+
+    def discover_master(self, service_name: str) -> tuple[str, int]:
+        asked = copy(self)
+        asked.sentinels = list(self.sentinels)
+        address: tuple[str, int] = super(_Sentinel, asked).discover_master(service_name)
+        self.sentinels = asked.sentinels
+        return address
+
+
+class _SentinelPool(SentinelConnectionPool):
+    def disconnect(self, inuse_connections: bool = True) -> None:
+        super().disconnect(inuse_connections)  # type: ignore[no-untyped-call]
+        if inuse_connections:  # the client is closed
+            self.sentinel_manager.close()
 
 
 @contextmanager
@@ -132,6 +163,11 @@ def _translate(fault: RedisError) -> StoreError:
             "redis_url, and be signed by a CA in redis_ca or of the system",
             Outage.UNTRUSTED,
         )
+    if isinstance(fault, MasterNotFoundError):
+        name, _, answers = text.removeprefix("No master found for ").partition(" : ")
+        asked = re.sub(r"<redis\.client\.Redis\(.*?host=([^,]*),port=(\d+).*?\)>\)>\)> - ", r"\1:\2: ", answers)
+        why = f" ({asked})" if asked else ""
+        return StoreUnavailable(f"no Sentinel of redis_url names a master {name} that is up{why}: it is chosen within seconds")
     if isinstance(fault, ConnectionError | TimeoutError):
         return StoreUnavailable(f"Redis cannot be reached: {text}")
     return StoreError(f"Redis refused: {text}")
