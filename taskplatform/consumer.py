@@ -259,7 +259,7 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
     def connection_for_read(self, heartbeat: float | None = None) -> Any:
         """A new connection for messages, over our own transport."""
         connection = self.app.connection_for_read(heartbeat=heartbeat)
-        kind = SentinelJobTransport if issubclass(connection.transport_cls, redis.SentinelTransport) else JobTransport
+        kind = JobTransport if settings().sentinel is None else SentinelJobTransport
         connection.create_transport = partial(kind, connection, hearing=self.hearing, set_aside=self.set_aside)
         return self.ensure_connected(connection)
 

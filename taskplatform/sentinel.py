@@ -19,7 +19,7 @@ DEFAULT_PORT = 26_379
 #: One more than this would be a mistake.
 _MOST_SENTINELS = 16
 #: Sentinels answer at once or are away; the next one is asked then.
-_ASK_SECONDS = 1.0
+_ASK_SECONDS = 2.0
 _FORM = "sentinel://user:password@host1:26379,host2:26379,host3:26379/0?master=NAME, and sentinels:// with TLS"
 _URL = re.compile(
     r"(?P<scheme>sentinels?)://((?P<login>[^@/?#]*)@)?(?P<hosts>[^@/?#]*)(/(?P<database>\d{0,4}))?(\?(?P<query>[^#]*))?", re.ASCII

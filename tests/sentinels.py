@@ -1,4 +1,4 @@
-"""Debian's Redis as primary and replica, and three Sentinels that look after them."""
+"""Debian's Redis as primary and replicas, and Sentinels that look after them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -23,11 +24,12 @@ from tests.tls import redis_server
 MASTER = "jobs"
 USER, PASSWORD = "platform", "p@ss/w:rd#?,;%ü"
 SENTINEL_PASSWORD = "sent%2Binel&=1"
+#: A server that does not answer for so long is down: far more than a busy machine takes, until a test lets one die.
+PATIENCE_MS, IMPATIENCE_MS = 60_000, 1_500
+PERIODS_MS = {"info-period": 500, "publish-period": 300, "tilt-trigger": 60_000}
 #: What Sentinels, and a replica, must be allowed at a server with users: Redis' documentation names it for both.
 SENTINEL_RULES = "allchannels +multi +slaveof +ping +exec +subscribe +config|rewrite +role +publish +info +client|setname +client|kill"
 REPLICA_RULES = "+psync +replconf +ping"
-#: A server that does not answer for so long is down.
-DOWN_MS = 700
 
 
 def redis_sentinel() -> str:
@@ -72,36 +74,57 @@ class Program:
 
 
 class Cluster:
-    """Two servers, the first of which begins as the primary, and three Sentinels. With `tls`, nobody speaks without it."""
+    """Servers, the first of which begins as the primary, and Sentinels. With `tls`, nobody speaks without it."""
 
-    def __init__(self, folder: Path, *, tls: bool = False, sentinels: int = 3) -> None:
-        sentinel, server = redis_sentinel(), redis_server()
-        self.tls = tls
+    def __init__(self, folder: Path, *, tls: bool = False, servers: int = 3, sentinels: int = 3) -> None:
+        self._programs = (redis_sentinel(), redis_server())
         folder.mkdir(parents=True)
+        self.tls = tls
         self.ca = folder / "ca.pem"
-        secure = self._certificates(folder) if tls else []
+        self._secure = self._certificates(folder) if tls else []
+        self._replicas = servers - 1
         self.servers: list[Program] = []
-        for number in range(2):
-            port = find_port()
-            users = {"admin": ("admin", "~* &* +@all"), "sentinel": ("sentinel", SENTINEL_RULES), "replica": ("replica", REPLICA_RULES)}
-            users[USER] = (PASSWORD, rules(Role.PLATFORM))
-            lines = [*secure, f"tls-port {port}", "port 0", "tls-replication yes"] if tls else [f"port {port}"]
-            lines += ["user default off", *(f'user {name} on ">{password}" {what}' for name, (password, what) in users.items())]
-            lines += ["masteruser replica", "masterauth replica", "appendonly yes", "maxmemory-policy noeviction", "repl-diskless-sync-delay 0"]
-            lines += [f"replicaof 127.0.0.1 {self.servers[0].port}"] if number else []
-            self.servers.append(Program(server, folder / f"server{number}", lines, port))
         self.sentinels: list[Program] = []
-        # a Sentinel asks for replicas when it begins, and then each ten seconds
-        wait_until(self._replicates, seconds=40, message="the replica does not follow")
-        for number in range(sentinels):
-            port = find_port()
-            lines = [*secure, f"tls-port {port}", "port 0", "tls-replication yes"] if tls else [f"port {port}"]
-            lines += [f'requirepass "{SENTINEL_PASSWORD}"', f'sentinel sentinel-pass "{SENTINEL_PASSWORD}"']
-            lines += [f"sentinel monitor {MASTER} 127.0.0.1 {self.servers[0].port} {sentinels // 2 + 1}"]
-            lines += [f"sentinel auth-user {MASTER} sentinel", f"sentinel auth-pass {MASTER} sentinel"]
-            lines += [f"sentinel down-after-milliseconds {MASTER} {DOWN_MS}", f"sentinel failover-timeout {MASTER} 3000"]
-            self.sentinels.append(Program(sentinel, folder / f"sentinel{number}", lines, port))
-        wait_until(self._knows_all, seconds=40, message="the Sentinels do not know each other and the replica")
+        try:
+            for number in range(servers):
+                self.servers.append(self._server(folder / f"server{number}"))
+            wait_until(self._replicates, seconds=60, message="the replicas do not follow")
+            for number in range(sentinels):
+                self.sentinels.append(self._sentinel(folder / f"sentinel{number}", quorum=sentinels // 2 + 1))
+            for one in self.sentinels:
+                with self.ask(one) as client:
+                    wait_until(partial(_answers, client), seconds=60)
+                    # quicker than they are by themselves, and not disturbed by a machine that is too busy to let them run
+                    client.execute_command("SENTINEL", "DEBUG", *(str(word) for pair in PERIODS_MS.items() for word in pair))
+            wait_until(self._knows_all, seconds=60, message="the Sentinels do not know each other and the replicas")
+        except BaseException:
+            self.close()
+            raise
+
+    def _server(self, folder: Path) -> Program:
+        """The first one is nobody's replica."""
+        port = find_port()
+        users = {"admin": ("admin", "~* &* +@all"), "sentinel": ("sentinel", SENTINEL_RULES), "replica": ("replica", REPLICA_RULES)}
+        users[USER] = (PASSWORD, rules(Role.PLATFORM))
+        lines = self._listening(port)
+        lines += ["user default off", *(f'user {name} on ">{password}" {what}' for name, (password, what) in users.items())]
+        lines += ["masteruser replica", "masterauth replica", "appendonly yes", "maxmemory-policy noeviction", "repl-diskless-sync-delay 0"]
+        # a primary that is cut off from its replicas takes no writes: they would be lost
+        lines += ["min-replicas-to-write 1" if self._replicas else "", "min-replicas-max-lag 60"]
+        lines += [f"replicaof 127.0.0.1 {self.servers[0].port}"] if self.servers else []
+        return Program(self._programs[1], folder, lines, port)
+
+    def _sentinel(self, folder: Path, *, quorum: int) -> Program:
+        port = find_port()
+        lines = self._listening(port)
+        lines += [f'requirepass "{SENTINEL_PASSWORD}"', f'sentinel sentinel-pass "{SENTINEL_PASSWORD}"']
+        lines += [f"sentinel monitor {MASTER} 127.0.0.1 {self.servers[0].port} {quorum}"]
+        lines += [f"sentinel auth-user {MASTER} sentinel", f"sentinel auth-pass {MASTER} sentinel"]
+        lines += [f"sentinel down-after-milliseconds {MASTER} {PATIENCE_MS}", f"sentinel failover-timeout {MASTER} 2000"]
+        return Program(self._programs[0], folder, lines, port)
+
+    def _listening(self, port: int) -> list[str]:
+        return [*self._secure, f"tls-port {port}", "port 0", "tls-replication yes"] if self.tls else [f"port {port}"]
 
     def url(self, *, host: str = "127.0.0.1") -> str:
         """For redis_url."""
@@ -121,10 +144,33 @@ class Cluster:
             _, port = sentinel.sentinel_get_master_addr_by_name(MASTER)
         return next(one for one in self.servers if one.port == port)
 
-    @property
-    def replica(self) -> Program:
-        """The other one, whether it lives or not."""
-        return next(one for one in self.servers if one is not self.primary)
+    def kill_primary(self) -> Program:
+        """Return it, when the Sentinels have chosen another."""
+        old = self.primary
+        old.end(signal.SIGKILL)
+        self._be_patient(IMPATIENCE_MS)
+        wait_until(lambda: self.primary is not old, seconds=120, message="the Sentinels chose no other primary")
+        self._be_patient(PATIENCE_MS)
+        return old
+
+    def fail_over(self) -> Program:
+        """Let the Sentinels choose another primary, and return the old one, that lives on and has not heard of it yet."""
+        old = self.primary
+
+        def accepted() -> bool:
+            # until a Sentinel has looked at the replicas, it says that there is no good one
+            with suppress(redis.ResponseError), self.ask(self.sentinels[0]) as sentinel:
+                return bool(sentinel.execute_command("SENTINEL", "FAILOVER", MASTER))
+            return False
+
+        wait_until(accepted, seconds=60, message="no Sentinel begins a failover")
+        wait_until(lambda: self.primary is not old, seconds=120, message="the Sentinels chose no other primary")
+        return old
+
+    def _be_patient(self, milliseconds: int) -> None:
+        for one in self.sentinels:
+            with self.ask(one) as sentinel:
+                sentinel.sentinel_set(MASTER, "down-after-milliseconds", milliseconds)
 
     def admin(self, server: Program) -> redis.Redis:
         """Closed by the caller."""
@@ -135,10 +181,10 @@ class Cluster:
         return self._client(sentinel.port, password=SENTINEL_PASSWORD)
 
     def replicated(self) -> int:
-        """Wait until the replica has all that was written until now. Returns how many replicas said so."""
+        """Wait until the replicas have all that was written until now. Returns how many said so."""
         with self.admin(self.primary) as client:
             client.set("mark", "1")  # WAIT waits for what its own connection wrote, and so for all before it
-            return int(client.wait(1, 10_000))
+            return int(client.wait(self._replicas, 60_000))
 
     def follows(self, server: Program) -> bool:
         """Whether it is a replica that has caught up."""
@@ -154,11 +200,11 @@ class Cluster:
 
     def _client(self, port: int, **login: str) -> redis.Redis:
         secure = {"ssl": True, "ssl_ca_certs": str(self.ca)} if self.tls else {}
-        return redis.Redis(port=port, host="127.0.0.1", decode_responses=True, retry=None, socket_timeout=30, **login, **secure)  # type: ignore[arg-type]
+        return redis.Redis(port=port, host="127.0.0.1", decode_responses=True, retry=None, socket_timeout=90, **login, **secure)  # type: ignore[arg-type]
 
     def _replicates(self) -> bool:
         with suppress(redis.RedisError), self.admin(self.servers[0]) as client:
-            return int(client.info("replication")["connected_slaves"]) == 1
+            return int(client.info("replication")["connected_slaves"]) == self._replicas
         return False
 
     def _knows_all(self) -> bool:
@@ -166,9 +212,9 @@ class Cluster:
             for one in self.sentinels:
                 with self.ask(one) as sentinel:
                     state = sentinel.sentinel_master(MASTER)
-                    if int(state["num-slaves"]) != 1 or int(state["num-other-sentinels"]) != len(self.sentinels) - 1:
+                    if int(state["num-slaves"]) != self._replicas or int(state["num-other-sentinels"]) != len(self.sentinels) - 1:
                         return False
-            return self.follows(self.servers[1])
+            return all(self.follows(one) for one in self.servers[1:])
         return False
 
     def _certificates(self, folder: Path) -> list[str]:
@@ -181,10 +227,16 @@ class Cluster:
         return [*(f"{name} {path}" for name, path in files.items()), "tls-auth-clients no"]
 
 
+def _answers(client: redis.Redis) -> bool:
+    with suppress(redis.ConnectionError):
+        return bool(client.ping())
+    return False
+
+
 @contextmanager
-def cluster(folder: Path, *, tls: bool = False, sentinels: int = 3) -> Iterator[Cluster]:
+def cluster(folder: Path, *, tls: bool = False, servers: int = 3, sentinels: int = 3) -> Iterator[Cluster]:
     """A cluster that is up, and ended afterwards."""
-    running = Cluster(folder, tls=tls, sentinels=sentinels)
+    running = Cluster(folder, tls=tls, servers=servers, sentinels=sentinels)
     try:
         yield running
     finally:

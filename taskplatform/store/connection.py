@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 import redis
@@ -81,14 +79,24 @@ def _by_sentinels(url: SentinelUrl, options: Mapping[str, Any], tls: Mapping[str
 
 
 class _Sentinel(Sentinel):
-    """Redis-py's, for many threads: two that sort its list at a time would lose Sentinels out of it."""
+    """Redis-py's, for many threads: two that sort its list at a time would lose Sentinels out of it. And it tells what each one said."""
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
-        asked = copy(self)
-        asked.sentinels = list(self.sentinels)
-        address: tuple[str, int] = super(_Sentinel, asked).discover_master(service_name)
-        self.sentinels = asked.sentinels
-        return address
+        """The address of the master. Raises MasterNotFoundError."""
+        said = []
+        sentinels = list(self.sentinels)
+        for number, sentinel in enumerate(sentinels):
+            place = sentinel.connection_pool.connection_kwargs
+            try:
+                state = sentinel.sentinel_masters().get(service_name)
+            except RedisError as fault:
+                said.append(f"{place['host']}:{place['port']} says: {fault}")
+                continue
+            if state and self.check_master_state(state, service_name):  # type: ignore[no-untyped-call]
+                self.sentinels = [sentinel, *sentinels[:number], *sentinels[number + 1 :]]  # the one to ask first
+                return state["ip"], state["port"]
+            said.append(f"{place['host']}:{place['port']} {'takes it for down' if state else 'does not know the name'}")
+        raise MasterNotFoundError(f"no Sentinel of redis_url names a master {service_name} that is up ({'; '.join(said)})")
 
 
 class _SentinelPool(SentinelConnectionPool):
@@ -97,9 +105,13 @@ class _SentinelPool(SentinelConnectionPool):
         if inuse_connections:  # the client is closed
             self.sentinel_manager.close()
 
+    def ask_again(self) -> None:
+        """The server takes no writes: it may have a successor, and needs up to ten seconds to hear of it."""
+        self.disconnect(inuse_connections=False)
+
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translated(pool: redis.ConnectionPool) -> Iterator[None]:
     try:
         yield
     except NoScriptError:
@@ -107,7 +119,10 @@ def _translated() -> Iterator[None]:
     except AuthenticationError as fault:
         raise StoreError(f"Redis did not let us in: {fault}") from fault
     except (ConnectionError, TimeoutError, ResponseError) as fault:
-        raise _translate(fault) from fault
+        known = _translate(fault)
+        if isinstance(pool, _SentinelPool) and isinstance(known, StoreUnavailable) and known.outage in _NO_LONGER_MASTER:
+            pool.ask_again()
+        raise known from fault
     except UnicodeEncodeError as fault:
         raise InvalidInput(f"{fault.object!r} is not Unicode text") from None
 
@@ -131,6 +146,8 @@ _OUTAGES = {
     "CLUSTERDOWN": (Outage.REPLICAS, "Redis is part of a cluster that is down: bring its nodes back"),
     "TRYAGAIN": (Outage.REPLICAS, "Redis is part of a cluster that is just moving its keys: it answers when they are moved"),
 }
+#: What a server says that was the master, and has a successor or is cut off from its replicas.
+_NO_LONGER_MASTER = (Outage.READ_ONLY, Outage.REPLICAS)
 _UNVERIFIED = "CERTIFICATE_VERIFY_FAILED"
 _NO_MORE_CLIENTS = "max number of clients reached"
 
@@ -163,11 +180,6 @@ def _translate(fault: RedisError) -> StoreError:
             "redis_url, and be signed by a CA in redis_ca or of the system",
             Outage.UNTRUSTED,
         )
-    if isinstance(fault, MasterNotFoundError):
-        name, _, answers = text.removeprefix("No master found for ").partition(" : ")
-        asked = re.sub(r"<redis\.client\.Redis\(.*?host=([^,]*),port=(\d+).*?\)>\)>\)> - ", r"\1:\2: ", answers)
-        why = f" ({asked})" if asked else ""
-        return StoreUnavailable(f"no Sentinel of redis_url names a master {name} that is up{why}: it is chosen within seconds")
     if isinstance(fault, ConnectionError | TimeoutError):
         return StoreUnavailable(f"Redis cannot be reached: {text}")
     return StoreError(f"Redis refused: {text}")
@@ -175,7 +187,7 @@ def _translate(fault: RedisError) -> StoreError:
 
 class _Client(redis.Redis):
     def execute_command(self, *args: Any, **options: Any) -> Any:
-        with _translated():
+        with _translated(self.connection_pool):
             return super().execute_command(*args, **options)  # type: ignore[no-untyped-call] # redis-py has no types here
 
     def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> _Pipeline:
@@ -184,5 +196,5 @@ class _Client(redis.Redis):
 
 class _Pipeline(redis.client.Pipeline):
     def execute(self, raise_on_error: bool = True) -> list[Any]:
-        with _translated():
+        with _translated(self.connection_pool):
             return super().execute(raise_on_error)
