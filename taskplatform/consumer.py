@@ -261,6 +261,8 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
         connection = self.app.connection_for_read(heartbeat=heartbeat)
         kind = JobTransport if settings().sentinel is None else SentinelJobTransport
         connection.create_transport = partial(kind, connection, hearing=self.hearing, set_aside=self.set_aside)
+        if kind is SentinelJobTransport:
+            connection.info = partial(_without_logins, connection)
         return self.ensure_connected(connection)
 
     def ensure_connected(self, conn: Any) -> Any:
@@ -557,6 +559,14 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
             with suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGKILL)
         os._exit(_GAVE_UP)
+
+
+def _without_logins(connection: Any) -> dict[str, Any]:
+    """What remote control answers of a connection (`inspect stats`). Of one with Sentinels kombu's has the logins, twice."""
+    told = type(connection).info(connection)
+    told.pop("alternates", None)
+    told["transport_options"] = {name: value for name, value in told["transport_options"].items() if name != "sentinel_kwargs"}
+    return dict(told)
 
 
 def _is_written(job: Any) -> bool:

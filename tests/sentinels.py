@@ -194,7 +194,7 @@ class Cluster:
         """Whether it is a replica that has caught up."""
         with suppress(redis.RedisError), self.admin(server) as client:
             about = client.info("replication")
-            return about["role"] == "slave" and about["master_link_status"] == "up" and about["master_port"] == self.primary.port
+            return bool(about["role"] == "slave" and about["master_link_status"] == "up" and about["master_port"] == self.primary.port)
         return False
 
     def close(self) -> None:

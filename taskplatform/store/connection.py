@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
@@ -73,9 +73,10 @@ def connect(url: str, *, tls: Mapping[str, Any] | None = None, greet: Callable[[
 
 def _by_sentinels(url: SentinelUrl, options: Mapping[str, Any], tls: Mapping[str, Any]) -> _Client:
     # one that does not answer is not asked again: the next one is
-    sentinel = _Sentinel(url.sentinels, sentinel_kwargs={**url.asking(tls), "retry": Retry(NoBackoff(), 0)})
-    pool = _SentinelPool(url.master, sentinel, ssl=url.tls, db=url.database, **url.login, **options)
-    return _Client.from_pool(pool)
+    asking = {**url.asking(tls), "retry": Retry(NoBackoff(), 0)}
+    sentinel = _Sentinel(url.sentinels, sentinel_kwargs=asking)  # type: ignore[no-untyped-call]
+    pool = _SentinelPool(url.master, sentinel, ssl=url.tls, db=url.database, **url.login, **options)  # type: ignore[no-untyped-call]
+    return cast("_Client", _Client.from_pool(pool))
 
 
 class _Sentinel(Sentinel):
@@ -88,7 +89,7 @@ class _Sentinel(Sentinel):
         for number, sentinel in enumerate(sentinels):
             place = sentinel.connection_pool.connection_kwargs
             try:
-                state = sentinel.sentinel_masters().get(service_name)
+                state = cast("dict[str, Any]", sentinel.sentinel_masters()).get(service_name)
             except RedisError as fault:
                 said.append(f"{place['host']}:{place['port']} says: {fault}")
                 continue
@@ -101,7 +102,7 @@ class _Sentinel(Sentinel):
 
 class _SentinelPool(SentinelConnectionPool):
     def disconnect(self, inuse_connections: bool = True) -> None:
-        super().disconnect(inuse_connections)  # type: ignore[no-untyped-call]
+        super().disconnect(inuse_connections)
         if inuse_connections:  # the client is closed
             self.sentinel_manager.close()
 

@@ -38,7 +38,7 @@ def _started(folder: Path, *lines: str) -> Program:
 
 
 def _answers(program: Program) -> bool:
-    with suppress(redis.ConnectionError), redis.Redis(port=program.port, retry=None) as client:
+    with suppress(redis.ConnectionError), redis.Redis(port=program.port) as client:
         return bool(client.ping())
     return False
 

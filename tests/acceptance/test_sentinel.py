@@ -103,6 +103,16 @@ def test_the_primary_is_told_to_step_down(crew: Crew, servers: Cluster, site: Si
     eventually(lambda: servers.follows(old), "the old primary does not follow the new one", seconds=SECONDS)
 
 
+def test_no_answer_to_remote_control_has_a_login(crew: Crew, site: Site) -> None:
+    worker = crew.workers[0]
+    for order in ("stats", "conf"):
+        answers = site.app.control.broadcast(order, destination=[worker.node], reply=True, timeout=SECONDS, limit=1)
+        assert [list(answer) for answer in answers] == [[worker.node]]
+        for secret in (PASSWORD, SENTINEL_PASSWORD, quote(PASSWORD, safe=""), quote(SENTINEL_PASSWORD, safe="")):
+            assert secret not in str(answers), order
+    assert "Traceback" not in worker.logs(), worker.logs()
+
+
 def _fail_over_under_load(fail_over: Callable[[], Program], crew: Crew, servers: Cluster, site: Site, target: Target) -> Program:
     """Returns the old primary, when all that was replicated is done."""
     platform, users, by_hand = site.platform, [site.user() for _ in range(20)], site.user()
