@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import ceil as _ceil
 
 from kombu import Queue
-from redis.backoff import ExponentialWithJitterBackoff
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
@@ -14,6 +14,9 @@ from beat_schedule import beat_schedule as beat_schedule
 from taskplatform.settings import settings
 
 _settings = settings()
+_sentinel = _settings.sentinel
+# A Sentinel that does not answer is not asked again: the next one is.
+_asking = {**_sentinel.asking(_settings.redis_tls), "retry": Retry(NoBackoff(), 0)} if _sentinel else {}
 
 # Broker: one queue for each priority, served in this order. Each has its own routing key, or all would share the default's.
 broker_url = _settings.broker_url
@@ -33,6 +36,7 @@ broker_transport_options = {
     "socket_connect_timeout": 5,
     "health_check_interval": 5,
     "socket_keepalive": True,
+    **({"master_name": _sentinel.master, "sentinel_kwargs": _asking} if _sentinel else {}),
 }
 task_queues = (
     Queue("high", routing_key="high"),
@@ -88,3 +92,12 @@ redbeat_redis_options = {
     "socket_connect_timeout": 5,
     **_redbeat_login,
 }
+if _sentinel:
+    # its form of a URL with Sentinels: what is behind the colon it does not read
+    redbeat_redis_url = "redis-sentinel://{}:{}".format(*_sentinel.sentinels[0])
+    redbeat_redis_options |= {
+        "sentinels": list(_sentinel.sentinels),
+        "service_name": _sentinel.master,
+        "db": _sentinel.database,
+        "sentinel_kwargs": _asking,
+    }

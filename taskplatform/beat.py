@@ -28,7 +28,7 @@ from types import FrameType
 from typing import Any
 
 from celery.signals import beat_init
-from redbeat.schedulers import LUA_EXTEND_TO_SCRIPT, RedBeatScheduler, acquire_distributed_beat_lock, get_redis
+from redbeat.schedulers import LUA_EXTEND_TO_SCRIPT, REDBEAT_REDIS_KEY, RedBeatScheduler, acquire_distributed_beat_lock, get_redis
 
 from taskplatform.app import platform_when_reachable
 from taskplatform.errors import Conflict, Outage, StoreError, StoreUnavailable
@@ -40,7 +40,7 @@ from taskplatform.planner import Planner
 from taskplatform.platform import Platform
 from taskplatform.pulse import Pulse
 from taskplatform.settings import environment, settings
-from taskplatform.store import LockLost, Newer, Store, unavailable
+from taskplatform.store import LockLost, Newer, Store, connect, unavailable
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
 
     lock: Any = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, app: Any, *args: Any, **kwargs: Any) -> None:
         _end_at_signals()
         self._outage = OutageLog(log, "beat")
         self._term: int | None = None
@@ -106,8 +106,11 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         self._number: int | None = None
         self._newer = Newer.NONE
         self._signs_off = False
-        super().__init__(*args, **kwargs)
         self._settings = settings()
+        if self._settings.sentinel is not None and getattr(app, REDBEAT_REDIS_KEY, None) is None:
+            # of Sentinels redbeat makes a new pool, and asks them anew, each time that it needs a connection
+            setattr(app, REDBEAT_REDIS_KEY, connect(self._settings.redis_url, tls=self._settings.redis_tls))
+        super().__init__(app, *args, **kwargs)
         self._name = _name()
         self._platform: Platform | None = None
         self._telling = _telling(os.getpid())

@@ -181,6 +181,16 @@ class JobTransport(redis.Transport):  # type: ignore[misc]
                     channel.basic_ack(tag)
 
 
+class SentinelJobChannel(JobChannel, redis.SentinelChannel):  # type: ignore[misc]
+    """The same to the server that Sentinels name as the master."""
+
+
+class SentinelJobTransport(JobTransport, redis.SentinelTransport):  # type: ignore[misc]
+    """Makes these."""
+
+    Channel = SentinelJobChannel
+
+
 class PlatformConsumer(Consumer):  # type: ignore[misc]
     """Celery's consumer, that keeps no notes of jobs, sets aside what is no message, and sends the task events of a burst together.
 
@@ -249,7 +259,10 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
     def connection_for_read(self, heartbeat: float | None = None) -> Any:
         """A new connection for messages, over our own transport."""
         connection = self.app.connection_for_read(heartbeat=heartbeat)
-        connection.create_transport = partial(JobTransport, connection, hearing=self.hearing, set_aside=self.set_aside)
+        kind = JobTransport if settings().sentinel is None else SentinelJobTransport
+        connection.create_transport = partial(kind, connection, hearing=self.hearing, set_aside=self.set_aside)
+        if kind is SentinelJobTransport:
+            connection.info = partial(_without_logins, connection)
         return self.ensure_connected(connection)
 
     def ensure_connected(self, conn: Any) -> Any:
@@ -546,6 +559,14 @@ class PlatformConsumer(Consumer):  # type: ignore[misc]
             with suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGKILL)
         os._exit(_GAVE_UP)
+
+
+def _without_logins(connection: Any) -> dict[str, Any]:
+    """What remote control answers of a connection (`inspect stats`). Of one with Sentinels kombu's has the logins, twice."""
+    told = type(connection).info(connection)
+    told.pop("alternates", None)
+    told["transport_options"] = {name: value for name, value in told["transport_options"].items() if name != "sentinel_kwargs"}
+    return dict(told)
 
 
 def _is_written(job: Any) -> bool:

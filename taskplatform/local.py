@@ -41,6 +41,7 @@ from urllib.parse import urlsplit
 
 from taskplatform import guardian
 from taskplatform.errors import TaskPlatformError
+from taskplatform.sentinel import SentinelUrl
 from taskplatform.settings import PREFIX, STOP_MARGIN, Settings, environment, shown_url
 
 VALKEY_PORT = 6380
@@ -1047,17 +1048,30 @@ def _require_project() -> None:
 
 
 def _require_reachable(url: str) -> None:
-    """Of a server that is not ours, only that something listens there; the workers speak to it themselves."""
+    """Of a server that is not ours, only that something listens there, or one of its Sentinels; the workers speak to it themselves."""
     parts = urlsplit(url)
     try:
-        if parts.scheme == "unix":
+        if SentinelUrl.is_one(url):
+            _any_listens(SentinelUrl.parse(url).sentinels)
+        elif parts.scheme == "unix":
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.settimeout(5.0)
                 connection.connect(parts.path)
         else:
-            socket.create_connection((parts.hostname or "", parts.port or 6379), timeout=5.0).close()
+            _any_listens([(parts.hostname or "", parts.port or 6379)])
     except OSError as fault:
         raise StartError(f"{PREFIX}REDIS_URL is {shown_url(url)}, which cannot be reached: {fault}") from None
+
+
+def _any_listens(addresses: Sequence[tuple[str, int]]) -> None:
+    """Raises OSError, of the last one, if there is none."""
+    for number, address in enumerate(addresses, start=1):
+        try:
+            socket.create_connection(address, timeout=5.0).close()
+            return
+        except OSError:
+            if number == len(addresses):
+                raise
 
 
 def _is_free(port: int) -> bool:

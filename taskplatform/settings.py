@@ -43,6 +43,7 @@ from taskplatform.addresses import TARGET_RULE, Target
 from taskplatform.errors import SettingsError
 from taskplatform.faults import did_you_mean, explain
 from taskplatform.model import BreakerRule, Duration, Host, Limit, LimitRule, PositiveDuration, RateLimit, format_duration
+from taskplatform.sentinel import SentinelUrl
 
 PREFIX = "TASKPLATFORM_"
 ENV_FILE = ".env"
@@ -50,7 +51,10 @@ ENV_FILE = ".env"
 _EMPTY = ("", "null", "~")
 _NUMBER = re.compile(r"\d+(\.\d+)?", re.ASCII)
 _HIDDEN = (("redis_url",), ("flower_login",), ("api_key",))
-_URL_RULE = "takes a redis:// or rediss:// URL such as redis://host:6379/0, or a unix:// one; / ? # @ in a password are %2F %3F %23 %40"
+_URL_RULE = (
+    "takes a redis:// or rediss:// URL such as redis://host:6379/0, a unix:// one, or sentinel://host1:26379,host2:26379/0?master=NAME; "
+    "/ ? # @ in a password are %2F %3F %23 %40"
+)
 #: In the URL of a connection without TLS. Kombu would take the first for TLS that verifies nothing, the second for a class to
 #: import, and the others not at all, so that store and broker were not in one database.
 _NO_URL_OPTION = re.compile(r"ssl.*|credential_provider|db|virtual_host", re.IGNORECASE)
@@ -60,6 +64,7 @@ _MOST_YAML_BYTES = 256 * 1024
 _MOST_YAML_NAMES = 200
 _MOST_FAULTS = 50
 _TLS_FILES = ("redis_ca", "redis_cert", "redis_key")
+_WITH_TLS = ("rediss:", "sentinels:")
 
 _Target = Annotated[Target, PlainValidator(Target.parse), WithJsonSchema({"type": "string", "description": TARGET_RULE})]
 
@@ -233,6 +238,9 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _check_redis_url(cls, url: str) -> str:
+        if SentinelUrl.is_one(url):
+            SentinelUrl.parse(url)
+            return url
         try:
             parts = urlsplit(url)
             host, _ = parts.hostname, parts.port
@@ -279,8 +287,10 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check_tls(self) -> Settings:
         given = [name for name in _TLS_FILES if getattr(self, name) is not None]
-        if given and not self.redis_url.startswith("rediss:"):
-            raise ValueError(f"{' and '.join(given)} given, but redis_url does not ask for TLS; with TLS it begins with rediss://")
+        if given and not self.redis_url.startswith(_WITH_TLS):
+            raise ValueError(
+                f"{' and '.join(given)} given, but redis_url does not ask for TLS; with TLS it begins with rediss:// or sentinels://"
+            )
         if (self.redis_cert is None) != (self.redis_key is None):
             raise ValueError("redis_cert and redis_key are given together or not at all")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -312,7 +322,7 @@ class Settings(BaseSettings):
     @property
     def redis_tls(self) -> dict[str, Any]:
         """What redis-py, and so kombu, redbeat and Flower, are told of TLS: always the same. Nothing where there is none."""
-        if not self.redis_url.startswith("rediss:"):
+        if not self.redis_url.startswith(_WITH_TLS):
             return {}
         files = {"ssl_ca_certs": self.redis_ca, "ssl_certfile": self.redis_cert, "ssl_keyfile": self.redis_key}
         return {
@@ -323,7 +333,9 @@ class Settings(BaseSettings):
 
     @property
     def broker_url(self) -> str:
-        """The URL for kombu, which verifies nothing where a rediss:// URL is all that it is given."""
+        """The URL for kombu, which verifies nothing where a rediss:// URL is all that it is given; with Sentinel one for each."""
+        if self.sentinel is not None:
+            return self.sentinel.for_kombu
         tls = self.redis_tls
         if not tls:
             return self.redis_url
@@ -331,8 +343,15 @@ class Settings(BaseSettings):
         return f"{self.redis_url.partition('#')[0]}?{urlencode(asked)}"
 
     @property
+    def sentinel(self) -> SentinelUrl | None:
+        """What redis_url says of Sentinels, if it does."""
+        return SentinelUrl.parse(self.redis_url) if SentinelUrl.is_one(self.redis_url) else None
+
+    @property
     def redis_address(self) -> tuple[str, dict[str, str]]:
         """The URL of Redis without user and password, and these, where they are given, as redis-py takes them."""
+        if self.sentinel is not None:
+            return self.sentinel.shown, dict(self.sentinel.login)
         parts = urlsplit(self.redis_url)
         options = dict(parse_qsl(parts.query, keep_blank_values=True))
         found = {"username": unquote(parts.username or ""), "password": unquote(parts.password or "")}
@@ -348,7 +367,9 @@ class Settings(BaseSettings):
         One of less than 8 characters is left out: it would be found in much that is no secret.
         """
         _, login = self.redis_address
-        found = [login.get("password", ""), self.flower_login or "", (self.flower_login or "").partition(":")[2]]
+        sentinels = self.sentinel.sentinel_login if self.sentinel else {}
+        found = [login.get("password", ""), sentinels.get("password", "")]
+        found += [self.flower_login or "", (self.flower_login or "").partition(":")[2]]
         found += [value.get_secret_value() for name in type(self).model_fields if isinstance(value := getattr(self, name), SecretStr)]
         return tuple(dict.fromkeys(one for one in found if len(one) >= 8))
 
@@ -421,6 +442,8 @@ def _load(name: str, files: object, load: Callable[[], None]) -> None:
 
 def shown_url(url: str) -> str:
     """A URL of Redis for people: without user, password and options."""
+    if SentinelUrl.is_one(url):
+        return SentinelUrl.parse(url).shown
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 

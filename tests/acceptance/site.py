@@ -231,7 +231,8 @@ def _fresh_app(environment: Mapping[str, str]) -> ModuleType:
         try:
             module = importlib.import_module("taskplatform.app")
             module.app.finalize()
-            assert module.app.conf.broker_url.partition("?")[0] == environment["TASKPLATFORM_REDIS_URL"]
+            assert taskplatform.settings.settings().redis_url == environment["TASKPLATFORM_REDIS_URL"]
+            assert module.app.conf.broker_url == taskplatform.settings.settings().broker_url
             module.platform()
             assert module.app.backend  # now, because it imports the application's module
         finally:
