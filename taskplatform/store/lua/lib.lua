@@ -51,11 +51,11 @@ local function bucket_for(span)
   return 'inf'
 end
 
--- A run that was recorded as started has ended, and that is recorded now.
-local function observe_run(definition, started, now)
+-- A run that was recorded as started has ended, and that is recorded now: `how` with the bucket of its span, so that one count tells both.
+local function observe_run(definition, how, started, now)
   local span = math.max(0, now - tonumber(started))
-  tally(definition, 'run|' .. bucket_for(span), 1)
-  tally(definition, 'run|ms', span)
+  tally(definition, how .. '|' .. bucket_for(span), 1)
+  tally(definition, 'ms', span)
 end
 
 -- A job started so long after it was due.
@@ -890,8 +890,8 @@ local function count_unfinished(id, by)
   end
 end
 
--- Ends a job: a terminal transition and all that follows from it.
-local function conclude(id, job, to, now, worker, reason, detail)
+-- Ends a job: a terminal transition and all that follows from it, but for the count of what was no run's own end.
+local function end_job(id, job, to, now, worker, reason, detail)
   move(id, job.state, to, now, job.attempt, worker, reason, detail)
   if job.state == 'running' or job.state == 'queued' then
     leave_flight(id, job, now)
@@ -910,8 +910,13 @@ local function conclude(id, job, to, now, worker, reason, detail)
     call('ZADD', K.finished, text(now), id)
   end
   count_unfinished(id, -1)
-  tally(parts(id), job.priority .. '|' .. to, 1)
   job.state = to
+end
+
+-- The same, counted, where no worker says how the job's run went.
+local function conclude(id, job, to, now, worker, reason, detail)
+  end_job(id, job, to, now, worker, reason, detail)
+  tally(parts(id), job.priority .. '|' .. to, 1)
 end
 
 -- Gives a job that is nowhere in the waiting set another priority.
