@@ -35,7 +35,7 @@ class Telling:
     """Of one process. It tells from its start on, and of the platform once it `serves` it."""
 
     def __init__(self, settings: Settings) -> None:
-        self.pulse = Pulse("loop")
+        self.pulse = Pulse("requests")
         self.requests = Requests()
         self.stopping: Callable[[], bool] = lambda: False
         self._platform: Platform | None = None
