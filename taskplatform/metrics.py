@@ -219,7 +219,9 @@ def _jobs(figures: Figures) -> Iterator[Metric]:
     yield entered
     ended = _family(CounterMetricFamily, "jobs_ended", "Jobs that ended, by how.", ("definition", "priority", "state"))
     retried = _family(CounterMetricFamily, "retries", "Attempts that failed and are followed by another.", ("definition", "priority"))
-    late = _family(CounterMetricFamily, "timeouts", "Runs that a time limit ended, whether another attempt follows or not.", ("definition",))
+    late = _family(
+        CounterMetricFamily, "timeouts", "Runs that a time limit ended, whether another attempt follows or not.", ("definition",)
+    )
     lost = _family(CounterMetricFamily, "runs_lost", "Runs whose process or worker died, or that were stuck.", ("definition",))
     runs = _family(
         HistogramMetricFamily, "run_seconds", "Runs, by the time from the record of the start to that of the end.", ("definition",)

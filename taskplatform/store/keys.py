@@ -98,10 +98,10 @@ NAMES = {
     "changes": "changes",  # stream, bounded
 }
 
-#: The buckets of the histograms in "stats" and "lags": a span counts in the first whose upper bound in ms is not below it, else in "inf"; the
-#: field "ms" is the sum. A release may have others: what older ones counted stays. "lags" has a field for each bucket. "stats" has
-#: "<priority>|<state>|<bucket>" for runs by how they ended, "<priority>|retrying|late|<bucket>" for those that a time limit ended and that are
-#: tried again, "<priority>|<state>" for jobs that ended otherwise, and "lost".
+#: The buckets of the histograms in "stats" and "lags": a span counts in the first whose upper bound in ms is not below it, else in "inf";
+#: the field "ms" is the sum. A release may have others: what older ones counted stays. "lags" has a field for each bucket. "stats" has
+#: "<priority>|<state>|<bucket>" for runs by how they ended, "<priority>|retrying|late|<bucket>" for those that a time limit ended and
+#: that are tried again, "<priority>|<state>" for jobs that ended otherwise, and "lost".
 BOUNDS_MS = (10, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 1_800_000)
 
 #: The broker's own keys, which kombu names: queues are lists named as the priorities.

@@ -638,7 +638,8 @@ class Store:
     ) -> bool:
         """End a run. False when the delivery no longer counted; its result is then only noted in the history.
 
-        `call` says how the host did that the run called, if it did; `late` that a time limit ended it, where it is tried again. Raises InvalidTransition for a state in which no run ends.
+        `call` says how the host did that the run called, if it did; `late` that a time limit ended a run that is tried again. Raises
+        InvalidTransition for a state in which no run ends.
         """
         if state not in TRANSITIONS[JobState.RUNNING]:
             raise InvalidTransition(f"a run of {job_id} cannot end as {state}: {', '.join(sorted(TRANSITIONS[JobState.RUNNING]))} it can")

@@ -180,7 +180,9 @@ def test_hosts_that_fail_or_are_held_back(ready: Store) -> None:
 
     def exported(name: str) -> dict[tuple[str, ...], float]:
         families = PlatformCollector(lambda: ready, Settings(), keep=0).collect()
-        return {tuple(one.labels.values()): one.value for family in families for one in family.samples if one.name == f"taskplatform_{name}"}
+        return {
+            tuple(one.labels.values()): one.value for family in families for one in family.samples if one.name == f"taskplatform_{name}"
+        }
 
     call("well.example.com", failed=False)
     assert exported("breaker_state") == exported("host_failure_ratio") == {}
