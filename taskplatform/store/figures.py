@@ -11,7 +11,7 @@ import redis
 
 from taskplatform.model import Job, JobState, Priority
 from taskplatform.store.keys import BOUNDS_MS
-from taskplatform.store.records import Beat, Breaker, LimitState, Worker, batches, read_beat, read_worker
+from taskplatform.store.records import Beat, Breaker, LimitState, Worker, batches, read_beat, read_counts, read_worker
 
 Place = tuple[str, Priority]
 """A definition, and the priority of some of its jobs."""
@@ -154,7 +154,7 @@ def read_figures(
         now_ms=now_ms,
         planner=planner,
         oldest_due_ms=int(due[0][1]) if due else None,
-        entered={state: int(counts.get(state, 0)) for state in JobState},
+        entered=read_counts(counts),
         counters={name: int(times) for name, times in counters.items() if name},
         dead_letters=dead,
         running=Counter(job_id.partition(":")[0] for job_id in active),

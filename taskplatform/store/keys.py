@@ -46,7 +46,7 @@ NAMES = {
     "unfinished": "unfinished:",  # by definition with overlap=skip, hash: user → number of unfinished jobs
     "finished": "finished",  # sorted set: job id → when, for the retention
     "dead": "dead",  # sorted set: job id of a dead letter → when it died; such a job is not in "finished"
-    "counts": "counts",  # hash: how many jobs ever entered each state
+    "counts": "counts",  # hash: how many jobs ever entered each state; "assigned" is counted as "running"
     # the waiting set
     "lane": "lane:",  # by "<priority>:<definition>", sorted set: "<seq>:<job id>" → execute_after
     "ready": "ready:",  # by priority, sorted set: definition → execute_after of its lane's head

@@ -71,6 +71,7 @@ from taskplatform.store.records import (
     read_breaker,
     read_calls,
     read_commitment,
+    read_counts,
     read_creation,
     read_due_item,
     read_job,
@@ -891,8 +892,7 @@ class Store:
 
     def counts(self) -> dict[JobState, int]:
         """How many jobs ever entered each state."""
-        raw = cast("dict[str, str]", self._redis.hgetall(self._key("counts")))
-        return {state: int(raw.get(state, 0)) for state in JobState}
+        return read_counts(cast("dict[str, str]", self._redis.hgetall(self._key("counts"))))
 
     def waiting(self) -> dict[Priority, int]:
         """How many jobs wait, by priority; held ones are not counted."""

@@ -271,7 +271,7 @@ def prometheus(binaries: tuple[str, str], town: Town, guard: Guard, tmp_path_fac
     folder, port = tmp_path_factory.mktemp("prometheus"), find_port()
     scraped = [f"127.0.0.1:{one}" for one in town.ports]
     config = {
-        "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"},
+        "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
         "rule_files": [str(ALERTS)],
         "scrape_configs": [{"job_name": "taskplatform", "static_configs": [{"targets": scraped}]}],
     }
@@ -298,7 +298,7 @@ def prometheus(binaries: tuple[str, str], town: Town, guard: Guard, tmp_path_fac
 def watched(prometheus: Prometheus, town: Town, target: Target) -> Prometheus:
     """It saw jobs run, fail, be tried again, be late and be given up, under limits, a host that fails, and an API that is asked."""
     site, platform = town.site, town.site.platform
-    wait_until(lambda: prometheus.value("sum(up)") == [4], seconds=20, message="not all are up")
+    wait_until(lambda: prometheus.value("sum(up)") == [4], seconds=60, message="not all are up")
     before, user = so_far(site), site.user()
     platform.set_limit("total", "1000/s", burst=1000)
     platform.set_limit("user", concurrency=50)
@@ -308,8 +308,11 @@ def watched(prometheus: Prometheus, town: Town, target: Target) -> Prometheus:
     jobs += [platform.enqueue("returning", user=user, priority="low").id for _ in range(3)]
     found = re.search(r"listening on (http://\S+)", town.api_node.logs())
     assert found is not None
+    for path, code in (("/health", 200), ("/v1/jobs/no-such-job", 401)):
+        assert requests.get(found.group(1) + path, timeout=10).status_code == code
+    # a rate takes a second request after the first was scraped
+    wait_until(lambda: prometheus.value("sum(taskplatform_api_requests_total)") == [2], seconds=60)
     assert requests.get(f"{found.group(1)}/health", timeout=10).status_code == 200
-    assert requests.get(f"{found.group(1)}/v1/jobs/no-such-job", timeout=10).status_code == 401
     site.wait_for_all(jobs)
     host = target.url.removeprefix("http://")
     happened = {
@@ -327,19 +330,20 @@ def watched(prometheus: Prometheus, town: Town, target: Target) -> Prometheus:
     assert {name: now[name] - before[name] for name in happened} == happened
     assert (now["taskplatform_host_failure_ratio", host], now["taskplatform_limit_utilization_ratio", "concurrency", "user"]) == (1, 0)
     asked = metrics(town.api)
-    assert asked["taskplatform_api_requests_total", "GET", "/health", "200"] == 1
+    assert asked["taskplatform_api_requests_total", "GET", "/health", "200"] == 2
     assert asked["taskplatform_api_request_seconds_count", "GET", "none"] == 1  # who has no key does not learn which routes there are
     return prometheus
 
 
 def test_prometheus_scrapes_all(prometheus: Prometheus) -> None:
-    wait_until(lambda: prometheus.value("sum(up)") == [4], seconds=20, message="not all are up")
-    assert prometheus.value("sum(taskplatform_beat_leads)") == [1]
-    assert prometheus.value("max(taskplatform_workers)") == [1]
+    # nothing is refused: neither twice, nor out of order
+    def errors() -> list[str]:
+        return [one["lastError"] for one in prometheus.get("targets")["activeTargets"]]
+
+    wait_until(lambda: prometheus.value("sum(up)") == [4] and errors() == [""] * 4, seconds=60, message=f"not all are up: {errors()}")
+    eventually(lambda: prometheus.value("sum(taskplatform_beat_leads)") == [1], "not one leads", seconds=60)
+    eventually(lambda: prometheus.value("max(taskplatform_workers)") == [1], "not one works", seconds=60)
     assert prometheus.value("count(taskplatform_run_seconds_bucket) > 100")
-    # nothing was refused: neither twice, nor out of order
-    targets = prometheus.get("targets")["activeTargets"]
-    assert [one["lastError"] for one in targets] == [""] * 4
     assert [name for name in prometheus.get("label/__name__/values") if name.endswith("_created")] == []
 
 
@@ -354,15 +358,16 @@ def queries() -> Iterator[tuple[str, str]]:
 def test_every_query_of_the_dashboard_has_data(watched: Prometheus) -> None:
     asked = list(queries())
     assert len(asked) > 50
-    missing: dict[str, str] = {}
+    missing = asked
 
     def all_have() -> bool:
-        missing.clear()
-        missing.update({title: query for title, query in asked if all(map(math.isnan, watched.value(query)))})
+        # a scrape may time out on a busy machine, and then what it would have brought is away for a moment
+        nonlocal missing
+        missing = [(title, query) for title, query in missing if all(map(math.isnan, watched.value(query)))]
         return not missing
 
     try:
-        wait_until(all_have, seconds=30)
+        wait_until(all_have, seconds=60)
     except AssertionError:
         raise AssertionError(f"no data: {missing}") from None
 
@@ -373,12 +378,11 @@ def test_the_alerts_can_be_asked_and_none_that_is_critical_is_raised(watched: Pr
 
     wait_until(lambda: all(rule["health"] == "ok" for rule in rules()), message="the rules are not evaluated")
     assert {rule["name"] for rule in rules()} == {rule["alert"] for rule in alerts()}
-    critical = [rule["name"] for rule in rules() if rule["labels"]["severity"] == "critical" and rule["state"] == "firing"]
-    assert critical == []
+    eventually(lambda: not [one for one in rules() if (one["labels"]["severity"], one["state"]) == ("critical", "firing")], "one is raised")
     # an expression with a name or a label that is not exported gives nothing for ever, and that is no error
     selectors = {found for rule in alerts() for found in re.findall(r"\b(?:taskplatform_\w+|up)\b(?:\{[^}]*\})?", rule["expr"])}
     assert len(selectors) > 20
-    assert {one for one in selectors if not watched.value(f"count({one})")} <= SELDOM
+    assert {one for one in selectors if not watched.value(f"count(last_over_time({one}[30m]))")} <= SELDOM
 
 
 def alerts() -> list[dict[str, Any]]:

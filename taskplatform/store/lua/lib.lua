@@ -180,12 +180,16 @@ local function add_note(id, now, job, worker, reason, detail)
   return true
 end
 
--- Moves a job from the state it is in to another, and keeps that. An error here is a bug of a script; what was written before
--- it stays written, so a script moves a job first and changes the rest after it.
-local function move(id, from, to, now, attempt, worker, reason, detail)
+local function check_move(id, from, to)
   if not (ALLOWED[from] and ALLOWED[from][to]) then
     error('transition ' .. from .. ' -> ' .. to .. ' of ' .. id .. ' is not allowed')
   end
+end
+
+-- Moves a job from the state it is in to another, and keeps that. An error here is a bug of a script; what was written before
+-- it stays written, so a script moves a job first and changes the rest after it.
+local function move(id, from, to, now, attempt, worker, reason, detail)
+  check_move(id, from, to)
   unpack_record(id)
   call('HSET', K.job .. id, 'state', to)
   call('HINCRBY', K.counts, to, 1)
