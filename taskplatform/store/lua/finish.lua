@@ -22,7 +22,7 @@ local definition, priority = parts(id), job.priority
 if to == 'retrying' then
   give_back(id, job, 'retrying', now, now + tonumber(ARGV[8]), worker, ARGV[6], ARGV[7])
 else
-  end_job(id, job, to, now, worker, ARGV[6], ARGV[7])
+  conclude(id, job, to, now, worker, ARGV[6], ARGV[7], true)
 end
 call('HSET', K.job .. id, 'mark', mark)
 observe_run(definition, priority .. '|' .. to .. (to == 'retrying' and ARGV[13] == '1' and '|late' or ''), job.started, now)

@@ -180,16 +180,12 @@ local function add_note(id, now, job, worker, reason, detail)
   return true
 end
 
-local function check_move(id, from, to)
-  if not (ALLOWED[from] and ALLOWED[from][to]) then
-    error('transition ' .. from .. ' -> ' .. to .. ' of ' .. id .. ' is not allowed')
-  end
-end
-
 -- Moves a job from the state it is in to another, and keeps that. An error here is a bug of a script; what was written before
 -- it stays written, so a script moves a job first and changes the rest after it.
 local function move(id, from, to, now, attempt, worker, reason, detail)
-  check_move(id, from, to)
+  if not (ALLOWED[from] and ALLOWED[from][to]) then
+    error('transition ' .. from .. ' -> ' .. to .. ' of ' .. id .. ' is not allowed')
+  end
   unpack_record(id)
   call('HSET', K.job .. id, 'state', to)
   call('HINCRBY', K.counts, to, 1)
@@ -894,8 +890,8 @@ local function count_unfinished(id, by)
   end
 end
 
--- Ends a job: a terminal transition and all that follows from it, but for the count of what was no run's own end.
-local function end_job(id, job, to, now, worker, reason, detail)
+-- Ends a job: a terminal transition and all that follows from it. `counted`: it is a run's own end, which `observe_run` counts.
+local function conclude(id, job, to, now, worker, reason, detail, counted)
   move(id, job.state, to, now, job.attempt, worker, reason, detail)
   if job.state == 'running' or job.state == 'queued' then
     leave_flight(id, job, now)
@@ -914,13 +910,8 @@ local function end_job(id, job, to, now, worker, reason, detail)
     call('ZADD', K.finished, text(now), id)
   end
   count_unfinished(id, -1)
+  if not counted then tally(parts(id), job.priority .. '|' .. to, 1) end
   job.state = to
-end
-
--- The same, counted, where no worker says how the job's run went.
-local function conclude(id, job, to, now, worker, reason, detail)
-  end_job(id, job, to, now, worker, reason, detail)
-  tally(parts(id), job.priority .. '|' .. to, 1)
 end
 
 -- Gives a job that is nowhere in the waiting set another priority.

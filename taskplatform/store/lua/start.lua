@@ -52,7 +52,6 @@ if delivery > 1 then
   received_at = math.max(received_at, tonumber(string.match(last or '', '^%[(%d+)') or 0))
 end
 -- in this state nothing else finds the job, so only its history says that it was; as many enter it as start
-check_move(id, 'queued', 'assigned')
 remember(id, math.min(now, received_at), 'queued', 'assigned', attempt, worker, 'received', '')
 move(id, 'assigned', 'running', now, attempt, worker, started, '')
 call('HSET', K.job .. id, 'attempt', attempt, 'worker', worker, 'started', text(now), 'mark', ARGV[6], 'version', version)
