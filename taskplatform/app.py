@@ -344,15 +344,15 @@ class PlatformTask(Task):  # type: ignore[misc]
             exc = FunctionFailed(_describe(exc))
         reason = _discreet(options.get("reason") or "") or (_describe(exc) if exc is not None else "retry")
         most = self.definition.retries if max_retries is None else max_retries
+        timed_out = isinstance(exc, SoftTimeLimitExceeded) or bool(options.get("timed_out"))
         if run.start.failures >= most:
-            timed_out = isinstance(exc, SoftTimeLimitExceeded) or bool(options.get("timed_out"))
             state = JobState.TIMED_OUT if timed_out else JobState.FAILED
             self._finish(run, state, reason, options.get("detail"), call=options.get("call"))
             raise JobFailed(f"{reason}; {run.start.failures} retries used up") from exc
         if eta is not None:
             countdown = max(0.0, eta.timestamp() - platform().store.now_ms() / 1000)
         delay = self.definition.backoff.delay(run.start.failures + 1) if countdown is None else timedelta(seconds=countdown)
-        self._finish(run, JobState.RETRYING, reason, options.get("detail"), delay, call=options.get("call"))
+        self._finish(run, JobState.RETRYING, reason, options.get("detail"), delay, call=options.get("call"), late=timed_out)
         again = Retry(reason, exc, when=eta or delay.total_seconds())
         # and not what is being handled, which may have a secret
         again.__cause__ = exc
@@ -509,11 +509,12 @@ class PlatformTask(Task):  # type: ignore[misc]
         retry_in: timedelta | None = None,
         *,
         call: CallReport | None = None,
+        late: bool = False,
     ) -> None:
         """Record how a run ended. Raises Unrecorded where Redis cannot be told, whatever the run's time limit: the work is done."""
         # of a call its own secrets are gone already, but targets share theirs
         shown = detail and {name: _discreet(value) if isinstance(value, str) else value for name, value in detail.items()}
-        ending = Ending(run.job_id, run.delivery, run.worker, state, _discreet(reason), shown, retry_in, call)
+        ending = Ending(run.job_id, run.delivery, run.worker, state, _discreet(reason), shown, retry_in, call, late)
         try:
             ending.record(platform().store)
         except (StoreUnavailable, SoftTimeLimitExceeded) as fault:

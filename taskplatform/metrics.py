@@ -4,7 +4,8 @@ There are two kinds. What is the platform's as a whole (`PlatformCollector`) is 
 the script that records it: so processes that are killed, pools of many processes and restarts lose nothing. Every process that serves it
 gives the same figures: over several take the maximum, never the sum. What is one process's own (`ProcessCollector`) is its alone.
 
-Labels are bounded: definitions, priorities, states, limits that are no single user's, living workers by their node's name, events.
+Labels are bounded: definitions, priorities, states, limits that are no single user's, hosts that failed of late, living workers by their
+node's name, events. What can be counted is there from the start, with 0: Prometheus sees no increase in a series that begins with 1.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from taskplatform.errors import StoreError
-from taskplatform.model import Priority
+from taskplatform.model import JobState, Priority
 from taskplatform.pulse import Pulse
 from taskplatform.settings import Settings
-from taskplatform.store import BOUNDS_MS, Figures, Histogram, LimitState, Store, Worker
+from taskplatform.store import BOUNDS_MS, Breaker, BreakerState, Figures, Histogram, LimitState, Store, Worker
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,25 @@ _WAIT_SECONDS = 3.0
 #: A counter that has become less by no more than this part is the same one, of a server that lost its last second.
 _LOST_PART = 0.1
 _SKIPPED = {"missed": "skipped_missed", "definition_paused": "skipped_paused", "definition_removed": "skipped_removed"}
+#: What `count` in lib.lua and `Store.count` are told of.
+EVENTS = (
+    "breaker_closed",
+    "breaker_opened",
+    "dead_letters",
+    "dead_letters_dropped",
+    "deaf",
+    "discarded",
+    "garbage",
+    "host_held",
+    "jobs_recovered",
+    "messages_reclaimed",
+    "poison_pills",
+    "refused",
+    "stuck",
+    "workers_lost",
+)
+#: How most jobs end that run.
+_USUAL_ENDS = (JobState.COMPLETED, JobState.FAILED, JobState.TIMED_OUT)
 _BOUNDS = (*(f"{bound / 1000:g}" for bound in BOUNDS_MS), "+Inf")
 _TICK_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _Labels = Sequence[str]
@@ -109,7 +129,7 @@ class PlatformCollector(Collector):
             return
         figures, seconds = found
         yield _gauge("figures_read_seconds", "How long reading it took.", seconds)
-        families = [*_jobs(figures), *_planner(figures), *_limits(figures), *_processes(figures, self._settings)]
+        families = [*_jobs(figures), *_planner(figures), *_limits(figures), *_hosts(figures.breakers), *_processes(figures, self._settings)]
         with self._lock:
             yield from self._never_back(families)
 
@@ -199,19 +219,24 @@ def _jobs(figures: Figures) -> Iterator[Metric]:
     yield entered
     ended = _family(CounterMetricFamily, "jobs_ended", "Jobs that ended, by how.", ("definition", "priority", "state"))
     retried = _family(CounterMetricFamily, "retries", "Attempts that failed and are followed by another.", ("definition", "priority"))
+    late = _family(
+        CounterMetricFamily, "timeouts", "Runs that a time limit ended, whether another attempt follows or not.", ("definition",)
+    )
     lost = _family(CounterMetricFamily, "runs_lost", "Runs whose process or worker died, or that were stuck.", ("definition",))
     runs = _family(
         HistogramMetricFamily, "run_seconds", "Runs, by the time from the record of the start to that of the end.", ("definition",)
     )
     for definition in figures.definitions:
         counts = figures.counts[definition]
-        for (priority, state), times in sorted(counts.ended.items()):
+        own = [figures.own_priorities[definition]] if definition in figures.own_priorities else []
+        for (priority, state), times in sorted(({(one, state): 0 for one in own for state in _USUAL_ENDS} | dict(counts.ended)).items()):
             ended.add_metric((definition, priority, state), times)
-        for priority, times in sorted(counts.retried.items()):
+        for priority, times in sorted((dict.fromkeys(own, 0) | dict(counts.retried)).items()):
             retried.add_metric((definition, priority), times)
+        late.add_metric((definition,), counts.late)
         lost.add_metric((definition,), counts.lost)
         _add_histogram(runs, (definition,), counts.runs)
-    yield from (ended, retried, lost, runs)
+    yield from (ended, retried, late, lost, runs)
     lag = _family(HistogramMetricFamily, "release_lag_seconds", "Starts, by the time since the job was due.", ("priority",))
     for priority, histogram in figures.lags.items():
         _add_histogram(lag, (priority,), histogram)
@@ -249,7 +274,7 @@ def _jobs(figures: Figures) -> Iterator[Metric]:
         paused.add_metric((definition,), int(definition in figures.paused))
     yield paused
     events = _family(CounterMetricFamily, "events", "What happened and should be rare.", ("event",))
-    for event, times in sorted(figures.counters.items()):
+    for event, times in sorted((dict.fromkeys(EVENTS, 0) | dict(figures.counters)).items()):
         events.add_metric((event,), times)
     yield events
 
@@ -297,6 +322,23 @@ def _limits(figures: Figures) -> Iterator[Metric]:
     yield _gauge("users_capped", "Users with jobs that are set aside until another of theirs ends.", figures.capped_users)
 
 
+def _hosts(breakers: Sequence[Breaker]) -> Iterator[Metric]:
+    state = _family(GaugeMetricFamily, "breaker_state", "The state of a host's breaker: 1, and 0 of its other states.", ("host", "state"))
+    failed = _family(GaugeMetricFamily, "host_failure_ratio", "Failed part of a host's calls, as its breaker counts them.", ("host",))
+    held = _family(GaugeMetricFamily, "hosts_held", "Hosts whose jobs are held back, by the state of their breaker.", ("state",))
+    for one in breakers:
+        # most are well, and there may be as many as definitions
+        if one.state is not BreakerState.CLOSED or one.failures:
+            for each in BreakerState:
+                state.add_metric((one.host, each), int(one.state is each))
+        if one.calls:
+            failed.add_metric((one.host,), round(one.failures / one.calls, 3))
+    for each in BreakerState:
+        if each is not BreakerState.CLOSED:
+            held.add_metric((each,), sum(one.state is each for one in breakers))
+    yield from (state, failed, held)
+
+
 def _used_rate(one: LimitState) -> float:
     assert one.tokens is not None
     most = one.limit.capacity / one.limit.tokens_per_start
@@ -304,6 +346,7 @@ def _used_rate(one: LimitState) -> float:
 
 
 def _processes(figures: Figures, settings: Settings) -> Iterator[Metric]:
+    yield _gauge("users", "Users, paused ones too.", figures.users)
     timeout_ms = settings.heartbeat_timeout.total_seconds() * 1000
     alive = [one for one in figures.workers if figures.now_ms - one.heartbeat_ms <= timeout_ms]
     yield _gauge("workers", "Workers whose heartbeat is not too old.", len(alive))

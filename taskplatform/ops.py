@@ -129,11 +129,12 @@ class OpsServer:
         self._process = process
         self._host = settings.ops_host
         self._ports = settings.ops_ports
-        self._registry = CollectorRegistry()
-        self._registry.register(process.collector())
-        self._registry.register(ResourceCollector(registry=None))
+        self.registry = CollectorRegistry()
+        """Of all that `/metrics` tells."""
+        self.registry.register(process.collector())
+        self.registry.register(ResourceCollector(registry=None))
         for collector in collectors:
-            self._registry.register(collector)
+            self.registry.register(collector)
         self._stopped = threading.Event()
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
@@ -199,7 +200,7 @@ class OpsServer:
         """Status, content type and body for a path."""
         if path == "/metrics":
             encode, kind = choose_encoder(accept)
-            return HTTPStatus.OK, kind, encode(self._registry)
+            return HTTPStatus.OK, kind, encode(self.registry)
         if path in ("/health", "/ready"):
             process = self._process
             checks = process.liveness() if path == "/health" else process.readiness()

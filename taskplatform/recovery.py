@@ -137,6 +137,8 @@ class Ending:
     detail: Mapping[str, Any] | None = None
     retry_in: timedelta | None = None
     call: CallReport | None = None
+    late: bool = False
+    """A time limit ended it."""
 
     def record(self, store: Store) -> JobState:
         """Tell Redis; as often as need be, because it knows one that it has. Returns the state. Raises StoreError and Discarded."""
@@ -149,6 +151,7 @@ class Ending:
             detail=self.detail,
             retry_in=self.retry_in,
             call=self.call,
+            late=self.late,
         )
         if not counted:
             raise Discarded(f"job {self.job_id}: result {self.state} of delivery {self.delivery} discarded: it is not the current one")
@@ -177,6 +180,7 @@ class KilledEnding:
             JobState.RETRYING if again else JobState.TIMED_OUT,
             self.reason,
             retry_in=self.backoff.delay(failures + 1) if again else None,
+            late=True,
         ).record(store)
 
 

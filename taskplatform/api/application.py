@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from datetime import timedelta
+from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -22,21 +20,16 @@ from taskplatform.api import jobs, operations, people, problem, security
 from taskplatform.api.call import JSON, Reads
 from taskplatform.api.guard import Guard
 from taskplatform.api.metrics import MEDIA_TYPE as METRICS
-from taskplatform.api.metrics import Metrics
 from taskplatform.api.records import Alive, Readiness
 from taskplatform.api.routing import ALWAYS, WITHOUT_BODY, document, problem_response
+from taskplatform.api.telling import Telling
 from taskplatform.catalogue import Catalogue
-from taskplatform.errors import StoreError
 from taskplatform.platform import Platform
 from taskplatform.settings import Settings
 from taskplatform.store import Store
 
 #: Calls that ask Redis at a time; others wait.
 THREADS = 16
-
-#: A look at whether all is ready serves all who ask in this time, and is waited for so long.
-_READY_SECONDS = 1.0
-_LOOK_SECONDS = 2.0
 
 _ROUTES = (
     jobs.jobs,
@@ -58,14 +51,22 @@ everything, `read` and `submit` do not contain each other. Every error is a prob
 ISO 8601."""
 
 
-def make_app(platform: Platform) -> FastAPI:
-    """The application without what stands before it. Raises ValueError for a route that says no scope."""
-    looks = _Looks(platform)
+def make_app(platform: Platform, telling: Telling | None = None) -> FastAPI:
+    """The application without what stands before it. Raises ValueError for a route that says no scope.
+
+    `telling` is what the process tells of itself, where that began before Redis was reached.
+    """
+    telling = telling or Telling(platform.settings)
+    telling.serves(platform)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
+        turning = asyncio.create_task(telling.turn())
         yield
+        turning.cancel()
+        with suppress(asyncio.CancelledError):
+            await turning
 
     app = FastAPI(
         title="taskplatform",
@@ -78,9 +79,9 @@ def make_app(platform: Platform) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.platform = platform
-    app.state.metrics = Metrics(platform.store)
+    app.state.telling = telling
     problem.install(app)
-    routers = [_process_routes(app, looks), *(routes.router for routes in _ROUTES)]
+    routers = [_process_routes(app, telling), *(routes.router for routes in _ROUTES)]
     app.state.routes = [route for router in routers for route in router.routes]
     for router in routers:
         app.include_router(router)
@@ -100,7 +101,7 @@ def openapi_document(settings: Settings) -> dict[str, Any]:
 
 def guarded(app: FastAPI, settings: Settings) -> Guard:
     """What a server serves."""
-    return Guard(app, metrics=app.state.metrics, max_body=settings.api_max_body, timeout=settings.api_timeout.total_seconds())
+    return Guard(app, requests=app.state.telling.requests, max_body=settings.api_max_body, timeout=settings.api_timeout.total_seconds())
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
-def _process_routes(app: FastAPI, looks: _Looks) -> APIRouter:
+def _process_routes(app: FastAPI, telling: Telling) -> APIRouter:
     """What tells of this process and of the API itself."""
     router = APIRouter(tags=["process"])
     busy: dict[int | str, dict[str, Any]] = {503: problem_response(503)}
@@ -124,7 +125,7 @@ def _process_routes(app: FastAPI, looks: _Looks) -> APIRouter:
     @router.get("/ready", response_model=Readiness, responses=not_ready, operation_id="is_ready")
     async def ready() -> Response:
         """Say whether the API can do its work: Redis answers, and a beat leads."""
-        found = await looks.look()
+        found = await telling.ready()
         return Response(found.model_dump_json(), 200 if found.ready else 503, media_type=JSON)
 
     problems: dict[int | str, dict[str, Any]] = {code: problem_response(code) for code in ALWAYS}
@@ -142,7 +143,7 @@ def _process_routes(app: FastAPI, looks: _Looks) -> APIRouter:
     @router.get("/metrics", response_class=Response, responses={**problems, **text}, openapi_extra=WITHOUT_BODY)
     def get_metrics(call: Reads) -> Response:  # noqa: ARG001 - it is asked for the key
         """Get figures of this process and of the platform."""
-        return Response(app.state.metrics.read(), media_type=METRICS)
+        return Response(telling.metrics(), media_type=METRICS)
 
     @router.get("/v1/openapi.json", response_class=Response, responses={**problems, **itself}, openapi_extra=WITHOUT_BODY)
     def get_openapi(call: Reads) -> Response:  # noqa: ARG001
@@ -150,39 +151,3 @@ def _process_routes(app: FastAPI, looks: _Looks) -> APIRouter:
         return Response(json.dumps(app.openapi()), media_type=JSON)
 
     return router
-
-
-class _Looks:
-    """Whether Redis answers and a beat leads. One look at a time, however many ask, and none waits long."""
-
-    def __init__(self, platform: Platform) -> None:
-        self._platform = platform
-        self._last = Readiness(ready=False, redis=False, leader=None, workers=None)
-        self._until = 0.0
-        self._looking: asyncio.Future[Readiness] | None = None
-
-    async def look(self) -> Readiness:
-        """As it was a second ago at the latest."""
-        if time.monotonic() < self._until:
-            return self._last
-        if self._looking is None or self._looking.done():
-            # a thread of its own: those of the calls may all be waiting for Redis
-            self._looking = asyncio.get_running_loop().run_in_executor(None, self._look)
-        try:
-            self._last = await asyncio.wait_for(asyncio.shield(self._looking), _LOOK_SECONDS)
-        except TimeoutError:
-            self._last = Readiness(ready=False, redis=False, leader=None, workers=None)
-        self._until = time.monotonic() + _READY_SECONDS
-        return self._last
-
-    def _look(self) -> Readiness:
-        store, settings = self._platform.store, self._platform.settings
-        try:
-            now_ms, planner, beats = store.now_ms(), store.planner(), store.heartbeats()
-        except StoreError:
-            return Readiness(ready=False, redis=False, leader=None, workers=None)
-        last = int(planner.get("tick") or planner.get("since") or 0)
-        patience = settings.beat_lock_timeout + max(timedelta(seconds=5), 2 * settings.beat_interval)
-        leads = timedelta(milliseconds=now_ms - last) <= patience
-        alive = sum(timedelta(milliseconds=now_ms - at) <= settings.heartbeat_timeout for at in beats.values())
-        return Readiness(ready=leads, redis=True, leader=leads, workers=alive)

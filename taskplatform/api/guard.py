@@ -21,7 +21,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from taskplatform.api.metrics import Metrics
+from taskplatform.api.metrics import Requests
 from taskplatform.api.problem import Problem, request_id, unforeseen, with_status
 
 log = logging.getLogger(__name__)
@@ -48,9 +48,9 @@ _LINGER = 1.0
 class Guard:
     """An ASGI application around another. `timeout` is in seconds."""
 
-    def __init__(self, app: Any, *, metrics: Metrics, max_body: int, timeout: float) -> None:
+    def __init__(self, app: Any, *, requests: Requests, max_body: int, timeout: float) -> None:
         self._app = app
-        self._metrics = metrics
+        self._requests = requests
         self._max_body = max_body
         self._timeout = timeout
         self._in_flight = 0
@@ -64,12 +64,12 @@ class Guard:
         began = time.monotonic()
         self._in_flight += 1
         try:
-            with self._metrics.in_flight():
+            with self._requests.in_flight():
                 await self._answer(scope, receive, answer)
         finally:
             self._in_flight -= 1
             taken = time.monotonic() - began
-            self._metrics.answered(scope, answer.status, taken)
+            self._requests.answered(scope, answer.status, taken)
             _log(scope, answer.status, taken)
 
     async def _answer(self, scope: MutableMapping[str, Any], receive: Any, answer: _Answer) -> None:

@@ -25,6 +25,7 @@ import uvicorn
 from taskplatform import http
 from taskplatform.api.application import guarded, make_app
 from taskplatform.api.guard import MOST_HEADER_BYTES, GuardedProtocol
+from taskplatform.api.telling import Telling
 from taskplatform.errors import SettingsError
 from taskplatform.keys import TOKEN
 from taskplatform.outage import when_reachable
@@ -46,10 +47,12 @@ def run(settings: Settings, *, insecure_http: bool = False) -> int:
     formatter = _log_to_stderr(settings)
     context = tls_context(settings, insecure_http=insecure_http)
     listener = listen(settings)
-    with closing(listener), closing(when_reachable(partial(Platform.connect, settings, actor="api"), log)) as platform:
+    telling = Telling(settings)
+    telling.ops.start()
+    with closing(listener), closing(_reach(settings, telling)) as platform:
         configs = [definition.config for definition in platform.catalogue.values() if definition.config is not None]
         formatter.secrets = (*settings.secrets, *http.secrets_in(configs, environment()))
-        server = make_server(platform, context)
+        server = make_server(platform, context, telling)
 
         def stop(_number: int, _frame: FrameType | None) -> None:
             server.should_exit = True
@@ -59,12 +62,17 @@ def run(settings: Settings, *, insecure_http: bool = False) -> int:
             signal.signal(number, stop)
         log.info("listening on %s", url_of("http" if context is None else "https", listener))
         server.run(sockets=[listener])
+        telling.ops.stop()
         return 0 if server.started else 1
 
 
 def _end(_number: int, _frame: FrameType | None) -> NoReturn:
     """Before it serves there is nothing to finish."""
     raise SystemExit(0)
+
+
+def _reach(settings: Settings, telling: Telling) -> Platform:
+    return when_reachable(partial(Platform.connect, settings, actor="api"), log, between=telling.pulse.failed)
 
 
 class _DiscreetFormatter(logging.Formatter):
@@ -87,12 +95,13 @@ def _log_to_stderr(settings: Settings) -> _DiscreetFormatter:
     return formatter
 
 
-def make_server(platform: Platform, context: ssl.SSLContext | None) -> uvicorn.Server:
+def make_server(platform: Platform, context: ssl.SSLContext | None, telling: Telling | None = None) -> uvicorn.Server:
     """The server, without its address."""
     settings = platform.settings
     protocol = type("Protocol", (GuardedProtocol,), {"timeout": settings.api_timeout.total_seconds()})
+    telling = telling or Telling(settings)
     config = uvicorn.Config(
-        guarded(make_app(platform), settings),
+        guarded(make_app(platform, telling), settings),
         http=protocol,
         ws="none",
         loop="asyncio",
@@ -108,7 +117,9 @@ def make_server(platform: Platform, context: ssl.SSLContext | None) -> uvicorn.S
     )
     config.load()
     config.ssl = context
-    return uvicorn.Server(config)
+    server = uvicorn.Server(config)
+    telling.stopping = lambda: server.should_exit
+    return server
 
 
 def listen(settings: Settings) -> socket.socket:

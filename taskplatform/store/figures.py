@@ -11,7 +11,7 @@ import redis
 
 from taskplatform.model import Job, JobState, Priority
 from taskplatform.store.keys import BOUNDS_MS
-from taskplatform.store.records import Beat, LimitState, Worker, batches, read_beat, read_worker
+from taskplatform.store.records import Beat, Breaker, LimitState, Worker, batches, read_beat, read_counts, read_worker
 
 Place = tuple[str, Priority]
 """A definition, and the priority of some of its jobs."""
@@ -37,6 +37,8 @@ class DefinitionCounts:
     ended: Mapping[tuple[Priority, JobState], int]
     retried: Mapping[Priority, int]
     """Attempts that failed and are followed by another."""
+    late: int
+    """Runs that a time limit ended, whether they are followed by another or not."""
     lost: int
     """Runs whose process or worker died, or that were stuck."""
     runs: Histogram
@@ -81,6 +83,11 @@ class Figures:
     """By limit, how many jobs are due and wait because of it."""
     capped_users: int
     """Users with jobs that are set aside, because as many of theirs are in flight as may be."""
+    users: int
+    breakers: tuple[Breaker, ...]
+    """Of the hosts that are held back, and that published definitions call."""
+    own_priorities: Mapping[str, Priority]
+    """By definition, that of its jobs unless they are given another."""
 
 
 def read_figures(
@@ -89,8 +96,9 @@ def read_figures(
     now_ms: int,
     limits: Sequence[LimitState],
     jobs_by_id: Callable[[Sequence[str]], Iterable[Job]],
+    breakers: Callable[[Iterable[str]], Iterable[Breaker]],
 ) -> Figures:
-    """Ask for all of it but the limits, which are those that are not of single users."""
+    """Ask for all of it but the limits, which are those that are not of single users. `breakers` gives those of hosts."""
     pipe = client.pipeline(transaction=False)
     pipe.hgetall(key("planner"))
     pipe.zrange(key("due"), "(0", "+inf", byscore=True, withscores=True, offset=0, num=1)
@@ -102,13 +110,14 @@ def read_figures(
     pipe.hgetall(key("beats"))
     pipe.scard(key("capped_users"))
     pipe.smembers(key("definitions"))
+    pipe.zcard(key("users"))
     for priority in Priority:
         pipe.zcard(key("queued", priority))
         pipe.hgetall(key("lags", priority))
         pipe.zrange(key("ready", priority), 0, -1)
         pipe.zrange(key("blocked", priority), 0, -1, withscores=True)
         pipe.zrange(key("turns", priority), 0, -1)
-    planner, due, counts, counters, dead, active, heartbeats, beats, capped, known, *rest = pipe.execute()
+    planner, due, counts, counters, dead, active, heartbeats, beats, capped, known, users, *rest = pipe.execute()
     of_priority = dict(zip(Priority, batches(rest, 5), strict=True))
     definitions = sorted(known)
     blocked = {(definition, priority): until for priority, (_, _, _, rows, _) in of_priority.items() for definition, until in rows}
@@ -125,7 +134,7 @@ def read_figures(
         pipe.zrange(turn, 0, 0)
     of_lanes = dict(zip(lanes, batches(pipe.execute(), 5), strict=True))
     for definition in definitions:
-        pipe.hmget(key("definition", definition), "paused", "host")
+        pipe.hmget(key("definition", definition), "paused", "host", "priority")
         pipe.hgetall(key("stats", definition))
     for worker, _ in heartbeats:
         pipe.hgetall(key("worker", worker))
@@ -140,11 +149,12 @@ def read_figures(
         place = heads[job.id]
         oldest[place] = min(job.execute_after_ms, oldest.get(place, job.execute_after_ms))
     due_jobs = {place: lane_due + turns for place, (_, lane_due, _, turns, _) in of_lanes.items() if lane_due + turns}
+    hosts = {definition: host or "" for definition, ((_, host, _), _) in of_definitions.items()}
     return Figures(
         now_ms=now_ms,
         planner=planner,
         oldest_due_ms=int(due[0][1]) if due else None,
-        entered={state: int(counts.get(state, 0)) for state in JobState},
+        entered=read_counts(counts),
         counters={name: int(times) for name, times in counters.items() if name},
         dead_letters=dead,
         running=Counter(job_id.partition(":")[0] for job_id in active),
@@ -152,7 +162,7 @@ def read_figures(
         waiting={place: total + turns for place, (total, _, _, turns, _) in of_lanes.items() if total + turns},
         due=due_jobs,
         oldest_ms=oldest,
-        paused=frozenset(definition for definition, ((why, _), _) in of_definitions.items() if why),
+        paused=frozenset(definition for definition, ((why, _, _), _) in of_definitions.items() if why),
         definitions=tuple(definitions),
         lags={priority: _read_lags(rows[1]) for priority, rows in of_priority.items()},
         counts={definition: _read_counts(fields) for definition, (_, fields) in of_definitions.items()},
@@ -160,42 +170,44 @@ def read_figures(
         running_on={worker: count for (worker, _), (_, count) in of_workers},
         beats=tuple(read_beat(name, line) for name, line in beats.items()),
         limits=tuple(limits),
-        held_by=_waiting_for_limits(
-            due_jobs, blocked, {definition: host or "" for definition, ((_, host), _) in of_definitions.items()}, limits
-        ),
+        held_by=_waiting_for_limits(due_jobs, blocked, hosts, limits),
         capped_users=capped,
+        users=users,
+        breakers=tuple(breakers(set(hosts.values()) - {""})),
+        own_priorities={definition: Priority(own) for definition, ((_, _, own), _) in of_definitions.items() if own},
     )
 
 
 def _read_lags(fields: Mapping[str, str]) -> Histogram:
     """A histogram with nothing else in its hash."""
-    return _histogram(fields, "")
+    return _histogram([(bound, int(times)) for bound, times in fields.items() if bound != "ms"], int(fields.get("ms", 0)))
 
 
 def _read_counts(fields: Mapping[str, str]) -> DefinitionCounts:
     """What a definition's hash in "stats" says."""
-    ended: dict[tuple[Priority, JobState], int] = {}
-    retried: dict[Priority, int] = {}
-    for name, times in fields.items():
-        priority, _, state = name.partition("|")
-        if priority in tuple(Priority):
-            if state == JobState.RETRYING:
-                retried[Priority(priority)] = int(times)
-            else:
-                ended[Priority(priority), JobState(state)] = int(times)
-    return DefinitionCounts(ended, retried, int(fields.get("lost", 0)), _histogram(fields, "run|"))
+    ended: Counter[tuple[Priority, JobState]] = Counter()
+    retried: Counter[Priority] = Counter()
+    late = 0
+    runs: list[tuple[str, int]] = []
+    for name, times in ((name, int(text)) for name, text in fields.items() if "|" in name):
+        priority, state, *of_run = name.split("|")
+        if state == JobState.RETRYING:
+            retried[Priority(priority)] += times
+        else:
+            ended[Priority(priority), JobState(state)] += times
+        if state == JobState.TIMED_OUT or "late" in of_run:
+            late += times
+        if of_run:
+            runs.append((of_run[-1], times))
+    return DefinitionCounts(ended, retried, late, int(fields.get("lost", 0)), _histogram(runs, int(fields.get("ms", 0))))
 
 
-def _histogram(fields: Mapping[str, str], prefix: str) -> Histogram:
-    counted = {float(name.removeprefix(prefix)): int(times) for name, times in fields.items() if _is_bound(name, prefix)}
+def _histogram(counted: Sequence[tuple[str, int]], sum_ms: int) -> Histogram:
+    """From how many there are in each bucket; one may be there more than once."""
+    spans = [(float(bound), times) for bound, times in counted]
     # another release may have counted by other bounds
-    upto = tuple(sum(times for bound, times in counted.items() if bound <= most) for most in BOUNDS_MS)
-    return Histogram(upto, sum(counted.values()), int(fields.get(f"{prefix}ms", 0)))
-
-
-def _is_bound(name: str, prefix: str) -> bool:
-    bound = name.removeprefix(prefix)
-    return name.startswith(prefix) and (bound.isdigit() or bound == "inf")
+    upto = tuple(sum(times for bound, times in spans if bound <= most) for most in BOUNDS_MS)
+    return Histogram(upto, sum(times for _, times in spans), sum_ms)
 
 
 def _waiting_for_limits(

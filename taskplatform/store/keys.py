@@ -47,7 +47,7 @@ NAMES = {
     "unfinished": "unfinished:",  # by definition with overlap=skip, hash: user → number of unfinished jobs
     "finished": "finished",  # sorted set: job id → when, for the retention
     "dead": "dead",  # sorted set: job id of a dead letter → when it died; such a job is not in "finished"
-    "counts": "counts",  # hash: how many jobs ever entered each state
+    "counts": "counts",  # hash: how many jobs ever entered each state; "assigned" is counted as "running"
     # the waiting set
     "lane": "lane:",  # by "<priority>:<definition>", sorted set: "<seq>:<job id>" → execute_after
     "ready": "ready:",  # by priority, sorted set: definition → execute_after of its lane's head
@@ -93,14 +93,16 @@ NAMES = {
     # the control API
     "answer": "answer:",  # by digest of a caller's Idempotency-Key, JSON: what was asked with it, and the answer; it expires
     # for metrics
-    "stats": "stats:",  # by definition, hash: "<priority>|<state>" → jobs that ended so (retrying: attempts), see also `BOUNDS_MS`
+    "stats": "stats:",  # by definition, hash: how jobs and runs ended, see `BOUNDS_MS`
     "lags": "lags:",  # by priority, hash: how long after they were due jobs started, see `BOUNDS_MS`
     # what people changed
     "changes": "changes",  # stream, bounded
 }
 
-#: The buckets of the histograms in "stats" (fields "run|<bound>", "run|ms") and "lags" ("<bound>", "ms"): a span counts in the first
-#: whose upper bound is not below it, else in "inf"; "ms" is the sum. A release may have others: what older ones counted stays.
+#: The buckets of the histograms in "stats" and "lags": a span counts in the first whose upper bound in ms is not below it, else in "inf";
+#: the field "ms" is the sum. A release may have others: what older ones counted stays. "lags" has a field for each bucket. "stats" has
+#: "<priority>|<state>|<bucket>" for runs by how they ended, "<priority>|retrying|late|<bucket>" for those that a time limit ended and
+#: that are tried again, "<priority>|<state>" for jobs that ended otherwise, and "lost".
 BOUNDS_MS = (10, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 1_800_000)
 
 #: The broker's own keys, which kombu names: queues are lists named as the priorities.

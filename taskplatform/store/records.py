@@ -505,6 +505,11 @@ def read_calls(host: str, counted: str | None) -> Breaker:
     return Breaker(host, BreakerState.CLOSED, calls=calls + calls_before, failures=failures + failures_before)
 
 
+def read_counts(raw: Mapping[str, str]) -> dict[JobState, int]:
+    """How many jobs ever entered each state. The script that starts a job takes it through assigned, and counts that once."""
+    return {state: int(raw.get(JobState.RUNNING if state is JobState.ASSIGNED else state, 0)) for state in JobState}
+
+
 def read_limit(text: str) -> Limit:
     """The reverse of `write_limit`."""
     rate, burst, concurrency = (None if part == "-" else float(part) for part in text.split())

@@ -71,6 +71,7 @@ from taskplatform.store.records import (
     read_breaker,
     read_calls,
     read_commitment,
+    read_counts,
     read_creation,
     read_due_item,
     read_job,
@@ -652,10 +653,12 @@ class Store:
         detail: Mapping[str, Any] | None = None,
         retry_in: timedelta | None = None,
         call: CallReport | None = None,
+        late: bool = False,
     ) -> bool:
         """End a run. False when the delivery no longer counted; its result is then only noted in the history.
 
-        `call` says how the host did that the run called, if it did. Raises InvalidTransition for a state in which no run ends.
+        `call` says how the host did that the run called, if it did; `late` that a time limit ended a run that is tried again. Raises
+        InvalidTransition for a state in which no run ends.
         """
         if state not in TRANSITIONS[JobState.RUNNING]:
             raise InvalidTransition(f"a run of {job_id} cannot end as {state}: {', '.join(sorted(TRANSITIONS[JobState.RUNNING]))} it can")
@@ -664,7 +667,9 @@ class Store:
         pause = 0 if call is None else milliseconds(call.pause)
         rule, host = ("", "") if call is None else (write_rule(call.rule), call.host)
         told = _to_json(detail) if detail else ""
-        answer, of_host = self._scripts.run("finish", job_id, delivery, worker, state, reason, told, delay, verdict, pause, rule, host)
+        answer, of_host = self._scripts.run(
+            "finish", job_id, delivery, worker, state, reason, told, delay, verdict, pause, rule, host, int(late)
+        )
         if of_host:
             log.warning("%s", of_host)
         return bool(answer == "done")
@@ -905,8 +910,7 @@ class Store:
 
     def counts(self) -> dict[JobState, int]:
         """How many jobs ever entered each state."""
-        raw = cast("dict[str, str]", self._redis.hgetall(self._key("counts")))
-        return {state: int(raw.get(state, 0)) for state in JobState}
+        return read_counts(cast("dict[str, str]", self._redis.hgetall(self._key("counts"))))
 
     def waiting(self) -> dict[Priority, int]:
         """How many jobs wait, by priority; held ones are not counted."""
@@ -1013,9 +1017,13 @@ class Store:
         pipe = self._redis.pipeline(transaction=False)
         for definition in sorted(self.published()):
             pipe.hget(self._key("definition", definition), "host")
-        hosts = {host for host in pipe.execute() if host}
+        return self._breakers({host for host in pipe.execute() if host})
+
+    def _breakers(self, hosts: Iterable[str]) -> list[Breaker]:
+        """Of these hosts, and of others that are held back."""
         held, now_ms = cast("dict[str, str]", self._redis.hgetall(self._key("breakers"))), self.now_ms()
-        well = sorted(hosts - held.keys())
+        pipe = self._redis.pipeline(transaction=False)
+        well = sorted(set(hosts) - held.keys())
         for host in well:
             pipe.get(self._key("calls", host))
         found = [read_calls(host, counted) for host, counted in zip(well, pipe.execute(), strict=True)]
@@ -1275,8 +1283,8 @@ class Store:
     # metrics
 
     def figures(self) -> Figures:
-        """What metrics are made of, in six round trips. Its cost grows with the definitions, the limits and the jobs that run."""
-        return read_figures(self._redis, self._key, self.now_ms(), self.limit_states(of_users=False), self.jobs_by_id)
+        """What metrics are made of, in some ten round trips. Its cost grows with the definitions, the limits and the jobs that run."""
+        return read_figures(self._redis, self._key, self.now_ms(), self.limit_states(of_users=False), self.jobs_by_id, self._breakers)
 
     # housekeeping
 

@@ -765,10 +765,10 @@ def test_metrics(api: Api, platform: Platform) -> None:
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     lines = answer.text.splitlines()
     for line in (
-        'taskplatform_jobs_entered_total{state="pending"} 1.0',
-        'taskplatform_jobs_waiting{priority="medium"} 1.0',
+        'taskplatform_job_states_total{state="pending"} 1.0',
+        'taskplatform_jobs_waiting{definition="sync",priority="medium"} 1.0',
         "taskplatform_users 2.0",
-        "taskplatform_redis_up 1.0",
+        "taskplatform_figures_read 1.0",
         "taskplatform_api_requests_in_flight 1.0",
     ):
         assert line in lines

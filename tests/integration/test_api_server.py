@@ -339,7 +339,7 @@ def test_without_redis_it_says_so_and_comes_back(tmp_path: Path) -> None:
             answer = api.raw("POST", "/v1/users", {"id": "u1"}, headers={"Idempotency-Key": "k"})
             assert (answer.status_code, answer.headers["content-type"]) == (503, "application/problem+json")
             wait_until(lambda: api.raw("GET", "/ready").json() == {"ready": False, "redis": False, "leader": None, "workers": None})
-            assert "taskplatform_redis_up 0.0" in api.raw("GET", "/metrics").text
+            assert "taskplatform_figures_read 0.0" in api.raw("GET", "/metrics").text
             assert api("GET", "/health") == {"status": "ok"}
             with embedded_server(tmp_path / "second", port=port):
                 wait_until(lambda: api.raw("GET", "/v1/users").status_code == 200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -11,7 +12,7 @@ import pytest
 import redis
 
 from taskplatform.metrics import PlatformCollector
-from taskplatform.model import JobState, Limit, Priority
+from taskplatform.model import BreakerRule, CallReport, JobState, Limit, Priority
 from taskplatform.planner import Planner, published
 from taskplatform.settings import Settings
 from taskplatform.store import BOUNDS_MS, Enqueue, Figures, Store
@@ -37,9 +38,9 @@ def start(store: Store, job_id: str, worker: str = "w1") -> None:
     assert store.start(job_id, delivery=store.job(job_id).delivery, worker=worker).go
 
 
-def finish(store: Store, job_id: str, state: JobState, worker: str = "w1") -> None:
+def finish(store: Store, job_id: str, state: JobState, worker: str = "w1", *, late: bool = False) -> None:
     delivery = store.job(job_id).delivery
-    assert store.finish(job_id, delivery=delivery, worker=worker, state=state, reason="as it went", retry_in=SECOND)
+    assert store.finish(job_id, delivery=delivery, worker=worker, state=state, reason="as it went", retry_in=SECOND, late=late)
 
 
 def spans(store: Store) -> Iterator[tuple[str, int, int, int]]:
@@ -61,7 +62,7 @@ def test_lag_and_run_time_of_every_attempt(ready: Store, clock: Clock) -> None:
     clock.advance(0.2)
     start(ready, job_id)
     clock.advance(3)
-    finish(ready, job_id, S.RETRYING)
+    finish(ready, job_id, S.RETRYING, late=True)
     assert list(spans(ready)) == [("medium", 1, 200, 250), ("report", 1, 3000, 5000)]
     clock.advance(1)
     ready.release()
@@ -73,7 +74,15 @@ def test_lag_and_run_time_of_every_attempt(ready: Store, clock: Clock) -> None:
     counts = ready.figures().counts["report"]
     assert counts.ended == {(MEDIUM, S.COMPLETED): 1}
     assert counts.retried == {MEDIUM: 1}
-    assert counts.lost == 0
+    assert (counts.late, counts.lost) == (1, 0)
+    # the last time limit of a job counts too, what else failed does not
+    for state in (S.TIMED_OUT, S.FAILED):
+        other = enqueue(ready, name=state)
+        start(ready, other)
+        finish(ready, other, state)
+    counts = ready.figures().counts["report"]
+    assert counts.ended == {(MEDIUM, S.COMPLETED): 1, (MEDIUM, S.TIMED_OUT): 1, (MEDIUM, S.FAILED): 1}
+    assert (counts.late, counts.runs.total) == (2, 4)
 
 
 def test_a_repeated_or_late_end_counts_once(ready: Store, clock: Clock) -> None:
@@ -152,6 +161,46 @@ def test_what_a_host_or_the_whole_holds_back(ready: Store, client: redis.Redis) 
     assert {one.name for one in ready.figures().limits} == {"total", "host:api.example.com"}
 
 
+def test_hosts_that_fail_or_are_held_back(ready: Store) -> None:
+    hosts = ("failing.example.com", "well.example.com")
+    for host in hosts:
+        fetch = define(host.partition(".")[0], config={"endpoint": f"https://{host}/"}, call=None)
+        ready.publish(published(fetch, {}), actor=ACTOR)
+    rule = BreakerRule(0.5, 4, timedelta(minutes=1), timedelta(seconds=30))
+
+    numbers = itertools.count()
+
+    def call(host: str, *, failed: bool) -> None:
+        job_id = enqueue(ready, host.partition(".")[0], name=f"n{next(numbers)}")
+        start(ready, job_id)
+        report = CallReport(host, failed, rule)
+        state = S.FAILED if failed else S.COMPLETED
+        delivery = ready.job(job_id).delivery
+        assert ready.finish(job_id, delivery=delivery, worker="w1", state=state, reason="as it went", call=report)
+
+    def exported(name: str) -> dict[tuple[str, ...], float]:
+        families = PlatformCollector(lambda: ready, Settings(), keep=0).collect()
+        return {
+            tuple(one.labels.values()): one.value for family in families for one in family.samples if one.name == f"taskplatform_{name}"
+        }
+
+    call("well.example.com", failed=False)
+    assert exported("breaker_state") == exported("host_failure_ratio") == {}
+    for failed in (True, True, False):
+        call("failing.example.com", failed=failed)
+    assert exported("host_failure_ratio") == {("failing.example.com",): 0.667}
+    assert exported("breaker_state")["failing.example.com", "closed"] == 1
+    call("failing.example.com", failed=True)
+    assert exported("breaker_state")["failing.example.com", "open"] == 1
+    assert exported("hosts_held") == {("open",): 1, ("held",): 0, ("half_open",): 0}
+    assert exported("events_total")["breaker_opened",] == 1
+    # one that nobody's definition calls
+    ready.hold_host("other.example.com", span=timedelta(minutes=1), why="maintenance", actor=ACTOR)
+    assert {host for host, _ in exported("breaker_state")} == {"failing.example.com", "other.example.com"}
+    ready.free_host("failing.example.com", actor=ACTOR)
+    assert {host for host, _ in exported("breaker_state")} == {"other.example.com"}
+
+
 def test_skipped_occurrences_by_reason(ready: Store, clock: Clock) -> None:
     definition = define("hourly", interval={"type": "hourly"}, window="10s")
     planner = Planner(ready, {"hourly": definition}, horizon=HORIZON, batch=10)
@@ -183,9 +232,9 @@ def test_nothing_is_left_of_a_definition_that_was_removed(ready: Store, client: 
 
 
 def test_buckets_of_another_release_are_counted(ready: Store, client: redis.Redis) -> None:
-    client.hset(key("tp", "stats", "report"), mapping={"run|75": 2, "run|99999999": 1, "run|ms": 5})
+    client.hset(key("tp", "stats", "report"), mapping={"high|completed|75": 1, "low|failed|75": 1, "low|failed|99999999": 1, "ms": 5})
     runs = ready.figures().counts["report"].runs
-    assert runs.total == 3
+    assert (runs.total, runs.sum_ms) == (3, 5)
     assert dict(zip(BOUNDS_MS, runs.upto, strict=True))[100] == 2
     assert runs.upto[-1] == 2
 

@@ -12,14 +12,17 @@ import pytest
 from prometheus_client.metrics_core import Metric
 
 from taskplatform import metrics
+from taskplatform.api.metrics import Requests
 from taskplatform.errors import StoreUnavailable
 from taskplatform.metrics import PlatformCollector, ProcessCollector, Recent, beat_metrics, tick_seconds, worker_metrics
 from taskplatform.model import JobState, Limit, Priority
 from taskplatform.pulse import Pulse
 from taskplatform.settings import Settings
-from taskplatform.store import BOUNDS_MS, Beat, DefinitionCounts, Figures, Histogram, LimitState, Worker
+from taskplatform.store import BOUNDS_MS, Beat, Breaker, BreakerState, DefinitionCounts, Figures, Histogram, LimitState, Worker
 from tests.conftest import ROOT
 
+#: Whose metrics there are, as the document says it.
+SCOPES = ("platform", "process", "worker", "beat", "api", "reader")
 NOW_MS = 1_800_000_000_000
 EMPTY = Histogram((0,) * len(BOUNDS_MS), 0, 0)
 FIGURES = Figures(
@@ -41,10 +44,11 @@ FIGURES = Figures(
         "report": DefinitionCounts(
             {(Priority.LOW, JobState.COMPLETED): 9},
             {Priority.LOW: 2},
+            3,
             1,
             Histogram((1, 2, *(3,) * (len(BOUNDS_MS) - 2)), 4, 12_345),
         ),
-        "other": DefinitionCounts({}, {}, 0, EMPTY),
+        "other": DefinitionCounts({}, {}, 0, 0, EMPTY),
     },
     workers=(
         Worker("worker@a#1", NOW_MS - 60_000, 3, ("high",), (), {}),
@@ -58,6 +62,13 @@ FIGURES = Figures(
     ),
     held_by={"total": 2, "user": 0},
     capped_users=1,
+    users=7,
+    breakers=(
+        Breaker("open.example", BreakerState.OPEN, since_ms=1, until_ms=2, calls=20, failures=15),
+        Breaker("failed.example:8000", BreakerState.CLOSED, calls=4, failures=1),
+        Breaker("well.example", BreakerState.CLOSED),
+    ),
+    own_priorities={"report": Priority.LOW, "other": Priority.HIGH},
 )
 
 
@@ -67,14 +78,21 @@ def families(scope: str) -> Iterator[Metric]:
         settings = Settings()
         for part in (metrics._jobs, metrics._planner, metrics._limits):
             yield from part(FIGURES)
+        yield from metrics._hosts(FIGURES.breakers)
         yield from metrics._processes(FIGURES, settings)
     elif scope == "process":
         yield from ProcessCollector("worker", [Pulse("release")], live=lambda: True, ready=lambda: True).collect()
     elif scope == "worker":
         yield from worker_metrics(slots=1, running=1, unrecorded=0)
-    else:
+    elif scope == "api":
+        for collector in Requests().collectors:
+            for family in collector.collect():
+                family._labelnames = collector._labelnames  # type: ignore[attr-defined]
+                yield family
+    elif scope == "beat":
         yield from beat_metrics(leads=True)
         yield from tick_seconds().collect()
+    else:
         yield from PlatformCollector(lambda: None, Settings()).collect()
         yield metrics._gauge("figures_read_seconds", "", 0)
 
@@ -96,14 +114,14 @@ def test_the_document_has_all_and_no_others() -> None:
             ", ".join(f"`{label}`" for label in getattr(family, "_labelnames", ())),
             scope,
         )
-        for scope in ("platform", "process", "worker", "beat")
+        for scope in SCOPES
         for family in families(scope)
     )
     assert sorted(rows) == exported
 
 
 def test_names_are_in_base_units_and_say_what_they_are() -> None:
-    for scope in ("platform", "process", "worker", "beat"):
+    for scope in SCOPES:
         for family in families(scope):
             assert re.fullmatch(r"taskplatform_[a-z_]+", family.name)
             assert not re.search(r"_(ms|millis|minutes|percent|total|count|sum|bucket)(_|$)", family.name)
@@ -133,6 +151,37 @@ def test_what_the_figures_become() -> None:
     assert value("taskplatform_limit_utilization_ratio", limit="user", kind="concurrency") == 0.75
 
 
+def test_what_can_be_counted_is_there_before_it_happens() -> None:
+    """Else Prometheus would see no increase when it happens first."""
+    assert value("taskplatform_retries_total", definition="other", priority="high") == 0
+    assert value("taskplatform_jobs_ended_total", definition="other", priority="high", state="failed") == 0
+    # what was counted stays
+    assert value("taskplatform_retries_total", definition="report", priority="low") == 2
+    assert value("taskplatform_jobs_ended_total", definition="report", priority="low", state="completed") == 9
+    assert value("taskplatform_timeouts_total", definition="report") == 3
+    assert value("taskplatform_events_total", event="dead_letters") == 1
+    assert value("taskplatform_events_total", event="workers_lost") == 0
+
+
+def test_the_events_are_those_that_scripts_count() -> None:
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "taskplatform/store/lua").glob("*.lua"))
+    python = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "taskplatform").rglob("*.py"))
+    counted = {name for call in re.findall(r"\bcount\(([^\n)]*)", scripts) for name in re.findall(r"'([a-z]+(?:_[a-z]+)*)'", call)}
+    counted -= {"open"}  # what `hold_host` compares with
+    counted |= set(re.findall(r"store\.count\(\"(\w+)\"\)", python))
+    assert counted == set(metrics.EVENTS)
+
+
+def test_the_state_of_a_host_is_one_of_all() -> None:
+    states = {state: value("taskplatform_breaker_state", host="open.example", state=state) for state in BreakerState}
+    assert states == {"open": 1, "closed": 0, "held": 0, "half_open": 0}
+    assert value("taskplatform_breaker_state", host="failed.example:8000", state="closed") == 1
+    assert value("taskplatform_host_failure_ratio", host="failed.example:8000") == 0.25
+    assert [value("taskplatform_hosts_held", state=state) for state in ("open", "held", "half_open")] == [1, 0, 0]
+    # there may be as many as definitions
+    assert not any(sample.labels.get("host") == "well.example" for family in families("platform") for sample in family.samples)
+
+
 def test_a_worker_that_was_started_anew_is_one() -> None:
     assert value("taskplatform_workers") == 1
     assert value("taskplatform_worker_running", worker="worker@a") == 1
@@ -147,7 +196,7 @@ def test_beats_that_died_do_not_lead() -> None:
 
 
 def test_no_series_is_given_twice() -> None:
-    for scope in ("platform", "process", "worker", "beat"):
+    for scope in SCOPES:
         series = [(sample.name, *sorted(sample.labels.items())) for family in families(scope) for sample in family.samples]
         assert len(series) == len(set(series))
 

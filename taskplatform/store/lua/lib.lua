@@ -51,11 +51,11 @@ local function bucket_for(span)
   return 'inf'
 end
 
--- A run that was recorded as started has ended, and that is recorded now.
-local function observe_run(definition, started, now)
+-- A run that was recorded as started has ended, and that is recorded now: `how` with the bucket of its span, so that one count tells both.
+local function observe_run(definition, how, started, now)
   local span = math.max(0, now - tonumber(started))
-  tally(definition, 'run|' .. bucket_for(span), 1)
-  tally(definition, 'run|ms', span)
+  tally(definition, how .. '|' .. bucket_for(span), 1)
+  tally(definition, 'ms', span)
 end
 
 -- A job started so long after it was due.
@@ -890,8 +890,8 @@ local function count_unfinished(id, by)
   end
 end
 
--- Ends a job: a terminal transition and all that follows from it.
-local function conclude(id, job, to, now, worker, reason, detail)
+-- Ends a job: a terminal transition and all that follows from it. `counted`: it is a run's own end, which `observe_run` counts.
+local function conclude(id, job, to, now, worker, reason, detail, counted)
   move(id, job.state, to, now, job.attempt, worker, reason, detail)
   if job.state == 'running' or job.state == 'queued' then
     leave_flight(id, job, now)
@@ -910,7 +910,7 @@ local function conclude(id, job, to, now, worker, reason, detail)
     call('ZADD', K.finished, text(now), id)
   end
   count_unfinished(id, -1)
-  tally(parts(id), job.priority .. '|' .. to, 1)
+  if not counted then tally(parts(id), job.priority .. '|' .. to, 1) end
   job.state = to
 end
 

@@ -51,7 +51,8 @@ if delivery > 1 then
   local last = call('LINDEX', K.history .. id, -1)
   received_at = math.max(received_at, tonumber(string.match(last or '', '^%[(%d+)') or 0))
 end
-move(id, 'queued', 'assigned', math.min(now, received_at), attempt, worker, 'received', '')
+-- in this state nothing else finds the job, so only its history says that it was; as many enter it as start
+remember(id, math.min(now, received_at), 'queued', 'assigned', attempt, worker, 'received', '')
 move(id, 'assigned', 'running', now, attempt, worker, started, '')
 call('HSET', K.job .. id, 'attempt', attempt, 'worker', worker, 'started', text(now), 'mark', ARGV[6], 'version', version)
 if job.refusals then call('HDEL', K.job .. id, 'refusals') end
