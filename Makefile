@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 SCALE ?= 1
 
-.PHONY: help venv demo up test check format bench clean
+.PHONY: help venv demo up test check format docs bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -40,6 +40,9 @@ check: $(STAMP) ## ruff, mypy --strict, import-linter, the installed versions, a
 format: $(STAMP) ## let ruff format and mend what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(STAMP) ## write docs/cli.md anew from the commands
+	$(BIN)/python -m tests.cli_reference
 
 $(PEERS): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

@@ -140,7 +140,9 @@ class ApiClient:
                 status, answer_headers, content = self._send(method, f"{self.url}/v1{path}", data, headers, given)
             except _Lost as fault:
                 if method not in _REPEATABLE:
-                    raise ApiUnavailable(f"{fault}; what was asked for may have been done all the same: look before you repeat it") from None
+                    raise ApiUnavailable(
+                        f"{fault}; what was asked for may have been done all the same: look before you repeat it"
+                    ) from None
                 if attempt == _ATTEMPTS:
                     raise ApiUnavailable(str(fault)) from None
                 pause = 0.25 * 2**attempt
@@ -255,7 +257,9 @@ def check_url(url: str) -> str:
     if parts.scheme not in ("https", "http") or not host or port == 0 or not url.isprintable():
         raise SettingsError(f"the URL of the API {shown!r} is not accepted: such as https://host:8443 is")
     if parts.username is not None or parts.query or parts.fragment:
-        raise SettingsError(f"the URL of the API {shown!r} is not accepted: without user, query and fragment it is; the key goes into a file")
+        raise SettingsError(
+            f"the URL of the API {shown!r} is not accepted: without user, query and fragment it is; the key goes into a file"
+        )
     if parts.scheme == "http" and not _LOOPBACK.fullmatch(host):
         raise SettingsError(f"the URL of the API {shown!r} is not accepted: over plain HTTP the key could be read on the way; https://… is")
     return url.rstrip("/").removesuffix("/v1")

@@ -273,7 +273,9 @@ class RemotePlatform:
             # short steps, so that each is answered in time and progress is seen
             size = 100 if left is None else min(left, 100)
             with self._read():
-                answer = self.client.call("POST", f"/dead-letters/{verb}", {**body, "limit": size, **({"cursor": cursor} if cursor else {})}).body
+                answer = self.client.call(
+                    "POST", f"/dead-letters/{verb}", {**body, "limit": size, **({"cursor": cursor} if cursor else {})}
+                ).body
                 cursor = answer["next"]
                 yield answer
             if cursor is None:
@@ -729,9 +731,7 @@ def _definition(one: Json) -> RemoteDefinition:
 
 def _occurrence(one: Json) -> Occurrence:
     same = ("id", "definition", "group", "window_ms", "asked_ms", "state", "source", "reason", "planned", "paused", "disabled")
-    return Occurrence(
-        **{name: one[name] for name in same}, at_ms=_ms(one["at"]), last_ms=_ms(one["last"]), base_ms=_ms(one["begins"])
-    )
+    return Occurrence(**{name: one[name] for name in same}, at_ms=_ms(one["at"]), last_ms=_ms(one["last"]), base_ms=_ms(one["begins"]))
 
 
 def _change(one: Json) -> Change:

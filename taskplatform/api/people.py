@@ -142,9 +142,7 @@ def _result(place: int, result: SubscribeResult | TaskPlatformError) -> Subscrip
     if isinstance(result, TaskPlatformError):
         field = result.field if isinstance(result, InvalidInput) else "user" if isinstance(result, UnknownUser) else "definition"
         return SubscriptionResult(status=422, problem=problem_of_item(place, field, result))
-    return SubscriptionResult.model_validate(
-        {"status": 201 if result is SubscribeResult.CREATED else 200, "result": result.name.lower()}
-    )
+    return SubscriptionResult.model_validate({"status": 201 if result is SubscribeResult.CREATED else 200, "result": result.name.lower()})
 
 
 @subscriptions("GET", _SUBSCRIPTION, SubscriptionRecord, faults=(404,))

@@ -61,6 +61,14 @@ def show_rows(items: Iterable[T], columns: Columns[T], *, as_json: bool, record:
             _write_cells(cell(item) for cell in columns.values())
 
 
+def show_line(item: T, columns: Columns[T], *, as_json: bool) -> None:
+    """Show one item of a listing that goes on: a line of cells, or of JSON."""
+    if as_json:
+        click.echo(json.dumps(plain(item)))
+    else:
+        _write_cells(cell(item) for cell in columns.values())
+
+
 def show_fields(shown: Mapping[str, object], *, as_json: bool, record: object) -> None:
     """Show one thing: `shown` for people, `record` in JSON. What is empty is left out on a terminal."""
     if as_json:
