@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -223,7 +223,8 @@ class RemotePlatform:
 
     def discard(self, job_id: str) -> None:
         """Nothing, where there is no such job any more. Raises Conflict."""
-        self.client.call("DELETE", f"/dead-letters/{_quoted_job(job_id)}")
+        with suppress(UnknownJob):
+            self.client.call("DELETE", f"/dead-letters/{_quoted_job(job_id)}")
 
     def redrive_all(
         self,
@@ -601,7 +602,7 @@ def _quoted(text: str) -> str:
 
 def _quoted_job(job_id: str) -> str:
     if not job_id or job_id in (".", "..") or len(job_id) > 300:
-        raise UnknownJob(f"no job {job_id[:300]!r}: an id is <definition>:<user>:<occurrence>")
+        raise UnknownJob(f"no job {job_id!r}: it never was, or its record is past the retention")
     return quote(job_id, safe="")
 
 

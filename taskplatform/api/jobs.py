@@ -51,7 +51,7 @@ DefinitionFilter = Annotated[str | None, Query(description="of this definition")
 def _known(job_id: str) -> str:
     """What has not the form of an id is none of a job."""
     if not _JOB_ID.fullmatch(job_id):
-        raise UnknownJob(f"no job {job_id!r}: an id is <definition>:<user>:<occurrence>")
+        raise UnknownJob(f"no job {job_id!r}: it never was, or its record is past the retention")
     return job_id
 
 

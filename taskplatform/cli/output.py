@@ -86,16 +86,22 @@ def show_json(value: object) -> None:
 
 
 def all_items(fetch: Callable[[str | None], Page[T]], *, cursor: str | None, everything: bool) -> Iterator[T]:
-    """One page, or that one and all that follow. Where pages are left, a remark at the end says how to go on."""
+    """One page, or that one and all that follow. Where pages are left, a remark at the end says how to go on.
+
+    The first is fetched at once: what is not accepted is said before anything is shown.
+    """
+    return _items_from(fetch(cursor), fetch, everything)
+
+
+def _items_from(page: Page[T], fetch: Callable[[str | None], Page[T]], everything: bool) -> Iterator[T]:
     while True:
-        page = fetch(cursor)
         yield from page.items
-        cursor = page.cursor
-        if cursor is None:
+        if page.cursor is None:
             return
         if not everything:
-            click.get_current_context().call_on_close(partial(remark, f"there may be more: --cursor '{cursor}'"))
+            click.get_current_context().call_on_close(partial(remark, f"there may be more: --cursor '{page.cursor}'"))
             return
+        page = fetch(page.cursor)
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
