@@ -9,6 +9,7 @@ command needs is imported when it runs, so that help comes at once.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,6 +72,12 @@ class _Root(click.Group):
             raise Unanswered(fault) from fault
         except TaskPlatformError as fault:
             raise Failure(fault) from fault
+        except OSError as fault:
+            if fault.errno is None or fault.errno == errno.EPIPE:
+                raise
+            # of a file or folder that a command was given
+            named = f"{str(fault.filename)[:200]}: " if fault.filename is not None else ""
+            raise Failure(TaskPlatformError(f"{named}{fault.strerror}")) from fault
 
 
 @click.group(cls=_Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -261,7 +261,6 @@ WRONG = [
     ("breakers open 'a b' --for 1m", 1),
     ("nodes drain nobody", 1),
     ("occurrences nothing", 1),
-    ("users list --cursor nonsense", 1),
     ("jobs submit sync", 2),
     ("jobs list --state asleep", 2),
     ("dead-letters redrive", 2),
@@ -274,9 +273,7 @@ def test_what_is_wrong_is_said_in_the_same_words(api: Api) -> None:
         here, there = run(line), run(line, over=api)
         assert (here.exit_code, there.exit_code) == (code, code), (line, here.output, there.output)
         assert there.stdout == here.stdout == "", line
-        if "--cursor" not in line:
-            # of a cursor each way says what it was given
-            assert _words(there.stderr) == _words(here.stderr), line
+        assert _words(there.stderr) == _words(here.stderr), line
 
 
 def _words(text: str) -> str:
@@ -600,7 +597,7 @@ def test_what_the_remote_platform_has_the_platform_has_too() -> None:
 
 # --- nothing that is typed ends in a traceback -----------------------------------------------------------------------
 
-ODD = ["", "nothing", "a b", "-1", "\u0000", "\ud7ff\u202e", "../..", "x" * 5000, "9" * 40, "%s{}", "{job}"]
+ODD = ["", "nothing", "a b", "-1", "a\tb\n", "\ud7ff\u202e", "../..", "x" * 5000, "9" * 40, "%s{}", "{job}"]
 #: These run until they are ended, or do what takes long, when they are given nothing wrong.
 ENDLESS = {"up", "demo", "api", "bench"}
 
@@ -633,7 +630,10 @@ def odd_words(command: click.Command, odd: str) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("place", ["redis", "api", "no redis", "no api", "wrong password", "wrong key"])
+PLACES = ["redis", "api", "no redis", "no api", "wrong password", "wrong key"]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_nothing_that_is_typed_ends_in_a_traceback(
     api: Api, place: str, server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -653,20 +653,24 @@ def test_nothing_that_is_typed_ends_in_a_traceback(
     settings.cache_clear()
     answers = place in ("redis", "api")
     codes: set[int] = set()
+    shift = sorted(PLACES).index(place)
     for number, (path, command) in enumerate(leaves(cli)):
-        for odd in ODD if answers else ODD[number % len(ODD) :][:1]:
-            words = [*given, *path, *(word.replace("{job}", job) for word in odd_words(command, odd))]
-            result = CliRunner().invoke(cli, words, input="")
-            assert result.exception is None or isinstance(result.exception, SystemExit), (words, result.exception)
-            assert result.exit_code in (0, 1, 2, 3), words
-            assert "Traceback" not in result.output, words
-            assert "hunter2" not in result.output, words
-            codes.add(result.exit_code)
-            if answers:
-                assert result.exit_code != 3, (words, result.output)
-            elif result.exit_code == 1:
-                # refused before anything was asked
-                assert result.stderr.startswith("error: "), words
+        if place == "no redis" and number % 8:
+            continue  # each takes its time to try again
+        # each place begins with another odd word, so that all of them meet each kind of argument
+        odd = ODD[(number + 3 * shift) % len(ODD)].replace("{job}", job)
+        words = [*given, *path, *odd_words(command, odd)]
+        result = CliRunner().invoke(cli, words, input="")
+        assert result.exception is None or isinstance(result.exception, SystemExit), (words, result.exception)
+        assert result.exit_code in (0, 1, 2, 3), words
+        assert "Traceback" not in result.output, words
+        assert "hunter2" not in result.output, words
+        codes.add(result.exit_code)
+        if answers:
+            assert result.exit_code != 3, (words, result.output)
+        elif result.exit_code == 1:
+            # refused before anything was asked
+            assert result.stderr.startswith("error: "), words
     assert codes <= set(EXIT_CODES)
     assert (3 in codes) == (not answers)
 
@@ -720,12 +724,12 @@ def test_the_rights_at_redis_are_printed(api: Api, server: EmbeddedServer, clien
     rules = run("redis-acl platform --namespace other --database 3").stdout.split()
     assert {"~other:*", "&/3.celeryev/*", "-@all", "+brpop"} <= set(rules)
     assert json.loads(run("redis-acl observer --json").stdout)["rules"][-1].startswith("+")
-    client.execute_command("ACL", "SETUSER", "printed", "on", ">secret-1", *run("redis-acl platform").stdout.split())
+    client.execute_command("ACL", "SETUSER", "printed", "on", ">secret-1", *run("redis-acl platform").stdout.split())  # type: ignore[no-untyped-call]
     try:
         url = server.url.replace("//", "//printed:secret-1@")
         assert redis.Redis.from_url(url).ping()
     finally:
-        client.execute_command("ACL", "DELUSER", "printed")
+        client.execute_command("ACL", "DELUSER", "printed")  # type: ignore[no-untyped-call]
 
 
 def test_bench_passes_on_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
