@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from taskplatform.apiclient import Answer, ApiClient, error_of
-from taskplatform.errors import ApiError, InvalidInput, TaskPlatformError, UnknownJob
+from taskplatform.errors import ApiError, InvalidInput, TaskPlatformError, UnknownDefinition, UnknownJob, UnknownWorker
 from taskplatform.health import Health, Problem, Severity
 from taskplatform.model import (
     Job,
@@ -66,6 +66,8 @@ Json = Mapping[str, Any]
 #: Bounds of the API: items of a page, and of a batch.
 _MOST_ITEMS = 500
 _MOST_OF_BATCH = 1000
+#: Of what a path of the API takes.
+_LONGEST_NAME, _LONGEST_ID = 300, 100
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -326,11 +328,11 @@ class RemotePlatform:
 
     def drain_worker(self, worker: str) -> bool:
         """Returns whether that changed something. Raises UnknownWorker."""
-        return self.client.call("POST", f"/nodes/{_quoted(worker)}/drain").changed
+        return self.client.call("POST", f"/nodes/{_quoted_worker(worker)}/drain").changed
 
     def resume_worker(self, worker: str) -> bool:
         """Returns whether that changed something. Raises UnknownWorker."""
-        return self.client.call("POST", f"/nodes/{_quoted(worker)}/resume").changed
+        return self.client.call("POST", f"/nodes/{_quoted_worker(worker)}/resume").changed
 
     def beats(self) -> list[Beat]:
         """Those that have not signed off."""
@@ -593,17 +595,25 @@ _MOST_BYTES_OF_BATCH = 400_000
 # --- what is asked ---------------------------------------------------------------------------------------------------
 
 
-def _quoted(text: str) -> str:
-    """One step of a path. "." and ".." would be taken for steps up."""
-    if text in ("", ".", ".."):
-        raise InvalidInput(f"{text!r} is not accepted as a name")
+def _quoted(text: str, fault: TaskPlatformError | None = None) -> str:
+    """One step of a path. What would be more steps, or a step up, can be the name of nothing: raises `fault`, or InvalidInput."""
+    if text in ("", ".", "..") or "/" in text:
+        raise fault or InvalidInput(f"{text!r} is not accepted as a name")
     return quote(text, safe="")
 
 
 def _quoted_job(job_id: str) -> str:
-    if not job_id or job_id in (".", "..") or len(job_id) > 300:
-        raise UnknownJob(f"no job {job_id!r}: it never was, or its record is past the retention")
-    return quote(job_id, safe="")
+    fault = UnknownJob(f"no job {job_id!r}: it never was, or its record is past the retention")
+    if len(job_id) > _LONGEST_NAME:
+        raise fault
+    return _quoted(job_id, fault)
+
+
+def _quoted_worker(worker: str) -> str:
+    fault = UnknownWorker(f"no worker {worker!r}: it never was, or it has ended")
+    if len(worker) > _LONGEST_NAME:
+        raise fault
+    return _quoted(worker, fault)
 
 
 def _quoted_user(user: str) -> str:
@@ -611,7 +621,10 @@ def _quoted_user(user: str) -> str:
 
 
 def _quoted_definition(definition: str) -> str:
-    return _quoted(definition)
+    fault = UnknownDefinition(f"no definition {definition!r}; `taskplatform tasks list` shows all")
+    if len(definition) > _LONGEST_ID:
+        raise fault
+    return _quoted(definition, fault)
 
 
 def _path(user: str, definition: str) -> str:
