@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 @definition_argument
 @click.option("--window", type=duration, help="Spread over so long. Default: the definition's window.")
 @click.option("--key", metavar="TEXT", help="The same key gives the same occurrence, so that a repeated call runs nothing twice.")
-def trigger(definition: str, window: timedelta | None, key: str | None) -> None:
+@json_option
+def trigger(definition: str, window: timedelta | None, key: str | None, *, as_json: bool) -> None:
     """Run a definition now for all its subscribers.
 
     It is an extra occurrence; those of the schedules stay as they are.
@@ -35,6 +36,9 @@ def trigger(definition: str, window: timedelta | None, key: str | None) -> None:
         opened = [one for one in found if (one.at_ms, one.source) == (at_ms, "trigger")]
         asked = platform.definition(definition).window if window is None else window
     over = _window_text(opened[0]) if opened else _span_text(round(asked / timedelta(milliseconds=1)))
+    if as_json:
+        show_json({"definition": definition, "at": moment_text(at_ms), "subscribers": subscribers, "over": over})
+        return
     click.echo(f"{definition} triggered at {moment_text(at_ms)} for {counted(subscribers, 'subscriber')}, over {over}")
 
 
