@@ -39,10 +39,12 @@ def test_every_taskplatform_command_in_a_document_is_one(document: str, command:
     context = target.make_context("taskplatform", words)
     while isinstance(target, click.Group):
         rest = [*context._protected_args, *context.args]
-        if not rest and (target.invoke_without_command or target is not cli):
-            return  # a group, named in a sentence
+        if not rest and target.invoke_without_command:
+            return
         name, found, rest = target.resolve_command(context, rest)
         assert found is not None, f"{document}: {command}"
+        if not rest and isinstance(found, click.Group) and not found.invoke_without_command:
+            return  # a group, named in a sentence
         if not rest and any(isinstance(parameter, click.Argument) and parameter.required for parameter in found.params):
             return  # named in a sentence, without its arguments
         target, context = found, found.make_context(name, rest, parent=context)
