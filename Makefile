@@ -11,7 +11,7 @@ FAULTS := $(addprefix tests/acceptance/test_,$(addsuffix .py,beat beat_faults ch
 	redis_faults stop threads time_limits two_catalogues upkeep worker_loss)) \
 	$(addprefix tests/integration/test_,$(addsuffix .py,beats bounds dead_letters health life_model recovery redis_outages redis_server repeated_calls))
 
-.PHONY: help venv demo up test faults check format bench screenshots reference clean
+.PHONY: help venv demo up test faults check format bench screenshots docs clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -58,7 +58,8 @@ bench: $(PEERS) ## all benchmarks, one table, SCALE=0.1 for a tenth of the work;
 screenshots: $(STAMP) ## make docs/images anew, from what runs; needs chromium and chromium-driver
 	SCREENSHOTS=docs/images CI=true $(BIN)/python -m pytest -q tests/acceptance/test_screens.py
 
-reference: $(STAMP) ## make docs/api-reference.md anew, from the API's OpenAPI document
+docs: $(STAMP) ## write docs/cli.md anew from the commands, and docs/api-reference.md from the API's OpenAPI document
+	$(BIN)/python -m tests.cli_reference
 	$(BIN)/python -m tests.reference
 
 clean: ## remove .venv, caches and the data of `up`

@@ -30,13 +30,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
-from taskplatform.errors import InvalidInput, UnknownDefinition
+from taskplatform.errors import InvalidInput, TaskPlatformError
 from taskplatform.faults import did_you_mean, kind_of
 from taskplatform.model import MAX_PARAMS_BYTES
-from taskplatform.platform import Platform, SubscriptionRequest
-from taskplatform.store import Subscribe, SubscribeResult
+from taskplatform.platform import SubscriptionRequest
+from taskplatform.store import SubscribeResult
 
 Format = Literal["csv", "jsonl"]
 
@@ -48,6 +48,14 @@ MAX_LINE_BYTES = 4 * MAX_PARAMS_BYTES
 MAX_FAULTS_KEPT = 1000
 
 _BATCH = 2000
+
+
+class Subscriber(Protocol):
+    """What makes them: `Platform`, or the same far away."""
+
+    def subscribe_each(
+        self, requests: Sequence[SubscriptionRequest], *, create_users: bool = False
+    ) -> tuple[list[SubscribeResult | TaskPlatformError], int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +89,7 @@ def read_subscriptions(stream: BinaryIO, *, format: Format) -> Iterator[tuple[in
 
 
 def import_subscriptions(
-    platform: Platform,
+    platform: Subscriber,
     source: Path | BinaryIO,
     *,
     format: Format,
@@ -146,27 +154,20 @@ class _Report:
 
 
 def _import_batch(
-    platform: Platform, batch: Iterable[tuple[int, SubscriptionRequest | LineFault]], report: _Report, *, create_users: bool
+    platform: Subscriber, batch: Iterable[tuple[int, SubscriptionRequest | LineFault]], report: _Report, *, create_users: bool
 ) -> None:
-    numbers: list[int] = []
-    prepared: list[Subscribe] = []
+    asked: dict[int, SubscriptionRequest] = {}
     faults: list[LineFault] = []
-    for number, asked in batch:
-        if isinstance(asked, LineFault):
-            faults.append(asked)
-            continue
-        try:
-            prepared.append(platform.prepare(asked))
-            numbers.append(number)
-        except (InvalidInput, UnknownDefinition) as fault:
-            faults.append(LineFault(number, str(fault)))
-    if create_users:
-        report.users_created += platform.create_users(dict.fromkeys(one.user for one in prepared))
-    for number, one, result in zip(numbers, prepared, platform.subscribe_prepared(prepared), strict=True):
-        if result is SubscribeResult.UNKNOWN_USER:
-            faults.append(LineFault(number, f"no user {one.user!r}"))
-        elif result is SubscribeResult.UNKNOWN_DEFINITION:
-            faults.append(LineFault(number, f"definition {one.definition!r} is not published"))
+    for number, one in batch:
+        if isinstance(one, LineFault):
+            faults.append(one)
+        else:
+            asked[number] = one
+    results, created = platform.subscribe_each(list(asked.values()), create_users=create_users)
+    report.users_created += created
+    for number, result in zip(asked, results, strict=True):
+        if isinstance(result, TaskPlatformError):
+            faults.append(LineFault(number, str(result)))
         else:
             report.results[result] += 1
     report.add_faults(faults)

@@ -13,7 +13,10 @@
     ├── Conflict               the state of the thing forbids the operation
     │   └── InvalidTransition  a job cannot go from its state to the one asked for
     ├── StoreError             Redis refused the operation or cannot be used as it is configured
-    │   └── StoreUnavailable   Redis cannot be used for now; `.outage` says why, and it passes when the server is well again
+    │   ├── StoreUnavailable   Redis cannot be used for now; `.outage` says why, and it passes when the server is well again
+    │   │   └── ApiUnavailable the same of the control API, where the platform is used over that
+    │   └── ApiError           the control API does not accept the key, or what answers is none
+    ├── Forbidden              the key that was shown to the control API has not the scope that this takes
     └── HttpError              a call to a target did not complete; see `taskplatform.http`
 
 A message says what was wrong, where, and what is accepted. Secrets never appear in one.
@@ -134,6 +137,18 @@ class StoreUnavailable(StoreError):
 
     def __reduce__(self) -> tuple[type[StoreUnavailable], tuple[str, Outage]]:
         return type(self), (str(self), self.outage)
+
+
+class ApiUnavailable(StoreUnavailable):
+    """The control API cannot be used for now, or its answer was lost."""
+
+
+class ApiError(StoreError):
+    """The control API does not accept the key, or what answers is none."""
+
+
+class Forbidden(TaskPlatformError):
+    """The key that was shown to the control API has not the scope that this takes."""
 
 
 class HttpError(TaskPlatformError):

@@ -295,7 +295,7 @@ def _remarks(vitals: Vitals) -> Iterator[Problem]:
         yield _problem(
             "dead_letters",
             Severity.INFO,
-            f"{vitals.dead_letters} jobs failed for good. `taskplatform dead list` shows them; redrive or discard them.",
+            f"{vitals.dead_letters} jobs failed for good. `taskplatform dead-letters list` shows them; redrive or discard them.",
         )
     for definition, why in vitals.paused.items():
         yield Problem(

@@ -53,6 +53,7 @@ from taskplatform.model import (
 from taskplatform.planner import Due, Window, Windows, published
 from taskplatform.settings import Settings, environment, settings
 from taskplatform.store import (
+    Beat,
     Breaker,
     Change,
     DeadLetterResult,
@@ -89,6 +90,28 @@ class JobRequest:
     eta: datetime | None = None
     priority: Priority | str | None = None
     idempotency_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadFilters:
+    """Which dead letters: those that all of these fit."""
+
+    definition: str | None = None
+    user: str | None = None
+    since: datetime | None = None
+    """Died since."""
+    reason: str = ""
+    """A part of the reason; "poison pill" finds those that took their workers down."""
+
+    @property
+    def checked(self) -> dict[str, Any]:
+        """As the store takes them. Raises InvalidInput."""
+        return {
+            "definition": None if self.definition is None else check_definition_id(self.definition),
+            "user": None if self.user is None else check_user_id(self.user),
+            "since_ms": None if self.since is None else _instant(self.since, "since"),
+            "reason": self.reason,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,15 +351,8 @@ class Platform:
         They are kept with their histories until they are redriven or discarded, or for the setting `dead_retention`. `reason`
         is a part of the reason; "poison pill" finds those that took their workers down. Also of definitions that were removed.
         """
-        return self.store.dead_letters(
-            definition=None if definition is None else check_definition_id(definition),
-            user=None if user is None else check_user_id(user),
-            since_ms=None if since is None else _instant(since, "since"),
-            reason=reason,
-            cursor=cursor,
-            limit=_limit(limit),
-            scan=scan,
-        )
+        filters = DeadFilters(definition=definition, user=user, since=since, reason=reason)
+        return self.store.dead_letters(**filters.checked, cursor=cursor, limit=_limit(limit), scan=scan)
 
     def redrive(self, job_id: str) -> Job:
         """Run a dead letter again with a fresh budget of retries and losses. It keeps its id, and so its Idempotency-Key.
@@ -349,7 +365,7 @@ class Platform:
             raise UnknownDefinition(f"job {job_id} cannot be redriven: its definition was removed from the catalogue")
         job = self.job(job_id)
         if result is DeadLetterResult.NOT_DEAD:
-            raise Conflict(f"job {job_id} is {job.state} and no dead letter; `taskplatform dead list` shows those")
+            raise Conflict(f"job {job_id} is {job.state} and no dead letter; `taskplatform dead-letters list` shows those")
         return job
 
     def redrive_all(
@@ -360,17 +376,33 @@ class Platform:
         since: datetime | None = None,
         reason: str = "",
         limit: int | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> tuple[int, int]:
         """The same for all that `dead_letters` lists now, a batch after the other; what dies meanwhile again is left.
 
-        With `limit`, for the newest so many. Returns how many were redriven, and how many were left because their definition was removed.
+        With `limit`, for the newest so many. `progress` is told after each batch how many were looked at. Returns how many were
+        redriven, and how many were left because their definition was removed.
         """
+        filters = DeadFilters(definition=definition, user=user, since=since, reason=reason)
+        redriven, left, _ = self.redrive_page(filters, limit=limit, progress=progress)
+        return redriven, left
+
+    def redrive_page(
+        self,
+        filters: DeadFilters,
+        *,
+        cursor: str | None = None,
+        limit: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> tuple[int, int, str | None]:
+        """The same for those after `cursor`; also returns where to go on, None at the end."""
         redriven = left = 0
-        for batch in self._dead_batches(definition, user, since, reason, limit):
-            answers = self.store.redrive([job.id for job in batch], reason=self._redriven)
+        for page in self._dead_pages(filters, cursor, limit, progress):
+            answers = self.store.redrive([job.id for job in page.items], reason=self._redriven)
             left += answers.count(DeadLetterResult.REMOVED)
             redriven += answers.count(DeadLetterResult.DONE)
-        return redriven, left
+            cursor = page.cursor
+        return redriven, left, cursor
 
     @property
     def _redriven(self) -> str:
@@ -386,7 +418,7 @@ class Platform:
         detail = f"{job_id}: {found[0].reason}" if found else ""
         (result,) = self.store.discard([job_id], actor=self._actor, subject=subject, detail=detail)
         if result is DeadLetterResult.NOT_DEAD:
-            raise Conflict(f"job {job_id} is {self.job(job_id).state} and no dead letter; `taskplatform dead list` shows those")
+            raise Conflict(f"job {job_id} is {self.job(job_id).state} and no dead letter; `taskplatform dead-letters list` shows those")
 
     def discard_all(
         self,
@@ -396,35 +428,43 @@ class Platform:
         since: datetime | None = None,
         reason: str = "",
         limit: int | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> int:
         """The same for all that `dead_letters` lists now, or the newest `limit`, a batch after the other. Returns how many."""
-        discarded = 0
-        subject = " ".join(filter(None, (user, definition)))
-        detail = f"reason contains {reason!r}" if reason else ""
-        for batch in self._dead_batches(definition, user, since, reason, limit):
-            answers = self.store.discard([job.id for job in batch], actor=self._actor, subject=subject, detail=detail)
-            discarded += answers.count(DeadLetterResult.DONE)
-        return discarded
+        filters = DeadFilters(definition=definition, user=user, since=since, reason=reason)
+        return self.discard_page(filters, limit=limit, progress=progress)[0]
 
-    def _dead_batches(
-        self, definition: str | None, user: str | None, since: datetime | None, reason: str, limit: int | None
-    ) -> Iterator[tuple[Job, ...]]:
-        """The dead letters that there are now, or the newest `limit`, in batches."""
-        until_ms, cursor = self.store.now_ms(), None
-        left = sys.maxsize if limit is None else limit
-        while left > 0:
-            page = self.store.dead_letters(
-                definition=None if definition is None else check_definition_id(definition),
-                user=None if user is None else check_user_id(user),
-                since_ms=None if since is None else _instant(since, "since"),
-                until_ms=until_ms,
-                reason=reason,
-                cursor=cursor,
-                limit=min(left, _DEAD_BATCH),
-            )
-            left -= len(page.items)
-            if page.items:
-                yield page.items
+    def discard_page(
+        self,
+        filters: DeadFilters,
+        *,
+        cursor: str | None = None,
+        limit: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> tuple[int, str | None]:
+        """The same for those after `cursor`; also returns where to go on, None at the end."""
+        discarded = 0
+        subject = " ".join(filter(None, (filters.user, filters.definition)))
+        detail = f"reason contains {filters.reason!r}" if filters.reason else ""
+        for page in self._dead_pages(filters, cursor, limit, progress):
+            answers = self.store.discard([job.id for job in page.items], actor=self._actor, subject=subject, detail=detail)
+            discarded += answers.count(DeadLetterResult.DONE)
+            cursor = page.cursor
+        return discarded, cursor
+
+    def _dead_pages(
+        self, filters: DeadFilters, cursor: str | None, limit: int | None, progress: Callable[[int], None] | None
+    ) -> Iterator[Page[Job]]:
+        """The dead letters that there are now, or the newest `limit`, after `cursor`; the next page is read when this one is done."""
+        checked, until_ms = filters.checked, self.store.now_ms()
+        wanted = sys.maxsize if limit is None else limit
+        done = 0
+        while done < wanted:
+            page = self.store.dead_letters(**checked, until_ms=until_ms, cursor=cursor, limit=min(wanted - done, _DEAD_BATCH))
+            yield page
+            done += len(page.items)
+            if progress is not None:
+                progress(done)
             cursor = page.cursor
             if cursor is None:
                 return
@@ -508,6 +548,14 @@ class Platform:
         """The reverse of `drain_worker`."""
         return self.store.resume_worker(worker, actor=self._actor)
 
+    def beats(self) -> list[Beat]:
+        """Those that have not signed off, and which of them leads."""
+        return self.store.beats()
+
+    def now_ms(self) -> int:
+        """The server's time, by which all instants are told."""
+        return self.store.now_ms()
+
     # limits
 
     def limits(self) -> list[LimitState]:
@@ -575,6 +623,10 @@ class Platform:
         self.store.create_user(check_user_id(user), name=name, actor=self._actor)
         return self.store.user(user)
 
+    def add_user(self, user: str, *, name: str = "") -> bool:
+        """Create a user. Returns False, and changes nothing, where there is one."""
+        return self.store.create_user(check_user_id(user), name=name, actor=self._actor)
+
     def create_users(self, users: Iterable[str]) -> int:
         """Create many. Returns how many were new."""
         return self.store.create_users([check_user_id(user) for user in users], actor=self._actor)
@@ -586,6 +638,10 @@ class Platform:
     def users(self, *, cursor: str | None = None, limit: int = 100) -> Page[User]:
         """In order of their ids."""
         return self.store.users(cursor=cursor, limit=_limit(limit))
+
+    def count_users(self) -> int:
+        """How many users there are."""
+        return self.store.count_users()
 
     def delete_user(self, user: str) -> tuple[int, int]:
         """Delete a user with subscriptions, jobs and histories. Returns (jobs canceled, subscriptions removed)."""
@@ -641,6 +697,31 @@ class Platform:
             params=params,
             enabled=request.enabled,
         )
+
+    def subscribe_each(
+        self, requests: Sequence[SubscriptionRequest], *, create_users: bool = False
+    ) -> tuple[list[SubscribeResult | TaskPlatformError], int]:
+        """Make many, each on its own: in this order what became of each, or why it was not made (InvalidInput, UnknownDefinition,
+        UnknownUser). With `create_users` users that do not exist are created; also returns how many were.
+        """
+        found: list[SubscribeResult | TaskPlatformError] = []
+        prepared: dict[int, Subscribe] = {}
+        for place, request in enumerate(requests):
+            found.append(SubscribeResult.UNCHANGED)
+            try:
+                prepared[place] = self.prepare(request)
+            except (InvalidInput, UnknownDefinition) as fault:
+                found[place] = fault
+        created = self.create_users(dict.fromkeys(one.user for one in prepared.values())) if create_users else 0
+        for (place, one), result in zip(prepared.items(), self.subscribe_prepared(list(prepared.values())), strict=True):
+            match result:
+                case SubscribeResult.UNKNOWN_USER:
+                    found[place] = UnknownUser(f"no user {one.user!r}")
+                case SubscribeResult.UNKNOWN_DEFINITION:
+                    found[place] = UnknownDefinition(f"definition {one.definition!r} is not published")
+                case _:
+                    found[place] = result
+        return found, created
 
     def set_params(self, user: str, definition: str, params: Mapping[str, Any]) -> Subscription:
         """Replace the parameters of a subscription."""
@@ -712,6 +793,10 @@ class Platform:
     def subscribers(self, definition: str, *, cursor: str | None = None, limit: int = 100) -> Page[str]:
         """Users that are subscribed to a definition."""
         return self.store.subscribers_of(self.definition(definition).id, cursor=cursor, limit=_limit(limit))
+
+    def count_subscribers(self, definition: str) -> int:
+        """How many users are subscribed to a definition. Raises UnknownDefinition."""
+        return self.store.count_subscribers(self.definition(definition).id)
 
     def pause_subscription(self, user: str, definition: str) -> bool:
         """Nothing of it is planned or released until it is resumed. Returns whether that changed something."""

@@ -50,7 +50,7 @@ ENV_FILE = ".env"
 
 _EMPTY = ("", "null", "~")
 _NUMBER = re.compile(r"\d+(\.\d+)?", re.ASCII)
-_HIDDEN = (("redis_url",), ("flower_login",), ("api_key",))
+_HIDDEN = (("redis_url",), ("flower_login",), ("api_key",), ("url",), ("key",))
 _URL_RULE = (
     "takes a redis:// or rediss:// URL such as redis://host:6379/0, a unix:// one, or sentinel://host1:26379,host2:26379/0?master=NAME; "
     "/ ? # @ in a password are %2F %3F %23 %40"
@@ -92,6 +92,15 @@ class Settings(BaseSettings):
         description="first part of every key of the store: 1 to 16 characters a-z, 0-9, _ and -, the first a letter",
     )
     tasks_dir: Path = Field(default=Path("tasks"), description="folder of the definition files")
+
+    url: str | None = Field(
+        default=None, repr=False, description="of a control API, over which the command line works instead of Redis: docs/cli.md"
+    )
+    key: SecretStr | None = Field(default=None, description="the key that the command line shows to that API")
+    key_file: Path | None = Field(default=None, description="file that holds this key, instead of it")
+    ca: Path | None = Field(default=None, description="PEM file of the CAs that may sign that API's certificate, instead of the usual ones")
+    client_cert: Path | None = Field(default=None, description="PEM file of a client certificate for that API, with its chain")
+    client_key: Path | None = Field(default=None, description="PEM file of its key, where that is another file; not encrypted")
 
     plan_horizon: PositiveDuration = Field(
         default=timedelta(seconds=5), description="how far ahead jobs are made; changes to subscriptions take effect after it"

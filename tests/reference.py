@@ -1,4 +1,4 @@
-"""docs/api-reference.md, made from the API's OpenAPI document: `python -m tests.reference` (or `make reference`) writes it."""
+"""docs/api-reference.md, made from the API's OpenAPI document: `python -m tests.reference` (or `make docs`) writes it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OF_ALL = {"400", "401", "403", "408", "413", "415", "422", "429", "500", "503"}
 _HEAD = """\
 # The control API: reference
 
-Made from the API's OpenAPI document by `make reference`; do not edit it. [api.md](api.md) says how to start the API, and what holds for all
+Made from the API's OpenAPI document by `make docs`; do not edit it. [api.md](api.md) says how to start the API, and what holds for all
 calls: keys, scopes, pages, `Idempotency-Key`, errors. Instants are ISO 8601, durations such as `90s` or `10m`.
 """
 

@@ -28,7 +28,7 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
-from taskplatform.api.problem import invalid, pointer, with_status
+from taskplatform.api.problem import invalid, kind_of, pointer, with_status
 from taskplatform.api.security import note, requires
 from taskplatform.errors import NotFound, StoreError
 from taskplatform.faults import did_you_mean, explain
@@ -39,10 +39,13 @@ M = TypeVar("M", bound=BaseModel)
 
 JSON = "application/json"
 MAX_KEY_LENGTH = 255
+#: On the answer to what changes something: whether it did, or it was so already.
+CHANGED = "Taskplatform-Changed"
 #: A claim on a key ends after this, should the process that made it die.
 _HOLD = timedelta(minutes=2)
 #: Of a longer answer only the fact is kept, and the call is made again: the platform's verbs give the same the second time.
 _MOST_KEPT_BYTES = 16_384
+_HEADERS_KEPT = ("location", CHANGED.lower())
 _HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -72,6 +75,11 @@ class Call:
         if record is None:
             return Response(status_code=204, headers=dict(headers or {}))
         return Response(record.model_dump_json().encode(), status, dict(headers or {}), JSON)
+
+    def changed(self, answer: Response, changed: bool) -> Response:
+        """`answer`, which says whether something changed."""
+        answer.headers[CHANGED] = "true" if changed else "false"
+        return answer
 
     def note(self, **about: object) -> None:
         """Tell the audit log what the call is about, beside the ids in its path. No secrets; a list or None is told as it is read best."""
@@ -128,7 +136,7 @@ class Call:
                 store.forget_answer(digest)
             raise
         body = bytes(answered.body)
-        headers = {"location": answered.headers["location"]} if "location" in answered.headers else {}
+        headers = {name: answered.headers[name] for name in _HEADERS_KEPT if name in answered.headers}
         kept = {
             "asked": print_,
             "status": answered.status_code,
@@ -156,7 +164,7 @@ def in_body(**fields: type[NotFound]) -> Iterator[None]:
     except NotFound as fault:
         for field, kind in fields.items():
             if isinstance(fault, kind):
-                raise invalid([("pointer", pointer([field]), str(fault))]) from None
+                raise invalid([("pointer", pointer([field]), str(fault))], kind=kind_of(fault)) from None
         raise
 
 

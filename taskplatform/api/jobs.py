@@ -16,9 +16,11 @@ from taskplatform.api.records import (
     BatchItem,
     BatchResult,
     BatchResults,
+    BreakerRecord,
     DeadFilter,
     DeadLetter,
     Discarded,
+    HeldBack,
     History,
     JobPage,
     JobRecord,
@@ -31,7 +33,7 @@ from taskplatform.api.records import (
 from taskplatform.api.routing import MOST_LOOKED_AT, Cursor, PageSize, Routes, Since, Until, cursor_of, token_of
 from taskplatform.errors import InvalidInput, TaskPlatformError, UnknownDefinition, UnknownJob, UnknownUser
 from taskplatform.model import DEFINITION_ID, USER_ID, Job, JobState
-from taskplatform.platform import JobRequest
+from taskplatform.platform import DeadFilters, JobRequest
 from taskplatform.store import Page
 
 jobs = Routes("jobs")
@@ -49,7 +51,7 @@ DefinitionFilter = Annotated[str | None, Query(description="of this definition")
 def _known(job_id: str) -> str:
     """What has not the form of an id is none of a job."""
     if not _JOB_ID.fullmatch(job_id):
-        raise UnknownJob(f"no job {job_id!r}: an id is <definition>:<user>:<occurrence>")
+        raise UnknownJob(f"no job {job_id!r}: it never was, or its record is past the retention")
     return job_id
 
 
@@ -102,10 +104,20 @@ def _result(place: int, made: Job | TaskPlatformError) -> BatchResult:
     if isinstance(made, Job):
         return BatchResult(status=201, job=JobRecord.model_validate(made))
     field = made.field if isinstance(made, InvalidInput) else "user" if isinstance(made, UnknownUser) else "definition"
-    found = problem.invalid([("pointer", problem.pointer(("items", place, *filter(None, [field]))), str(made))])
-    errors = found.more["errors"]
-    record = ProblemRecord(type="about:blank", title=found.title, status=found.status, detail=found.detail, errors=errors)
-    return BatchResult(status=found.status, problem=record)
+    return BatchResult(status=422, problem=problem_of_item(place, field, made))
+
+
+def problem_of_item(place: int, field: str, fault: TaskPlatformError) -> ProblemRecord:
+    """What is wrong with one of a batch."""
+    found = problem.invalid([("pointer", problem.pointer(("items", place, *filter(None, [field]))), str(fault))])
+    return ProblemRecord(
+        type="about:blank",
+        title=found.title,
+        status=found.status,
+        detail=found.detail,
+        errors=found.more["errors"],
+        kind=problem.kind_of(fault),
+    )
 
 
 @jobs("GET", "/jobs", JobPage, faults=(404,))
@@ -150,6 +162,13 @@ def get_job(call: Reads, job_id: JobId) -> Response:
 def get_history(call: Reads, job_id: JobId) -> Response:
     """Get every transition of a job, with when, attempt, worker and reason."""
     return call.answer(History(items=_history(call, job_id)))
+
+
+@jobs("GET", "/jobs/{job_id}/held-back", HeldBack, faults=(404,))
+def get_held_back(call: Reads, job_id: JobId) -> Response:
+    """Get the host for which a due job waits, where that is held back."""
+    breaker = call.platform.held_back(call.platform.job(_known(job_id)))
+    return call.answer(HeldBack(breaker=None if breaker is None else BreakerRecord.model_validate(breaker)))
 
 
 @jobs("POST", "/jobs/{job_id}/cancel", JobRecord, faults=(404,))
@@ -211,7 +230,7 @@ def get_dead_letter(call: Reads, job_id: JobId) -> Response:
 
 
 @dead("POST", "/dead-letters/{job_id}/redrive", JobRecord, faults=(404,))
-def redrive(call: Administers, job_id: JobId) -> Response:
+def redrive(call: Submits, job_id: JobId) -> Response:
     """Run a dead letter again, with a fresh budget of retries. It keeps its id, and so its Idempotency-Key at the target."""
     return call.once(lambda: _answer(call, call.platform.redrive(_known(job_id))))
 
@@ -226,14 +245,12 @@ def discard(call: Administers, job_id: JobId) -> Response:
 @dead("POST", "/dead-letters/redrive", Redriven, takes=DeadFilter)
 def redrive_some(call: Administers) -> Response:
     """Run dead letters again that all filters fit: of them the newest `limit`."""
-    body = _filter(call)
+    body, filters = _filter(call)
 
     def act() -> Response:
-        redriven, left = call.platform.redrive_all(
-            user=body.user, definition=body.definition, since=body.since, reason=body.reason, limit=body.limit
-        )
+        redriven, left, cursor = call.platform.redrive_page(filters, cursor=cursor_of(body.cursor), limit=body.limit)
         call.note(redriven=redriven)
-        return call.answer(Redriven(redriven=redriven, left=left))
+        return call.answer(Redriven(redriven=redriven, left=left, next=token_of(cursor)))
 
     return call.once(act)
 
@@ -241,23 +258,21 @@ def redrive_some(call: Administers) -> Response:
 @dead("POST", "/dead-letters/discard", Discarded, takes=DeadFilter)
 def discard_some(call: Administers) -> Response:
     """Forget dead letters that all filters fit: of them the newest `limit`."""
-    body = _filter(call)
+    body, filters = _filter(call)
 
     def act() -> Response:
-        discarded = call.platform.discard_all(
-            user=body.user, definition=body.definition, since=body.since, reason=body.reason, limit=body.limit
-        )
+        discarded, cursor = call.platform.discard_page(filters, cursor=cursor_of(body.cursor), limit=body.limit)
         call.note(discarded=discarded)
-        return call.answer(Discarded(discarded=discarded))
+        return call.answer(Discarded(discarded=discarded, next=token_of(cursor)))
 
     return call.once(act)
 
 
-def _filter(call: Call) -> DeadFilter:
-    """The body. Nobody redrives or discards everything by forgetting a word."""
+def _filter(call: Call) -> tuple[DeadFilter, DeadFilters]:
+    """The body, and what it selects. Nobody redrives or discards everything by forgetting a word."""
     body = call.read(DeadFilter)
     call.note(user=body.user, definition=body.definition, since=body.since and body.since.isoformat(), all=body.all, limit=body.limit)
-    filters = any((body.user, body.definition, body.since, body.reason))
-    if filters == bool(body.all):
+    filters = DeadFilters(user=body.user, definition=body.definition, since=body.since, reason=body.reason)
+    if (filters != DeadFilters()) == bool(body.all):
         raise problem.invalid([("pointer", "", "give filters (user, definition, since, reason), or all: true")])
-    return body
+    return body, filters

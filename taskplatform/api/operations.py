@@ -78,8 +78,8 @@ def pause_definition(call: Administers, definition: DefinitionName) -> Response:
     body = call.read(Pause)
 
     def act() -> Response:
-        call.platform.pause_definition(definition, why=body.why)
-        return _definition(call, definition)
+        changed = call.platform.pause_definition(definition, why=body.why)
+        return call.changed(_definition(call, definition), changed)
 
     return call.once(act)
 
@@ -89,8 +89,8 @@ def resume_definition(call: Administers, definition: DefinitionName) -> Response
     """End the pause of a definition."""
 
     def act() -> Response:
-        call.platform.resume_definition(definition)
-        return _definition(call, definition)
+        changed = call.platform.resume_definition(definition)
+        return call.changed(_definition(call, definition), changed)
 
     return call.once(act)
 
@@ -104,7 +104,8 @@ def trigger_definition(call: Administers, definition: DefinitionName) -> Respons
     body = call.read(Trigger)
 
     def act() -> Response:
-        at, subscribers = call.platform.trigger(definition, window=body.window, idempotency_key=call.key_for_platform)
+        key = body.idempotency_key or call.key_for_platform
+        at, subscribers = call.platform.trigger(definition, window=body.window, idempotency_key=key)
         call.note(subscribers=subscribers)
         return call.answer(Triggered(at=round(at.timestamp() * 1000), subscribers=subscribers), 201)
 
@@ -141,15 +142,15 @@ def set_limit(call: Administers, name: LimitName) -> Response:
     if given == bool(body.unlimited):
         raise problem.invalid([("pointer", "", "give rate, concurrency or both, or unlimited: true")])
     call.note(rate=body.rate, burst=body.burst, concurrency=body.concurrency, unlimited=body.unlimited)
-    call.platform.set_limit(name, body.rate, burst=body.burst, concurrency=body.concurrency)
-    return _limits(call)
+    changed = call.platform.set_limit(name, body.rate, burst=body.burst, concurrency=body.concurrency)
+    return call.changed(_limits(call), changed)
 
 
 @limits("DELETE", "/limits/{name}", Limits, faults=(404,))
 def remove_limit(call: Administers, name: LimitName) -> Response:
     """Take a live limit back: what settings and definitions say is in force again. Answers with all in force."""
-    call.platform.reset_limit(name)
-    return _limits(call)
+    changed = call.platform.reset_limit(name)
+    return call.changed(_limits(call), changed)
 
 
 def _limits(call: Call) -> Response:
@@ -183,8 +184,8 @@ def reset_breaker(call: Administers, host: HostName) -> Response:
     """Let a host's jobs go at once, without a probe."""
 
     def act() -> Response:
-        call.platform.reset_breaker(host)
-        return _breaker(call, host)
+        was_held = call.platform.reset_breaker(host)
+        return call.changed(_breaker(call, host), was_held)
 
     return call.once(act)
 
@@ -215,8 +216,8 @@ def drain_node(call: Administers, node: NodeId) -> Response:
     """Let a worker take nothing new. What it has goes on; it lives, and stays so until it is resumed or ends."""
 
     def act() -> Response:
-        call.platform.drain_worker(node)
-        return _node(call, node)
+        changed = call.platform.drain_worker(node)
+        return call.changed(_node(call, node), changed)
 
     return call.once(act)
 
@@ -226,8 +227,8 @@ def resume_node(call: Administers, node: NodeId) -> Response:
     """Let a worker that was drained take jobs again, from its next heartbeat on."""
 
     def act() -> Response:
-        call.platform.resume_worker(node)
-        return _node(call, node)
+        changed = call.platform.resume_worker(node)
+        return call.changed(_node(call, node), changed)
 
     return call.once(act)
 
@@ -243,7 +244,7 @@ def _node(call: Call, node: str) -> Response:
 @nodes("GET", "/beats", Beats)
 def list_beats(call: Reads) -> Response:
     """List the beats, which one leads, and what each would publish."""
-    return call.answer(Beats(items=[BeatRecord.model_validate(one) for one in call.platform.store.beats()]))
+    return call.answer(Beats(items=[BeatRecord.model_validate(one) for one in call.platform.beats()]))
 
 
 # --- how it is -------------------------------------------------------------------------------------------------------

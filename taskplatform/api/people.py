@@ -9,20 +9,28 @@ from fastapi import Path
 from fastapi.responses import Response
 
 from taskplatform.api.call import Administers, Call, Reads, Submits
+from taskplatform.api.jobs import problem_of_item
 from taskplatform.api.records import (
     Deletion,
     NewSubscription,
     NewUser,
+    SubscriberCount,
     SubscriberPage,
+    SubscriptionBatch,
     SubscriptionChange,
     SubscriptionRecord,
+    SubscriptionResult,
+    SubscriptionResults,
     Subscriptions,
     Unsubscription,
     UserPage,
     UserRecord,
 )
 from taskplatform.api.routing import Cursor, PageSize, Routes, cursor_of, token_of
+from taskplatform.errors import InvalidInput, TaskPlatformError, UnknownUser
 from taskplatform.model import Subscription
+from taskplatform.platform import SubscriptionRequest
+from taskplatform.store import SubscribeResult
 
 users = Routes("users")
 subscriptions = Routes("subscriptions")
@@ -46,8 +54,9 @@ def create_user(call: Submits) -> Response:
     call.note(user=body.id)
 
     def act() -> Response:
-        record = UserRecord.model_validate(call.platform.create_user(body.id, name=body.name))
-        return call.answer(record, 201, headers={"Location": f"/v1/users/{quote(body.id, safe='@+')}"})
+        new = call.platform.add_user(body.id, name=body.name)
+        record = UserRecord.model_validate(call.platform.user(body.id))
+        return call.changed(call.answer(record, 201, headers={"Location": f"/v1/users/{quote(body.id, safe='@+')}"}), new)
 
     return call.once(act)
 
@@ -70,8 +79,8 @@ def pause_user(call: Submits, user: User) -> Response:
     """Plan and release nothing for a user until they are resumed. What waits is kept."""
 
     def act() -> Response:
-        call.platform.pause_user(user)
-        return _user(call, user)
+        changed = call.platform.pause_user(user)
+        return call.changed(_user(call, user), changed)
 
     return call.once(act)
 
@@ -81,8 +90,8 @@ def resume_user(call: Submits, user: User) -> Response:
     """End a user's pause."""
 
     def act() -> Response:
-        call.platform.resume_user(user)
-        return _user(call, user)
+        changed = call.platform.resume_user(user)
+        return call.changed(_user(call, user), changed)
 
     return call.once(act)
 
@@ -106,6 +115,34 @@ def list_subscribers(call: Reads, definition: DefinitionName, limit: PageSize = 
     """List the users that are subscribed to a definition, in stable pages."""
     page = call.platform.subscribers(definition, cursor=cursor_of(cursor), limit=limit)
     return call.answer(SubscriberPage(items=list(page.items), next=token_of(page.cursor)))
+
+
+@subscriptions("GET", "/definitions/{definition}/subscribers/count", SubscriberCount, faults=(404,))
+def count_subscribers(call: Reads, definition: DefinitionName) -> Response:
+    """Count the users that are subscribed to a definition."""
+    return call.answer(SubscriberCount(subscribers=call.platform.count_subscribers(definition)))
+
+
+@subscriptions("POST", "/subscriptions/batch", SubscriptionResults, takes=SubscriptionBatch)
+def make_subscriptions(call: Submits) -> Response:
+    """Make many subscriptions, or set them to just this, each on its own: what is wrong with one holds back no other."""
+    body = call.read(SubscriptionBatch)
+
+    def act() -> Response:
+        asked = [SubscriptionRequest(**dict(item)) for item in body.items]
+        results, created = call.platform.subscribe_each(asked, create_users=body.create_users)
+        items = [_result(place, result) for place, result in enumerate(results)]
+        call.note(made=f"{sum(item.problem is None for item in items)}/{len(items)}", users_created=created)
+        return call.answer(SubscriptionResults(items=items, users_created=created))
+
+    return call.once(act)
+
+
+def _result(place: int, result: SubscribeResult | TaskPlatformError) -> SubscriptionResult:
+    if isinstance(result, TaskPlatformError):
+        field = result.field if isinstance(result, InvalidInput) else "user" if isinstance(result, UnknownUser) else "definition"
+        return SubscriptionResult(status=422, problem=problem_of_item(place, field, result))
+    return SubscriptionResult.model_validate({"status": 201 if result is SubscribeResult.CREATED else 200, "result": result.name.lower()})
 
 
 @subscriptions("GET", _SUBSCRIPTION, SubscriptionRecord, faults=(404,))
@@ -152,8 +189,8 @@ def pause_subscription(call: Submits, user: User, definition: DefinitionName) ->
     """Plan and release nothing of a subscription until it is resumed. What waits is kept."""
 
     def act() -> Response:
-        call.platform.pause_subscription(user, definition)
-        return _subscription(call, call.platform.subscription(user, definition))
+        changed = call.platform.pause_subscription(user, definition)
+        return call.changed(_subscription(call, call.platform.subscription(user, definition)), changed)
 
     return call.once(act)
 
@@ -163,8 +200,8 @@ def resume_subscription(call: Submits, user: User, definition: DefinitionName) -
     """End the pause of a subscription."""
 
     def act() -> Response:
-        call.platform.resume_subscription(user, definition)
-        return _subscription(call, call.platform.subscription(user, definition))
+        changed = call.platform.resume_subscription(user, definition)
+        return call.changed(_subscription(call, call.platform.subscription(user, definition)), changed)
 
     return call.once(act)
 

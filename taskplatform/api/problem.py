@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -58,11 +59,11 @@ def with_status(status: int, detail: str = "", *, headers: Mapping[str, str] | N
     return Problem(status, HTTPStatus(status).phrase, detail, headers=headers, **more)
 
 
-def invalid(faults: Sequence[tuple[str, str, str]]) -> Problem:
+def invalid(faults: Sequence[tuple[str, str, str]], **more: Any) -> Problem:
     """A request that is understood and not accepted: for each fault "pointer" or "parameter", which one, and what is wrong with it."""
     (_, _, first), *others = faults
     detail = first if not others else f"{len(faults)} faults"
-    return with_status(422, detail, errors=[{kind: where, "detail": what} for kind, where, what in faults])
+    return with_status(422, detail, errors=[{kind: where, "detail": what} for kind, where, what in faults], **more)
 
 
 def pointer(place: Sequence[object]) -> str:
@@ -72,18 +73,23 @@ def pointer(place: Sequence[object]) -> str:
 
 def of(fault: TaskPlatformError, request: Request | None = None) -> Problem:
     """What an error of the platform is."""
-    text = str(fault)
+    text, kind = str(fault), kind_of(fault)
     match fault:
         case InvalidInput():
             where = _where(fault.field, request)
-            return with_status(422, text) if where is None else invalid([(*where, text)])
+            return with_status(422, text, kind=kind) if where is None else invalid([(*where, text)], kind=kind)
         case NotFound():
-            return with_status(404, text)
+            return with_status(404, text, kind=kind)
         case Conflict():
-            return with_status(409, text)
+            return with_status(409, text, kind=kind)
         case StoreUnavailable():
-            return with_status(503, text, headers={"Retry-After": str(RETRY_SECONDS)}, outage=str(fault.outage))
+            return with_status(503, text, headers={"Retry-After": str(RETRY_SECONDS)}, outage=str(fault.outage), kind=kind)
     return unforeseen(fault, "" if request is None else request_id(request.scope))
+
+
+def kind_of(fault: TaskPlatformError) -> str:
+    """What a program tells errors of the platform by: the class's name as words, such as unknown_user."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(fault).__name__).lower()
 
 
 def unforeseen(fault: BaseException, id_: str) -> Problem:

@@ -221,6 +221,7 @@ class ProblemRecord(_Given):
     title: str
     status: int
     detail: str = ""
+    kind: str | None = Field(default=None, description="which of the platform's errors it is, such as unknown_user, conflict")
     instance: str | None = Field(default=None, description="of a fault of the platform: under what its log has it")
     errors: list[FieldFault] = Field(default_factory=list)
 
@@ -358,6 +359,57 @@ class SubscriptionChange(_Taken):
     schedule: ScheduleOverride | None = Field(default=None, description="an own one; null: the definition's again")
 
 
+_ASKED = {"user": "u1", "definition": "daily_user_report", "params": {"format": "pdf"}}
+
+
+class AskedSubscription(_Taken):
+    """One subscription of a batch. What it names is looked at one by one, so that a fault in one holds back no other."""
+
+    model_config = _example(**_ASKED)
+
+    user: str = Field(max_length=200)
+    definition: str = Field(max_length=200)
+    enabled: bool = True
+    params: Params | None = None
+    schedule: Params | None = Field(default=None, description="an own one, as PUT takes it; null: the definition's")
+
+
+class SubscriptionBatch(_Taken):
+    """Subscriptions to be made, or set to just this, each on its own."""
+
+    model_config = _example(items=[_ASKED], create_users=True)
+
+    items: list[AskedSubscription] = Field(min_length=1, max_length=MAX_BATCH)
+    create_users: bool = Field(default=False, description="create users that do not exist")
+
+
+class SubscriptionResult(_Given):
+    """What became of one."""
+
+    model_config = _example(status=201, result="created", problem=None)
+
+    status: int = Field(description="201 created, 200 changed or as it was, 422 not accepted")
+    result: Literal["created", "changed", "unchanged"] | None = None
+    problem: ProblemRecord | None = None
+
+
+class SubscriptionResults(_Given):
+    """What became of each, in the order of the batch."""
+
+    model_config = _example(items=[{"status": 201, "result": "created", "problem": None}], users_created=1)
+
+    items: list[SubscriptionResult]
+    users_created: int
+
+
+class SubscriberCount(_Given):
+    """How many users are subscribed to a definition."""
+
+    model_config = _example(subscribers=1200)
+
+    subscribers: int
+
+
 class SubscriberPage(_Given):
     """Some of the users that are subscribed to a definition."""
 
@@ -458,6 +510,9 @@ class Trigger(_Taken):
     model_config = _example(window="5m")
 
     window: Duration | None = Field(default=None, description="spread over so long; default: the definition's")
+    idempotency_key: str | None = Field(
+        default=None, min_length=1, max_length=MAX_KEY_LENGTH, description="the same key for the same definition is the same occurrence"
+    )
 
 
 class Triggered(_Given):
@@ -554,6 +609,7 @@ _LIMIT = {
     "source": "live",
     "configured": {"rate": "5/s", "burst": 2, "concurrency": None},
     "free": 12,
+    "tokens": 12.5,
     "reserved": 1,
     "in_flight": 2,
     "held_until": None,
@@ -585,9 +641,10 @@ class LimitRecord(Rule):
     model_config = _example(**_LIMIT)
 
     name: str
-    source: str = Field(description="live, definition or settings")
+    source: str = Field(description="live, definition, settings, or breaker: a host that is held back and has no limit")
     configured: Rule | None = Field(description="what is in force again when a live one is removed")
     free: int | None = Field(description="starts that the rate allows at once")
+    tokens: float | None = Field(description="the same as it is counted: below 0 where a limit was lowered")
     reserved: int = Field(description="released jobs that have a place in the rate and have not started")
     in_flight: int | None = Field(description="released and not ended; for `user`, of the user who has the most")
     held_until: Instant | None = Field(description="of a host whose jobs are held back: when it is probed, see /v1/breakers; else null")
@@ -601,7 +658,7 @@ class LimitRecord(Rule):
             rate=None if state.limit.per_second is None else format_rate(state.limit.per_second),
             burst=state.limit.burst,
             concurrency=state.limit.concurrency,
-            source="live" if state.live else "definition" if state.name.startswith("definition:") else "settings",
+            source=state.source,
             configured=None
             if configured is None
             else Rule(
@@ -610,6 +667,7 @@ class LimitRecord(Rule):
                 concurrency=configured.concurrency,
             ),
             free=None if state.tokens is None else max(0, int(state.tokens)),
+            tokens=state.tokens,
             reserved=state.reserved,
             in_flight=state.in_flight,
             held_until=state.held_until_ms,
@@ -636,6 +694,7 @@ _BREAKER = {
     "openings": 1,
     "passed": 0,
     "probe": "",
+    "probed": None,
     "reason": "12 of 20 calls failed, the last: HTTP 503",
 }
 
@@ -665,7 +724,16 @@ class BreakerRecord(_Given):
     openings: int = Field(description="how often it opened since it was well")
     passed: int = Field(description="probes that went well")
     probe: str = Field(description="the job that probes it now")
+    probed: Instant | None = Field(validation_alias="probed_ms", description="since when it does")
     reason: str = Field(description="why it is held back")
+
+
+class HeldBack(_Given):
+    """Why a job that is due waits."""
+
+    model_config = _example(breaker=_BREAKER)
+
+    breaker: BreakerRecord | None = Field(description="the host that is held back; null: no host holds it back")
 
 
 class Breakers(_Given):
@@ -772,23 +840,26 @@ class DeadFilter(_Taken):
     reason: str = Field(default="", max_length=500, description="those whose reason contains this")
     all: Literal[True] | None = Field(default=None, description="instead of any filter, so that none is forgotten")
     limit: int = Field(default=MOST_DEAD, ge=1, le=MOST_DEAD)
+    cursor: str | None = Field(default=None, min_length=1, max_length=1000, description="`next` of the call before: go on after it")
 
 
 class Redriven(_Given):
-    """What became of dead letters. Where as many as `limit` were done there may be more."""
+    """What became of dead letters."""
 
-    model_config = _example(redriven=12, left=1)
+    model_config = _example(redriven=12, left=1, next=None)
 
     redriven: int
     left: int = Field(description="those whose definition was removed from the catalogue")
+    next: str | None = Field(description="goes into `cursor` for the older ones; null: there is nothing more")
 
 
 class Discarded(_Given):
-    """What became of dead letters. Where as many as `limit` were done there may be more."""
+    """What became of dead letters."""
 
-    model_config = _example(discarded=12)
+    model_config = _example(discarded=12, next=None)
 
     discarded: int
+    next: str | None = Field(description="goes into `cursor` for the older ones; null: there is nothing more")
 
 
 _GARBAGE = {"at": "2027-01-16T12:00:00.000Z", "queue": "high", "reason": "is no JSON", "worker": "celery@host#1a2b3c4d", "text": "…"}

@@ -6,12 +6,17 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
+from taskplatform.cli.completion import definitions, jobs, users
+
 if TYPE_CHECKING:
     from taskplatform.platform import Platform
+    from taskplatform.remote import RemotePlatform
+
+    AnyPlatform: TypeAlias = Platform | RemotePlatform
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -20,24 +25,36 @@ PRIORITIES = ("high", "medium", "low")
 STATES = ("pending", "queued", "assigned", "running", "retrying", "completed", "failed", "timed_out", "canceled", "rejected")
 
 
-#: In the context of a command that has an exit code of its own for a Redis that cannot be asked.
-NO_ANSWER = "taskplatform.no_answer"
-
-
-def example(line: str) -> str:
-    """A command's example, for the end of its help."""
-    return f"\b\nExample:\n  taskplatform {line}"
+def example(*lines: str) -> str:
+    """A command's examples, for the end of its help."""
+    shown = "\n".join(f"  taskplatform {line}" for line in lines)
+    return f"\b\nExample{'s' if len(lines) > 1 else ''}:\n{shown}"
 
 
 @contextmanager
-def connected(*, definitions: bool = True) -> Iterator[Platform]:
-    """The platform of the settings.
+def connected(*, definitions: bool = True) -> Iterator[AnyPlatform]:
+    """The platform of the settings: behind its API where a URL is given, else on Redis.
 
     Commands that need no definitions work also while a file of theirs has a fault.
     """
+    from taskplatform.cli.remote import connect, wanted
+
+    if wanted():
+        with closing(connect()) as remote:
+            yield remote
+        return
+    with on_redis(definitions=definitions) as platform:
+        yield platform
+
+
+@contextmanager
+def on_redis(*, definitions: bool = True) -> Iterator[Platform]:
+    """The platform on Redis, for what its API does not serve. Raises UsageError where a URL is given, by option or setting."""
     from taskplatform.catalogue import Catalogue
+    from taskplatform.cli.remote import refuse_url
     from taskplatform.platform import Platform
 
+    refuse_url(settings_too=True)
     with closing(Platform.connect(catalogue=None if definitions else Catalogue())) as platform:
         yield platform
 
@@ -118,8 +135,11 @@ def past(text: str) -> datetime:
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON for programs.")
 cursor_option = click.option("--cursor", metavar="TEXT", help="Go on where an earlier listing ended.")
 all_option = click.option("--all", "everything", is_flag=True, help="All pages, not just one.")
-user_argument = click.argument("user")
-definition_argument = click.argument("definition")
+user_argument = click.argument("user", shell_complete=users)
+definition_argument = click.argument("definition", shell_complete=definitions)
+user_option = click.option("--user", shell_complete=users, help="Only those of a user.")
+definition_option = click.option("--definition", shell_complete=definitions, help="Only those of a definition.")
+job_argument = click.argument("job_id", metavar="ID", shell_complete=jobs)
 
 
 def limit_option(default: int) -> Callable[[F], F]:

@@ -49,7 +49,9 @@ def certs(
       taskplatform certs --host api.example.com --client alice
     """
     from taskplatform.certs import make
+    from taskplatform.cli.remote import refuse_url
 
+    refuse_url()
     if ctx.invoked_subcommand is not None:
         return
     made = make(

@@ -1,4 +1,4 @@
-"""`taskplatform dead`: jobs that failed for good."""
+"""`taskplatform dead-letters`: jobs that failed for good."""
 
 from __future__ import annotations
 
@@ -7,15 +7,28 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from taskplatform.cli.arguments import all_option, connected, cursor_option, example, json_option, limit_option, past
+from taskplatform.cli.arguments import (
+    all_option,
+    connected,
+    cursor_option,
+    definition_option,
+    example,
+    job_argument,
+    json_option,
+    limit_option,
+    past,
+    user_option,
+)
+from taskplatform.cli.completion import jobs as job_ids
 from taskplatform.cli.jobs import act_on_each, show_job
 from taskplatform.cli.output import Columns, all_items, counted, moment_text, plain, remark, show_rows
+from taskplatform.cli.progress import counting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from taskplatform.cli.arguments import AnyPlatform
     from taskplatform.model import Job
-    from taskplatform.platform import Platform
 
 _COLUMNS: Columns[Job] = {
     "job": lambda one: one.id,
@@ -27,7 +40,7 @@ _COLUMNS: Columns[Job] = {
 }
 
 
-@click.group()
+@click.group("dead-letters")
 def dead() -> None:
     """Jobs that failed or timed out for good.
 
@@ -37,9 +50,9 @@ def dead() -> None:
 
 def _filters(function: Callable[..., Any]) -> Callable[..., Any]:
     """What tells dead letters from each other."""
-    options = (
-        click.option("--user", help="Only those of a user."),
-        click.option("--definition", help="Only those of a definition."),
+    options: tuple[Callable[..., Any], ...] = (
+        user_option,
+        definition_option,
         click.option("--since", type=past, help="Only those that died since: ISO 8601, or how long ago, such as 10m."),
         click.option("--reason", default="", metavar="TEXT", help='Only those whose reason contains this, such as "poison pill".'),
     )
@@ -52,7 +65,7 @@ def _record(job: Job) -> dict[str, Any]:
     return {**plain(job), "poison": job.poison}
 
 
-@dead.command("list", epilog=example('dead list --definition daily_user_report --reason "poison pill"'))
+@dead.command("list", epilog=example('dead-letters list --definition daily_user_report --reason "poison pill"'))
 @_filters
 @limit_option(50)
 @cursor_option
@@ -79,16 +92,16 @@ def list_(
         show_rows(found, _COLUMNS, as_json=as_json, record=_record)
 
 
-@dead.command(epilog=example("dead show daily_user_report:u1:1800000000000"))
-@click.argument("job_id", metavar="ID")
+@dead.command(epilog=example("dead-letters show daily_user_report:u1:1800000000000"))
+@job_argument
 @json_option
 def show(job_id: str, *, as_json: bool) -> None:
     """Show a dead letter and its history."""
     show_job(job_id, as_json=as_json)
 
 
-@dead.command(epilog=example("dead redrive --definition daily_user_report --since 1d"))
-@click.argument("ids", metavar="[ID]...", nargs=-1)
+@dead.command(epilog=example("dead-letters redrive --definition daily_user_report --since 1d"))
+@click.argument("ids", metavar="[ID]...", nargs=-1, shell_complete=job_ids)
 @_filters
 @click.option("--all", "everything", is_flag=True, help="All dead letters.")
 @click.pass_context
@@ -101,16 +114,17 @@ def redrive(ctx: click.Context, /, ids: tuple[str, ...], *, everything: bool, **
     _check_choice(ids, filters, everything)
     with connected(definitions=False) as platform:
         if ids:
-            act_on_each(ctx, ids, lambda job_id: platform.redrive(job_id).state)
+            act_on_each(ctx, ids, "redriving", lambda job_id: platform.redrive(job_id).state)
             return
-        redriven, left = platform.redrive_all(**filters)
+        with counting("redriving") as progress:
+            redriven, left = platform.redrive_all(**filters, progress=progress)
     click.echo(f"{counted(redriven, 'job')} redriven")
     if left:
         remark(f"{counted(left, 'job')} left: the definition was removed from the catalogue")
 
 
-@dead.command(epilog=example("dead discard --user u1"))
-@click.argument("ids", metavar="[ID]...", nargs=-1)
+@dead.command(epilog=example("dead-letters discard --user u1"))
+@click.argument("ids", metavar="[ID]...", nargs=-1, shell_complete=job_ids)
 @_filters
 @click.option("--all", "everything", is_flag=True, help="All dead letters.")
 @click.pass_context
@@ -122,13 +136,14 @@ def discard(ctx: click.Context, /, ids: tuple[str, ...], *, everything: bool, **
     _check_choice(ids, filters, everything)
     with connected(definitions=False) as platform:
         if ids:
-            act_on_each(ctx, ids, lambda job_id: _discard(platform, job_id))
+            act_on_each(ctx, ids, "discarding", lambda job_id: _discard(platform, job_id))
             return
-        discarded = platform.discard_all(**filters)
+        with counting("discarding") as progress:
+            discarded = platform.discard_all(**filters, progress=progress)
     click.echo(f"{counted(discarded, 'job')} discarded")
 
 
-def _discard(platform: Platform, job_id: str) -> str:
+def _discard(platform: AnyPlatform, job_id: str) -> str:
     platform.discard(job_id)
     return "discarded"
 

@@ -16,15 +16,19 @@ from taskplatform.cli.arguments import (
     connected,
     cursor_option,
     definition_argument,
+    definition_option,
     duration,
     example,
+    job_argument,
     json_option,
     limit_option,
     moment,
     param_option,
     past,
     user_argument,
+    user_option,
 )
+from taskplatform.cli.completion import jobs as job_ids
 from taskplatform.cli.output import (
     Columns,
     all_items,
@@ -35,15 +39,19 @@ from taskplatform.cli.output import (
     remark,
     seconds_text,
     show_fields,
+    show_line,
     show_rows,
 )
-from taskplatform.errors import Conflict, UnknownJob
+from taskplatform.cli.progress import steps
+from taskplatform.errors import Conflict, UnknownDefinition, UnknownJob
 
 if TYPE_CHECKING:
+    from taskplatform.cli.arguments import AnyPlatform
     from taskplatform.model import Job, Transition
-    from taskplatform.platform import Platform
 
 _POLL_SECONDS = 0.2
+#: More than a history has.
+_MOST_LINES = 300
 
 
 def _took(job: Job) -> str:
@@ -87,6 +95,7 @@ def jobs() -> None:
 @click.option("--priority", type=click.Choice(PRIORITIES), help="Default: the definition's.")
 @click.option("--idempotency-key", metavar="TEXT", help="The same key gives the same job.")
 @click.option("--wait", is_flag=True, help="Wait for its end; the exit code is 1 unless it completed.")
+@click.option("--follow", is_flag=True, help="The same, and show its history as it is written instead of the job.")
 @json_option
 @click.pass_context
 def submit(
@@ -100,6 +109,7 @@ def submit(
     idempotency_key: str | None,
     *,
     wait: bool,
+    follow: bool,
     as_json: bool,
 ) -> None:
     """Make a job now, without a schedule."""
@@ -107,15 +117,34 @@ def submit(
         job = platform.enqueue(
             definition, user=user, params=params, countdown=countdown, eta=eta, priority=priority, idempotency_key=idempotency_key
         )
-        if wait:
+        if wait or follow:
             remark(f"{job.id} is submitted; Ctrl-C stops the waiting, not the job")
-            job = _ended(platform, job)
-    show_fields(_fields(job), as_json=as_json, record=job)
-    if wait and job.state != "completed":
+            job = _followed(platform, job, as_json=as_json) if follow else _ended(platform, job)
+    if not follow:
+        show_fields(_fields(job), as_json=as_json, record=job)
+    if (wait or follow) and job.state != "completed":
         ctx.exit(1)
 
 
-def _ended(platform: Platform, job: Job) -> Job:
+def _followed(platform: AnyPlatform, job: Job, *, as_json: bool) -> Job:
+    """Show each line of its history, once, until it has ended."""
+    if not as_json:
+        click.echo("\t".join(_HISTORY))
+    shown: list[Transition] = []
+    while True:
+        ended = job.state.terminal
+        for line in platform.history(job.id):
+            # of a long one lines between the first and the newest are dropped
+            if line not in shown[-_MOST_LINES:]:
+                shown.append(line)
+                show_line(line, _HISTORY, as_json=as_json)
+        if ended:
+            return job
+        time.sleep(_POLL_SECONDS)
+        job = platform.job(job.id)
+
+
+def _ended(platform: AnyPlatform, job: Job) -> Job:
     state = job.state
     while not job.state.terminal:
         time.sleep(_POLL_SECONDS)
@@ -127,8 +156,8 @@ def _ended(platform: Platform, job: Job) -> Job:
 
 
 @jobs.command("list", epilog=example("jobs list --definition daily_user_report --state failed --since 1d"))
-@click.option("--user", help="Only those of a user.")
-@click.option("--definition", help="Only those of a definition.")
+@user_option
+@definition_option
 @click.option("--state", "states", type=click.Choice(STATES), multiple=True, help="Only those in this state. Repeatable.")
 @click.option("--since", type=past, help="Only those made since: ISO 8601, or how long ago, such as 10m.")
 @click.option("--until", type=past, help="Only those made until then.")
@@ -162,12 +191,25 @@ def list_(
         show_rows(found, _COLUMNS, as_json=as_json)
 
 
-@jobs.command(epilog=example("jobs show daily_user_report:u1:1800000000000"))
-@click.argument("job_id", metavar="ID")
+@jobs.command(
+    epilog=example("jobs show daily_user_report:u1:1800000000000", "jobs show daily_user_report:u1:1800000000000 --follow --json")
+)
+@job_argument
+@click.option("--follow", is_flag=True, help="Its history as it is written, to its end; the exit code is 1 unless it completed.")
 @json_option
-def show(job_id: str, *, as_json: bool) -> None:
-    """Show a job and its history."""
-    show_job(job_id, as_json=as_json)
+@click.pass_context
+def show(ctx: click.Context, job_id: str, *, follow: bool, as_json: bool) -> None:
+    """Show a job and its history.
+
+    With --follow and --json each line is a JSON object.
+    """
+    if not follow:
+        show_job(job_id, as_json=as_json)
+        return
+    with connected(definitions=False) as platform:
+        ended = _followed(platform, platform.job(job_id), as_json=as_json)
+    if ended.state != "completed":
+        ctx.exit(1)
 
 
 def show_job(job_id: str, *, as_json: bool) -> None:
@@ -210,7 +252,7 @@ def _fields(job: Job) -> dict[str, object]:
 
 
 @jobs.command(epilog=example("jobs cancel daily_user_report:u1:1800000000000"))
-@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.argument("ids", metavar="ID...", nargs=-1, required=True, shell_complete=job_ids)
 @click.pass_context
 def cancel(ctx: click.Context, ids: tuple[str, ...]) -> None:
     """Cancel jobs.
@@ -218,20 +260,20 @@ def cancel(ctx: click.Context, ids: tuple[str, ...]) -> None:
     One that waits never starts; one that runs is stopped, or its result discarded.
     """
     with connected(definitions=False) as platform:
-        act_on_each(ctx, ids, lambda job_id: platform.cancel(job_id).state)
+        act_on_each(ctx, ids, "canceling", lambda job_id: platform.cancel(job_id).state)
 
 
 @jobs.command(epilog=example("jobs retry daily_user_report:u1:1800000000000"))
-@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.argument("ids", metavar="ID...", nargs=-1, required=True, shell_complete=job_ids)
 @click.pass_context
 def retry(ctx: click.Context, ids: tuple[str, ...]) -> None:
     """Run jobs again that ended without success."""
     with connected(definitions=False) as platform:
-        act_on_each(ctx, ids, lambda job_id: platform.retry(job_id).state)
+        act_on_each(ctx, ids, "retrying", lambda job_id: platform.retry(job_id).state)
 
 
 @jobs.command("priority", epilog=example("jobs priority daily_user_report:u1:1800000000000 high"))
-@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.argument("ids", metavar="ID...", nargs=-1, required=True, shell_complete=job_ids)
 @click.argument("wanted", metavar="PRIORITY", type=click.Choice(PRIORITIES))
 @click.pass_context
 def set_priority(ctx: click.Context, ids: tuple[str, ...], wanted: str) -> None:
@@ -240,16 +282,16 @@ def set_priority(ctx: click.Context, ids: tuple[str, ...], wanted: str) -> None:
     Each keeps its place among those of its time.
     """
     with connected(definitions=False) as platform:
-        act_on_each(ctx, ids, lambda job_id: platform.set_priority(job_id, wanted).priority)
+        act_on_each(ctx, ids, "changing", lambda job_id: platform.set_priority(job_id, wanted).priority)
 
 
-def act_on_each(ctx: click.Context, ids: tuple[str, ...], act: Callable[[str], str]) -> None:
+def act_on_each(ctx: click.Context, ids: tuple[str, ...], what: str, act: Callable[[str], str]) -> None:
     """Do it to each and say what came of it; one that cannot be done holds back no other."""
     failed = False
-    for job_id in ids:
+    for job_id in steps(what, ids):
         try:
             click.echo(f"{job_id} {act(job_id)}")
-        except (UnknownJob, Conflict) as fault:
+        except (UnknownJob, UnknownDefinition, Conflict) as fault:
             complain(str(fault))
             failed = True
     if failed:

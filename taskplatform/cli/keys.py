@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from taskplatform.cli.arguments import connected, duration, example, json_option
+from taskplatform.cli.arguments import duration, example, json_option, on_redis
 from taskplatform.cli.output import Columns, counted, moment_text, plain, remark, show_json, show_rows
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def create_key(name: str, scopes: tuple[str, ...], lifetime: timedelta | None, *
 
     admin may do everything; read and submit do not contain each other.
     """
-    with connected(definitions=False) as platform:
+    with on_redis(definitions=False) as platform:
         key, token = platform.store.access.create_key(
             name, set(scopes), lifetime=_some(lifetime), actor=platform.actor, log_size=platform.settings.audit_size
         )
@@ -60,7 +60,7 @@ def rotate_key(name: str, overlap: timedelta, lifetime: timedelta | None, *, as_
 
     The old one stays valid for the overlap, so that those who use it can change over.
     """
-    with connected(definitions=False) as platform:
+    with on_redis(definitions=False) as platform:
         key, token = platform.store.access.rotate_key(
             name, overlap=overlap, lifetime=_some(lifetime), actor=platform.actor, log_size=platform.settings.audit_size
         )
@@ -89,7 +89,7 @@ def list_keys(*, as_json: bool) -> None:
 
     Those that expired or were revoked are listed for 30 days more.
     """
-    with connected(definitions=False) as platform:
+    with on_redis(definitions=False) as platform:
         found = platform.store.access.list_keys()
         now_ms = platform.store.now_ms()
     columns: Columns[ApiKey] = {
@@ -113,7 +113,7 @@ def revoke_key(which: str) -> None:
 
     A name means all keys that it has; an id means only that one, such as the old one after a rotation.
     """
-    with connected(definitions=False) as platform:
+    with on_redis(definitions=False) as platform:
         revoked = platform.store.access.revoke_key(which, actor=platform.actor, log_size=platform.settings.audit_size)
     click.echo(f"{counted(revoked, 'key')} revoked" if revoked else f"{which} was not valid any more")
 
@@ -136,6 +136,6 @@ def audit(limit: int, key: str | None, *, as_json: bool) -> None:
         "about": lambda one: one.about,
         "request": lambda one: one.request,
     }
-    with connected(definitions=False) as platform:
+    with on_redis(definitions=False) as platform:
         found = platform.store.access.audit(key=key, limit=limit)
     show_rows(found, columns, as_json=as_json)

@@ -10,8 +10,8 @@ from taskplatform.cli.arguments import connected, example, json_option
 from taskplatform.cli.output import Columns, moment_text, plain, rate_text, remark, show_rows
 
 if TYPE_CHECKING:
+    from taskplatform.cli.arguments import AnyPlatform
     from taskplatform.model import Limit
-    from taskplatform.platform import Platform
     from taskplatform.store import LimitState
 
 
@@ -21,14 +21,6 @@ def limits() -> None:
 
     NAME is total, definition:ID, host:HOST, user (each user) or user:ID.
     """
-
-
-def _source(state: LimitState) -> str:
-    if state.live:
-        return "live"
-    if state.configured is None:
-        return "breaker"  # a host that is held back, and has no limit
-    return "definition" if state.name.startswith("definition:") else "settings"
 
 
 def _in_words(limit: Limit | None) -> str:
@@ -49,17 +41,18 @@ _COLUMNS: Columns[LimitState] = {
     "reserved": lambda one: None if one.tokens is None else one.reserved,
     "in flight": lambda one: one.in_flight,
     "held until": lambda one: moment_text(one.held_until_ms),
-    "from": _source,
+    "from": lambda one: one.source,
     "configured": lambda one: _in_words(one.configured) if one.live else "",
 }
 
 
-def _show(platform: Platform, name: str) -> None:
-    click.echo(f"{name} {_in_words(platform.store.limits().get(name))}")
+def _show(platform: AnyPlatform, name: str) -> None:
+    found = {one.name: one.limit for one in platform.limits()}
+    click.echo(f"{name} {_in_words(found.get(name))}")
 
 
 def _record(state: LimitState) -> dict[str, Any]:
-    return {**plain(state), "source": _source(state)}
+    return {**plain(state), "source": state.source}
 
 
 @limits.command("list", epilog=example("limits list --json"))

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from taskplatform.cli.arguments import NO_ANSWER, connected, definition_argument, duration, example, json_option, limit_option
+from taskplatform.cli.arguments import connected, definition_argument, duration, example, json_option, limit_option
+from taskplatform.cli.completion import workers as worker_ids
 from taskplatform.cli.output import Columns, counted, moment_text, plain, remark, seconds_text, show_json, show_rows
+
+# the same as Role, without its module's imports
+ROLES = ("platform", "observer")
 
 if TYPE_CHECKING:
     from taskplatform.health import Problem
@@ -19,7 +23,8 @@ if TYPE_CHECKING:
 @definition_argument
 @click.option("--window", type=duration, help="Spread over so long. Default: the definition's window.")
 @click.option("--key", metavar="TEXT", help="The same key gives the same occurrence, so that a repeated call runs nothing twice.")
-def trigger(definition: str, window: timedelta | None, key: str | None) -> None:
+@json_option
+def trigger(definition: str, window: timedelta | None, key: str | None, *, as_json: bool) -> None:
     """Run a definition now for all its subscribers.
 
     It is an extra occurrence; those of the schedules stay as they are.
@@ -27,10 +32,13 @@ def trigger(definition: str, window: timedelta | None, key: str | None) -> None:
     with connected() as platform:
         at, subscribers = platform.trigger(definition, window=window, idempotency_key=key)
         at_ms = round(at.timestamp() * 1000)
-        found = platform.store.occurrences(definition, since_ms=at_ms)
+        found = platform.occurrences(definition, since=at)
         opened = [one for one in found if (one.at_ms, one.source) == (at_ms, "trigger")]
         asked = platform.definition(definition).window if window is None else window
     over = _window_text(opened[0]) if opened else _span_text(round(asked / timedelta(milliseconds=1)))
+    if as_json:
+        show_json({"definition": definition, "at": moment_text(at_ms), "subscribers": subscribers, "over": over})
+        return
     click.echo(f"{definition} triggered at {moment_text(at_ms)} for {counted(subscribers, 'subscriber')}, over {over}")
 
 
@@ -129,7 +137,7 @@ def nodes(ctx: click.Context, *, as_json: bool) -> None:
         return
     with connected(definitions=False) as platform:
         workers = platform.workers()
-        now_ms = platform.store.now_ms()
+        now_ms = platform.now_ms()
     columns: Columns[Worker] = {
         "worker": lambda one: one.id,
         "queues": lambda one: ",".join(one.queues),
@@ -141,7 +149,7 @@ def nodes(ctx: click.Context, *, as_json: bool) -> None:
 
 
 @nodes.command("drain", epilog=example("nodes drain celery@host#1a2b3c4d"))
-@click.argument("worker")
+@click.argument("worker", shell_complete=worker_ids)
 def drain_node(worker: str) -> None:
     """Let a worker take nothing new.
 
@@ -152,7 +160,7 @@ def drain_node(worker: str) -> None:
 
 
 @nodes.command("resume", epilog=example("nodes resume celery@host#1a2b3c4d"))
-@click.argument("worker")
+@click.argument("worker", shell_complete=worker_ids)
 def resume_node(worker: str) -> None:
     """Let a worker that was drained take jobs again."""
     with connected(definitions=False) as platform:
@@ -167,8 +175,8 @@ def beats(*, as_json: bool) -> None:
     Which one leads, and what each would publish. The highest number is the newest release. One that died is shown for some hours.
     """
     with connected(definitions=False) as platform:
-        found = platform.store.beats()
-        now_ms = platform.store.now_ms()
+        found = platform.beats()
+        now_ms = platform.now_ms()
     columns: Columns[Beat] = {
         "beat": lambda one: one.id,
         "leads": lambda one: one.leads,
@@ -223,9 +231,8 @@ def clear_garbage() -> None:
 def health(ctx: click.Context, *, as_json: bool) -> None:
     """Say what is wrong, since when, and what to do.
 
-    Exits with 0 if all is well (remarks of severity info do not count), 1 if not, and 2 if Redis cannot be asked.
+    Exits with 0 if all is well (remarks of severity info do not count), 1 if not, and 3 if the platform cannot be asked.
     """
-    ctx.meta[NO_ANSWER] = True
     columns: Columns[Problem] = {
         "severity": lambda one: one.severity,
         "what": lambda one: one.code,
@@ -252,9 +259,11 @@ def up(ctx: click.Context, workers: int, slots: int | None, *, no_flower: bool) 
 
     That is a server, a mock API, beat, workers and Flower. With TASKPLATFORM_REDIS_URL set, that server is used.
     """
+    from taskplatform.cli.remote import refuse_url
     from taskplatform.local import up as run
     from taskplatform.settings import settings
 
+    refuse_url()
     ctx.exit(run(settings(), workers=workers, slots=slots, flower=not no_flower))
 
 
@@ -265,8 +274,10 @@ def demo(ctx: click.Context) -> None:
 
     It takes about a minute, and exits with 0 only if all is as it must be.
     """
+    from taskplatform.cli.remote import refuse_url
     from taskplatform.demo import run
 
+    refuse_url()
     ctx.exit(run())
 
 
@@ -281,8 +292,10 @@ def api(ctx: click.Context, *, host: str | None, port: int | None, insecure_http
 
     It speaks TLS with the certificate of TASKPLATFORM_API_TLS_CERT and TASKPLATFORM_API_TLS_KEY.
     """
+    from taskplatform.cli.remote import refuse_url
     from taskplatform.settings import load_settings
 
+    refuse_url()
     given = {"api_host": host, "api_port": port}
     chosen = load_settings(**{name: value for name, value in given.items() if value is not None})
     if openapi:
@@ -295,4 +308,64 @@ def api(ctx: click.Context, *, host: str | None, port: int | None, insecure_http
     ctx.exit(run(chosen, insecure_http=insecure_http))
 
 
-COMMANDS = (trigger, pause, resume, changes, occurrences, nodes, beats, health, garbage, api, up, demo)
+@click.command("redis-acl", epilog=example("redis-acl platform", "redis-acl observer --database 1"))
+@click.argument("role", type=click.Choice(ROLES))
+@click.option("--namespace", metavar="TEXT", help="First part of the keys. Default: TASKPLATFORM_NAMESPACE.")
+@click.option("--database", type=click.IntRange(0, 15), help="Number of the database. Default: that of TASKPLATFORM_REDIS_URL.")
+@json_option
+def redis_acl(role: str, namespace: str | None, database: int | None, *, as_json: bool) -> None:
+    """Print the rights that a user needs at Redis.
+
+    They are the rules for ACL SETUSER or an ACL file, behind the user's name, on and password. "platform" is for beat, workers, API and
+    this program; "observer" for a Flower that only shows. It asks no server.
+    """
+    from urllib.parse import urlsplit
+
+    from taskplatform.cli.remote import refuse_url
+    from taskplatform.settings import settings
+    from taskplatform.store.acl import Role, rules
+
+    refuse_url()
+    chosen = settings()
+    if database is None:
+        number = urlsplit(chosen.redis_url).path.strip("/")
+        database = int(number) if number.isdecimal() else 0
+    found = rules(Role(role), namespace=namespace or chosen.namespace, database=database)
+    if as_json:
+        show_json({"role": role, "rules": found.split(" ")})
+    else:
+        click.echo(found)
+
+
+@click.command(context_settings={"ignore_unknown_options": True}, epilog=example("bench", "bench plan --scale 0.1"))
+@click.argument("words", metavar="[WORD]...", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def bench(ctx: click.Context, words: tuple[str, ...]) -> None:
+    """Run the benchmarks of the source tree.
+
+    What follows goes to `python -m bench`; `taskplatform bench -- --help` says what there is. An installed package has no benchmarks.
+    """
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    import taskplatform
+    from taskplatform.cli.remote import refuse_url
+
+    refuse_url()
+    root = Path(taskplatform.__file__).resolve().parents[1]
+    if not (root / "bench" / "__main__.py").is_file():
+        raise click.ClickException("the benchmarks are in the source tree, and this is an installed package: clone it and run `make bench`")
+    # their own folder is needed to find them, and Ctrl-C reaches them by itself
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    with subprocess.Popen([sys.executable, "-m", "bench", *words], cwd=root, env={**os.environ, "PYTHONPATH": path}) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+    ctx.exit(code if code >= 0 else 128 - code)
+
+
+COMMANDS = (trigger, pause, resume, changes, occurrences, nodes, beats, health, garbage, api, up, demo, redis_acl, bench)

@@ -61,6 +61,14 @@ def show_rows(items: Iterable[T], columns: Columns[T], *, as_json: bool, record:
             _write_cells(cell(item) for cell in columns.values())
 
 
+def show_line(item: T, columns: Columns[T], *, as_json: bool) -> None:
+    """Show one item of a listing that goes on: a line of cells, or of JSON."""
+    if as_json:
+        click.echo(json.dumps(plain(item)))
+    else:
+        _write_cells(cell(item) for cell in columns.values())
+
+
 def show_fields(shown: Mapping[str, object], *, as_json: bool, record: object) -> None:
     """Show one thing: `shown` for people, `record` in JSON. What is empty is left out on a terminal."""
     if as_json:
@@ -78,16 +86,22 @@ def show_json(value: object) -> None:
 
 
 def all_items(fetch: Callable[[str | None], Page[T]], *, cursor: str | None, everything: bool) -> Iterator[T]:
-    """One page, or that one and all that follow. Where pages are left, a remark at the end says how to go on."""
+    """One page, or that one and all that follow. Where pages are left, a remark at the end says how to go on.
+
+    The first is fetched at once: what is not accepted is said before anything is shown.
+    """
+    return _items_from(fetch(cursor), fetch, everything)
+
+
+def _items_from(page: Page[T], fetch: Callable[[str | None], Page[T]], everything: bool) -> Iterator[T]:
     while True:
-        page = fetch(cursor)
         yield from page.items
-        cursor = page.cursor
-        if cursor is None:
+        if page.cursor is None:
             return
         if not everything:
-            click.get_current_context().call_on_close(partial(remark, f"there may be more: --cursor '{cursor}'"))
+            click.get_current_context().call_on_close(partial(remark, f"there may be more: --cursor '{page.cursor}'"))
             return
+        page = fetch(page.cursor)
 
 
 # --- values ----------------------------------------------------------------------------------------------------------

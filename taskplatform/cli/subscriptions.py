@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -36,6 +34,7 @@ from taskplatform.cli.output import (
     show_fields,
     show_rows,
 )
+from taskplatform.cli.progress import bytes_read
 
 if TYPE_CHECKING:
     from taskplatform.bulk import Format
@@ -183,7 +182,7 @@ def subscribers(definition: str, limit: int, cursor: str | None, *, count: bool,
     """List the users who are subscribed to a definition."""
     with connected() as platform:
         if count:
-            click.echo(platform.store.count_subscribers(platform.definition(definition).id))
+            click.echo(platform.count_subscribers(definition))
             return
         found = all_items(lambda at: platform.subscribers(definition, cursor=at, limit=limit), cursor=cursor, everything=everything)
         show_rows(found, {"user": str}, as_json=as_json)
@@ -241,7 +240,7 @@ def import_(ctx: click.Context, file: BinaryIO, format_: Format | None, *, creat
     chosen = format_ or _FORMATS.get(Path(name).suffix.lower())
     if chosen is None:
         raise click.UsageError(f"{name} could be either: give --format csv or --format jsonl")
-    with connected() as platform, _progress(_size(file)) as progress:
+    with connected() as platform, bytes_read("importing", _size(file)) as progress:
         report = import_subscriptions(platform, file, format=chosen, create_users=create_users, progress=progress)
     shown = {field.replace("_", " "): getattr(report, field) for field in ("created", "changed", "unchanged", "users_created", "faulty")}
     show_fields(shown, as_json=as_json, record=report)
@@ -260,31 +259,3 @@ def _size(file: BinaryIO) -> int | None:
     except OSError:
         return None
     return found.st_size if stat.S_ISREG(found.st_mode) else None
-
-
-@contextmanager
-def _progress(size: int | None) -> Iterator[Callable[[int], None]]:
-    if not sys.stderr.isatty():
-        yield _lines_of_progress(size)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("importing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("importing", total=size)
-        yield lambda done: bar.update(task, completed=done)
-
-
-def _lines_of_progress(size: int | None) -> Callable[[int], None]:
-    """A line for each tenth of the file, or for each ten megabytes where its size is not known."""
-    step = size / 10 if size else 10_000_000
-    due = step
-
-    def progress(done: int) -> None:
-        nonlocal due
-        if done >= due:
-            remark(f"{done:,} of {size:,} bytes read" if size else f"{done:,} bytes read")
-            due = (done // step + 1) * step
-
-    return progress

@@ -1,16 +1,18 @@
-"""`taskplatform tasks`: the definitions. None of it needs Redis."""
+"""`taskplatform tasks`: the definitions, from their files; with a URL `list` and `show` tell what the API tells of them."""
 
 from __future__ import annotations
 
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from taskplatform.cli.arguments import PRIORITIES, example, json_option
-from taskplatform.cli.output import complain, counted, json_text, moment_text, schedule_text, show_fields, show_json, show_rows
+from taskplatform.cli.completion import definitions
+from taskplatform.cli.output import Columns, complain, counted, json_text, moment_text, schedule_text, show_fields, show_json, show_rows
 from taskplatform.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from taskplatform.addresses import Target
     from taskplatform.catalogue import Catalogue
     from taskplatform.errors import Fault
+    from taskplatform.model import Schedule
 
 
 @click.group()
@@ -32,8 +35,12 @@ def tasks() -> None:
 @json_option
 def list_(domain: str | None, priority: str | None, *, as_json: bool) -> None:
     """List the definitions."""
+    from taskplatform.cli.remote import wanted
     from taskplatform.faults import did_you_mean
 
+    if wanted():
+        _list_remote(domain, priority, as_json=as_json)
+        return
     catalogue = _catalogue()
     if domain is not None and domain not in catalogue.domains:
         hint = did_you_mean(domain, catalogue.domains)
@@ -43,29 +50,50 @@ def list_(domain: str | None, priority: str | None, *, as_json: bool) -> None:
         for definition in catalogue.values()
         if domain in (None, catalogue.domain(definition.id)) and priority in (None, definition.priority)
     ]
-    columns = {
-        "id": lambda one: one.id,
-        "name": lambda one: one.name,
-        "schedule": lambda one: schedule_text(one.schedule),
-        "priority": lambda one: one.priority,
-    }
-    show_rows(chosen, columns, as_json=as_json, record=lambda one: _record(catalogue, one.id))
+    show_rows(chosen, _COLUMNS, as_json=as_json, record=lambda one: _record(catalogue, one.id))
+
+
+_COLUMNS: Columns[Any] = {
+    "id": lambda one: one.id,
+    "name": lambda one: one.name,
+    "schedule": lambda one: schedule_text(one.schedule),
+    "priority": lambda one: one.priority,
+}
+
+
+def _list_remote(domain: str | None, priority: str | None, *, as_json: bool) -> None:
+    from taskplatform.cli.remote import connect
+    from taskplatform.faults import did_you_mean
+
+    with closing(connect()) as platform:
+        found = platform.definitions()
+    domains = list(dict.fromkeys(one.domain for one in found))
+    if domain is not None and domain not in domains:
+        raise InvalidInput(f"there is no domain {domain!r}{did_you_mean(domain, domains)}; domains are {', '.join(domains)}")
+    chosen = [one for one in found if domain in (None, one.domain) and priority in (None, one.priority)]
+    show_rows(chosen, _COLUMNS, as_json=as_json, record=lambda one: one.record)
 
 
 @tasks.command(epilog=example("tasks show monthly_billing"))
-@click.argument("id_", metavar="ID")
+@click.argument("id_", metavar="ID", shell_complete=definitions)
 @json_option
 def show(id_: str, *, as_json: bool) -> None:
     """Show one definition with all its fields."""
+    from taskplatform.cli.remote import connect, wanted
     from taskplatform.schedule import next_occurrence
 
-    catalogue = _catalogue()
-    definition = catalogue.require(id_)
-    record = _record(catalogue, id_)
-    fields = {name: value for name, value in record.items() if name not in ("interval", "cron") and value != {}}
+    schedule: Schedule
+    if wanted():
+        with closing(connect()) as platform:
+            told = platform.definition(id_)
+        schedule, record = told.schedule, dict(told.record)
+    else:
+        catalogue = _catalogue()
+        schedule, record = catalogue.require(id_).schedule, _record(catalogue, id_)
+    fields = {name: value for name, value in record.items() if name not in ("interval", "cron", "schedule") and value != {}}
     shown = {name: json_text(value) if isinstance(value, dict) else value for name, value in fields.items()}
-    shown["schedule"] = schedule_text(definition.schedule)
-    shown["next"] = moment_text(next_occurrence(definition.schedule, time.time_ns() // 1_000_000))
+    shown["schedule"] = schedule_text(schedule)
+    shown["next"] = moment_text(next_occurrence(schedule, time.time_ns() // 1_000_000))
     show_fields(shown, as_json=as_json, record=record)
 
 
@@ -81,8 +109,10 @@ def check(ctx: click.Context, paths: tuple[Path, ...]) -> None:
     """
     from taskplatform.catalogue import check as check_files
     from taskplatform.catalogue import resolve_calls
+    from taskplatform.cli.remote import refuse_url
     from taskplatform.settings import environment, settings
 
+    refuse_url()
     variables = environment()
     catalogue, faults = check_files(paths or [settings().tasks_dir], environment=variables)
     if str(Path.cwd()) not in sys.path:  # as Celery does it
@@ -102,7 +132,9 @@ def check(ctx: click.Context, paths: tuple[Path, ...]) -> None:
 def schema() -> None:
     """Print a JSON Schema of definition files, for editors."""
     from taskplatform.catalogue import json_schema
+    from taskplatform.cli.remote import refuse_url
 
+    refuse_url()
     show_json(json_schema())
 
 

@@ -8,6 +8,7 @@ import click
 
 from taskplatform.cli.arguments import all_option, connected, cursor_option, example, json_option, limit_option, user_argument
 from taskplatform.cli.output import all_items, counted, moment_text, plain, remark, show_fields, show_rows
+from taskplatform.cli.progress import steps
 from taskplatform.cli.subscriptions import COLUMNS as SUBSCRIPTION_COLUMNS
 
 
@@ -27,10 +28,8 @@ def create(names: tuple[str, ...]) -> None:
 
     wanted = [check_user_id(user) for user in dict.fromkeys(names)]
     with connected(definitions=False) as platform:
-        new = platform.store.missing_users(wanted)
-        for user in wanted:
-            platform.create_user(user)
-            click.echo(f"{user} {'created' if user in new else 'exists already'}")
+        for user in steps("creating", wanted):
+            click.echo(f"{user} {'created' if platform.add_user(user) else 'exists already'}")
 
 
 @users.command("list", epilog=example("users list --limit 20 --json"))
@@ -78,8 +77,9 @@ def delete(ctx: click.Context, user: str, *, yes: bool) -> None:
     if not yes and not _on_terminal():
         raise click.UsageError("there is no terminal to ask on: --yes deletes without asking")
     with connected(definitions=False) as platform:
-        count = len(platform.subscriptions(user))
-        if not yes and not click.confirm(f"Delete {user}, {counted(count, 'subscription')} and all jobs?", err=True):
+        if not yes and not click.confirm(
+            f"Delete {user}, {counted(len(platform.subscriptions(user)), 'subscription')} and all jobs?", err=True
+        ):
             remark("nothing was deleted")
             ctx.exit(1)
         canceled, removed = platform.delete_user(user)
@@ -94,7 +94,7 @@ def _on_terminal() -> bool:
 def count() -> None:
     """Print how many users there are."""
     with connected(definitions=False) as platform:
-        click.echo(platform.store.count_users())
+        click.echo(platform.count_users())
 
 
 @users.command(epilog=example("users pause u1"))

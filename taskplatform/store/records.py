@@ -218,6 +218,15 @@ class LimitState:
     held_until_ms: int | None = None
     """Until when a host is held back, whatever its limit. A host that is held back and has no limit has a state all the same."""
 
+    @property
+    def source(self) -> str:
+        """What it comes from: live, definition, settings, or breaker where a host is held back and has no limit."""
+        if self.live:
+            return "live"
+        if self.configured is None:
+            return "breaker"
+        return "definition" if self.name.startswith("definition:") else "settings"
+
 
 class BreakerState(StrEnum):
     """Whether the jobs of a host may go."""

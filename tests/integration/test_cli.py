@@ -22,7 +22,7 @@ import redis
 from click.testing import CliRunner, Result
 
 from taskplatform.cli import cli, main
-from taskplatform.cli.arguments import PRIORITIES, STATES, example, moment, past
+from taskplatform.cli.arguments import PRIORITIES, STATES, moment, past
 from taskplatform.cli.output import moment_text, schedule_text, seconds_text
 from taskplatform.local import EmbeddedServer
 from taskplatform.model import Cron, Definition, Interval, JobState, Limit, Priority
@@ -108,7 +108,7 @@ def fails(line: str, *, code: int = 1) -> str:
     """What is said on stderr by a command that fails."""
     result = run(line, code=code)
     assert "Traceback" not in result.output
-    assert result.stderr.startswith("error: " if code == 1 else "Usage: ")
+    assert result.stderr.startswith("Usage: " if code == 2 else "error: ")
     return result.stderr
 
 
@@ -131,13 +131,16 @@ def commands(group: click.Group, path: str = "") -> Iterator[tuple[str, click.Co
 def test_each_command_has_an_example_that_it_accepts(path: str, command: click.Command, tmp_path: Path) -> None:
     (tmp_path / "subscriptions.csv").touch()
     assert command.epilog is not None
-    line = command.epilog.removeprefix(example("")).partition(" > ")[0]
-    assert line.startswith(path)
-    arguments = shlex.split(line.removeprefix(path))
-    command.make_context(path, [str(tmp_path / word) if word == "subscriptions.csv" else word for word in arguments]).close()
+    assert command.epilog.startswith("\b\nExample")
+    lines = [line.removeprefix("  taskplatform ").partition(" > ")[0] for line in command.epilog.splitlines()[2:]]
+    assert lines
+    for line in lines:
+        assert line.startswith(path)
+        arguments = shlex.split(line.removeprefix(path))
+        command.make_context(path, [str(tmp_path / word) if word == "subscriptions.csv" else word for word in arguments]).close()
 
 
-@pytest.mark.parametrize("path", ["", "tasks", "users", "subscriptions", "jobs", "dead", "limits", "keys", "certs"])
+@pytest.mark.parametrize("path", ["", "tasks", "users", "subscriptions", "jobs", "dead-letters", "limits", "keys", "certs"])
 def test_lists_of_commands_say_whole_sentences(path: str) -> None:
     listed = run(f"{path} --help").stdout.partition("Commands:\n")[2].splitlines()
     assert listed
@@ -146,7 +149,7 @@ def test_lists_of_commands_say_whole_sentences(path: str) -> None:
 
 @pytest.mark.parametrize("path", [path for path, _ in commands(cli)])
 def test_each_command_shows_its_example(path: str) -> None:
-    assert re.search(rf"\n  Example:\n    taskplatform {path}( |$)", run(f"{path} --help").stdout, re.MULTILINE)
+    assert re.search(rf"\n  Examples?:\n    taskplatform {path}( |$)", run(f"{path} --help").stdout, re.MULTILINE)
 
 
 def test_choices_are_those_of_the_model() -> None:
@@ -612,28 +615,28 @@ def test_dead_letters(platform: Platform) -> None:
     first = dead_job(platform, "HTTP 500")
     second = dead_job(platform, "poison pill: its process died, 3 losses in all", "u2")
     third = dead_job(platform, "HTTP 404", definition="hourly_sync")
-    table = rows(run("dead list").stdout)
+    table = rows(run("dead-letters list").stdout)
     assert table[0] == ["job", "died", "state", "attempt", "poison", "reason"]
     assert [row[0] for row in table[1:]] == [third, second, first]
     assert [row[4] for row in table[1:]] == ["no", "yes", "no"]
-    found = run_json('dead list --reason "poison pill"')
+    found = run_json('dead-letters list --reason "poison pill"')
     assert [(one["id"], one["poison"], one["state"]) for one in found] == [(second, True, "failed")]
     assert ISO.fullmatch(found[0]["finished"])
-    assert [one["id"] for one in run_json("dead list --definition clean --user u1 --since 1h")] == [first]
-    page = run("dead list --limit 2 --json")
+    assert [one["id"] for one in run_json("dead-letters list --definition clean --user u1 --since 1h")] == [first]
+    page = run("dead-letters list --limit 2 --json")
     cursor = page.stderr.split("'")[1]
-    assert [one["id"] for one in run_json(f"dead list --cursor '{cursor}'")] == [first]
-    assert [one["to_state"] for one in run_json(f"dead show {first}")["history"]][-1] == "failed"
-    assert "HTTP 500" in run(f"dead show {first}").stdout
+    assert [one["id"] for one in run_json(f"dead-letters list --cursor '{cursor}'")] == [first]
+    assert [one["to_state"] for one in run_json(f"dead-letters show {first}")["history"]][-1] == "failed"
+    assert "HTTP 500" in run(f"dead-letters show {first}").stdout
 
-    assert run(f"dead redrive {first}").stdout == f"{first} queued\n"
-    result = run(f"dead redrive {first} no-such-job", code=1)
+    assert run(f"dead-letters redrive {first}").stdout == f"{first} queued\n"
+    result = run(f"dead-letters redrive {first} no-such-job", code=1)
     assert result.stdout == f"{first} queued\n"
     assert "no job 'no-such-job'" in result.stderr
-    assert run("dead redrive --user u2").stdout == "1 job redriven\n"
-    assert run(f"dead discard {third} {third}").stdout == f"{third} discarded\n" * 2
-    assert run("dead list").stdout.count("\n") == 1
-    assert "is queued and no dead letter; `taskplatform dead list` shows those" in fails(f"dead discard {first}")
+    assert run("dead-letters redrive --user u2").stdout == "1 job redriven\n"
+    assert run(f"dead-letters discard {third} {third}").stdout == f"{third} discarded\n" * 2
+    assert run("dead list").stdout.count("\n") == 1, "its former name"
+    assert "is queued and no dead letter; `taskplatform dead-letters list` shows those" in fails(f"dead-letters discard {first}")
     (change,) = run_json("changes hourly_sync u1")
     assert (change["kind"], change["detail"]) == ("dead letters discarded", f"1 dead letter, {third}: HTTP 404")
 
@@ -641,17 +644,17 @@ def test_dead_letters(platform: Platform) -> None:
 def test_dead_letters_of_a_removed_definition_stay(platform: Platform) -> None:
     job_id = dead_job(platform, "HTTP 500")
     platform.store.retract("clean", actor="tests")
-    result = run("dead redrive --all")
+    result = run("dead-letters redrive --all")
     assert (result.stdout, result.stderr) == ("0 jobs redriven\n", "1 job left: the definition was removed from the catalogue\n")
-    assert "its definition was removed from the catalogue" in fails(f"dead redrive {job_id}")
+    assert "its definition was removed from the catalogue" in fails(f"dead-letters redrive {job_id}")
     assert "its definition 'clean' was removed from the catalogue" in fails(f"jobs retry {job_id}")
-    assert run("dead discard --all").stdout == "1 job discarded\n"
+    assert run("dead-letters discard --all").stdout == "1 job discarded\n"
 
 
 @pytest.mark.parametrize("verb", ["redrive", "discard"])
 @pytest.mark.parametrize("line", ["", "--all --user u1", "some-job --all", "some-job --reason x"])
 def test_nobody_acts_on_all_dead_letters_by_mistake(platform: Platform, verb: str, line: str) -> None:
-    assert "give ids, or filters, or --all" in fails(f"dead {verb} {line}", code=2)
+    assert "give ids, or filters, or --all" in fails(f"dead-letters {verb} {line}", code=2)
 
 
 # --- operations ------------------------------------------------------------------------------------------------------
@@ -977,7 +980,7 @@ def test_the_console_script_is_this_program() -> None:
 )
 def test_without_redis_it_says_where_it_looked_and_what_to_start(url: str, place: str) -> None:
     code, out, err = finish(start("users", "count", env={"TASKPLATFORM_REDIS_URL": url}))
-    assert (code, out) == (1, "")
+    assert (code, out) == (3, "")
     assert err.startswith("error: Redis cannot be reached: ")
     assert f"TASKPLATFORM_REDIS_URL is {place} start that server, or the whole platform with `taskplatform up`" in err
     assert "hunter2" not in err
@@ -986,22 +989,22 @@ def test_without_redis_it_says_where_it_looked_and_what_to_start(url: str, place
 
 def test_a_wrong_password_is_said_and_not_shown(server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASKPLATFORM_REDIS_URL", server.url.replace("//", "//someone:hunter2@"))
-    said = fails("users count")
+    said = fails("users count", code=3)
     assert said.startswith("error: Redis did not let us in: ")
     assert "hunter2" not in said
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "said", "exit_code"),
     [
-        ({"TASKPLATFORM_REDIS_URL": "redis://127.0.0.1:1/0?no_such_option=1"}, "error: the URL of Redis is not accepted: "),
-        ({"TASKPLATFORM_REDIS_URL": "http://127.0.0.1"}, "error: TASKPLATFORM_REDIS_URL"),
-        ({"TASKPLATFORM_WORKER_SLOTS": "many", "TASKPLATFORM_COLOUR": "red"}, "error: TASKPLATFORM_COLOUR"),
+        ({"TASKPLATFORM_REDIS_URL": "redis://127.0.0.1:1/0?no_such_option=1"}, "error: the URL of Redis is not accepted: ", 3),
+        ({"TASKPLATFORM_REDIS_URL": "http://127.0.0.1"}, "error: TASKPLATFORM_REDIS_URL", 1),
+        ({"TASKPLATFORM_WORKER_SLOTS": "many", "TASKPLATFORM_COLOUR": "red"}, "error: TASKPLATFORM_COLOUR", 1),
     ],
 )
-def test_a_bad_setting_is_said(variables: Mapping[str, str], said: str) -> None:
+def test_a_bad_setting_is_said(variables: Mapping[str, str], said: str, exit_code: int) -> None:
     code, out, err = finish(start("users", "count", env=variables))
-    assert (code, out) == (1, "")
+    assert (code, out) == (exit_code, "")
     assert said in err
     assert all(line.startswith("error: ") for line in err.splitlines())
 

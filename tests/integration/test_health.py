@@ -535,7 +535,7 @@ def test_the_command_says_that_redis_is_not_there(command: Callable[..., Any]) -
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
     result = command(f"redis://127.0.0.1:{port}/0", "--json")
-    assert result.exit_code == 2
+    assert result.exit_code == 3
     assert "Redis cannot be reached" in result.stderr
     assert result.stdout == ""
 

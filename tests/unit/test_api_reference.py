@@ -6,7 +6,7 @@ from tests.reference import PATH, current
 
 
 def test_the_reference_is_up_to_date() -> None:
-    assert PATH.read_text(encoding="utf-8") == current(), "make reference writes it anew"
+    assert PATH.read_text(encoding="utf-8") == current(), "make docs writes it anew"
 
 
 def test_every_route_and_record_is_in_it() -> None:
