@@ -37,6 +37,7 @@ from taskplatform.ops import OpsServer, Process
 from taskplatform.outage import OutageLog
 from taskplatform.planner import Planner
 from taskplatform.platform import Platform
+from taskplatform.process import identity, versions
 from taskplatform.pulse import Pulse
 from taskplatform.settings import environment, settings
 from taskplatform.store import LockLost, Newer, Store, unavailable
@@ -227,6 +228,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         self._extend()
         self._published = False
         self._term = self._planner.begin(confirm=self._extend)
+        self._store.introduce_leader(self._name, {**identity(), **versions()})
         log.info("beat leads and plans from now on")
         if self._newer is not Newer.NONE:
             log.warning(

@@ -8,10 +8,13 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import platform
 import signal
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -33,6 +36,16 @@ def identity() -> dict[str, str]:
     """Who this process is, for `has_ended`."""
     pid = os.getpid()
     return {"pid": str(pid), "machine": machine(), "born": _born(pid) or ""}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What this process runs on, by name, as its installation says."""
+    found = {"python": platform.python_version()}
+    for name in ("celery", "taskplatform"):
+        with suppress(PackageNotFoundError):  # run from its sources, without being installed
+            found[name] = version(name)
+    return found
 
 
 def has_ended(who: Mapping[str, str]) -> bool:

@@ -1,7 +1,8 @@
 """The command `taskplatform`.
 
 What a person did wrong, or what is not there, is said in a line or two on stderr, never as a traceback. Exit codes: 0 done, 1 it
-could not be done, 2 the command line was wrong, 130 stopped by Ctrl-C. `health` exits with 2 where Redis cannot be asked.
+could not be done, 2 the command line was wrong, 130 stopped by Ctrl-C. `health` exits with 2 where Redis cannot be asked, `verify` with 3
+where it could not run.
 
 Results go to stdout: a table on a terminal, else lines with tabs, and JSON with `--json`; remarks go to stderr. What a
 command needs is imported when it runs, so that help comes at once.
@@ -15,7 +16,7 @@ from typing import IO, Any, TextIO
 
 import click
 
-from taskplatform.cli import breakers, certs, dead, jobs, keys, limits, operations, subscriptions, tasks, users
+from taskplatform.cli import breakers, certs, dead, jobs, keys, limits, operations, subscriptions, tasks, users, verify
 from taskplatform.cli.arguments import NO_ANSWER
 from taskplatform.cli.output import complain, counted, remark
 from taskplatform.errors import CatalogueError, Outage, StoreError, StoreUnavailable, TaskPlatformError
@@ -79,6 +80,7 @@ for command in (
     keys.keys,
     keys.audit,
     certs.certs,
+    verify.verify,
 ):
     cli.add_command(command)
 

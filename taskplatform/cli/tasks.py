@@ -32,6 +32,7 @@ def tasks() -> None:
 @json_option
 def list_(domain: str | None, priority: str | None, *, as_json: bool) -> None:
     """List the definitions."""
+    from taskplatform.drills import is_drill
     from taskplatform.faults import did_you_mean
 
     catalogue = _catalogue()
@@ -41,7 +42,10 @@ def list_(domain: str | None, priority: str | None, *, as_json: bool) -> None:
     chosen = [
         definition
         for definition in catalogue.values()
-        if domain in (None, catalogue.domain(definition.id)) and priority in (None, definition.priority)
+        if domain in (None, catalogue.domain(definition.id))
+        and priority in (None, definition.priority)
+        # those are the platform's own: shown where somebody asks for their domain
+        and (domain is not None or not is_drill(definition.id))
     ]
     columns = {
         "id": lambda one: one.id,
@@ -124,10 +128,10 @@ def _refused_calls(catalogue: Catalogue, variables: Mapping[str, str], allowed: 
 
 
 def _catalogue() -> Catalogue:
-    from taskplatform.catalogue import load
+    from taskplatform.catalogue import deployed
     from taskplatform.settings import settings
 
-    return load(Path(settings().tasks_dir))
+    return deployed(settings())
 
 
 def _record(catalogue: Catalogue, id_: str) -> dict[str, Any]:

@@ -434,6 +434,20 @@ class Store:
         pipe.hincrby(self._key("planner"), "term")
         return int(pipe.execute()[1])
 
+    def introduce_leader(self, leader: str, info: Mapping[str, str]) -> None:
+        """Tell more of who leads, beside the planner's term: which process, on what."""
+        self._redis.hset(self._key("planner"), "leader_info", json.dumps({**info, "leader": leader}))
+
+    def leader_info(self) -> dict[str, str]:
+        """What who leads told of itself by `introduce_leader`; nothing of one that did not."""
+        leader, told = self._redis.hmget(self._key("planner"), "leader", "leader_info")
+        info = cast("dict[str, str]", json.loads(told)) if told else {}
+        return info if info.get("leader") == leader else {}
+
+    def host_of(self, definition: str) -> str | None:
+        """The host that a published definition calls, if any."""
+        return cast("str | None", self._redis.hget(self._key("definition", definition), "host")) or None
+
     def planner_tick(self, *, planned: int) -> None:
         """Say that the planner advanced."""
         pipe = self._redis.pipeline(transaction=False)
