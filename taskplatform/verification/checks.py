@@ -11,21 +11,33 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from taskplatform.drills import CALL, FAIL, LIMITED, ORDER, RUN, SLOW, SPREAD, drills
 from taskplatform.errors import NotFound
 from taskplatform.model import TRANSITIONS, Job, JobState, Limit, Priority, Transition, format_rate, moment, slot
-from taskplatform.store import Beat
+from taskplatform.store import Beat, Occurrence
 from taskplatform.verification.jobs import LATE_MS, Drill, Finding, NotRun
-from taskplatform.verification.judges import broken_steps, busiest, contested, passed_over, per_second_counts, quantile, spread, turn
+from taskplatform.verification.judges import (
+    Spread,
+    broken_steps,
+    busiest,
+    contested,
+    passed_over,
+    per_second_counts,
+    quantile,
+    spread,
+    turn,
+)
 from taskplatform.verification.plot import bars, window_svg
 from taskplatform.verification.report import Plot, Table
 from taskplatform.verification.target import Target
 
 WINDOW = timedelta(seconds=10)
 _SPREAD_USERS = 40
+#: How often another occurrence is looked at where the platform was held up.
+_MORE_OCCURRENCES = 2
 _CROWD = 20
 _LATENCY_JOBS = 10
 _HIGH, _MEDIUM, _LOW = Priority
@@ -342,64 +354,66 @@ def idempotency(drill: Drill) -> Finding:
 # --- windows and limits ----------------------------------------------------------------------------------------------
 
 
-def distribution(drill: Drill) -> Iterator[Finding]:
-    """An occurrence for many users: each at its own place in the window, which are spread evenly."""
-    found = Finding()
+def distribution(drill: Drill, *, window: timedelta = WINDOW) -> Iterator[Finding]:
+    """An occurrence for many users: each at its own place in the window, which are spread evenly.
+
+    Where beat or workers were held up meanwhile, by whatever goes on at their machine, that is said, and another occurrence is looked at.
+    """
     if not _living_beats(drill):
-        found.faults.append("no beat lives, so no occurrence can be planned")
-        yield found
-        yield found
+        yield Finding(faults=["no beat lives, so no occurrence can be planned"])
+        yield Finding(faults=["no beat lives, so no occurrence can be planned"])
         return
     users = drill.users(drill.affordable(_SPREAD_USERS, SPREAD, least=10))
     for user in users:
         drill.platform.subscribe(user, SPREAD)
-    at, subscribers = drill.platform.trigger(SPREAD, window=WINDOW)
-    at_ms = round(at.timestamp() * 1000)
-    ids = [f"{SPREAD}:{user}:t{at_ms}" for user in users]
+    at, _ = drill.platform.trigger(SPREAD, window=window)
+    yield Finding()
+
+    held_up: list[str] = []
+    found, stalled = _occurrence(drill, users, at)
+    while stalled and len(held_up) < _MORE_OCCURRENCES:
+        held_up.append(stalled)
+        at, _ = drill.platform.trigger(SPREAD, window=window)
+        found, stalled = _occurrence(drill, users, at)
+    found.facts["held_up"] = held_up
+    if held_up and found.said:
+        found.said.append(f"this is occurrence {len(held_up) + 1}: the platform was held up before ({'; '.join(held_up)})")
     yield found
 
-    opened = [one for one in drill.platform.occurrences(SPREAD, since=at) if (one.at_ms, one.source) == (at_ms, "trigger")]
-    if not opened:
+
+def _occurrence(drill: Drill, users: Sequence[str], at: datetime) -> tuple[Finding, str]:
+    """How one occurrence was spread, and what held the platform up meanwhile, if anything did."""
+    found = Finding()
+    at_ms = round(at.timestamp() * 1000)
+    ids = [f"{SPREAD}:{user}:t{at_ms}" for user in users]
+    first = _opened(drill, at)
+    if first is None:
         found.faults.append("the occurrence that was asked for is not listed")
-        yield found
-        return
-    window_ms, base_ms = opened[0].window_ms, opened[0].base_ms
+        return found, ""
+    window_ms = first.window_ms
     jobs, late = drill.wait(ids, seconds=drill.timeout.total_seconds() + window_ms / 1000)
-    if late:
-        found.faults.append(late)
+    base_ms = (_opened(drill, at) or first).base_ms
     planned = {job.user: job.execute_after_ms for job in jobs}
     started = {job.user: began for job in jobs if (began := drill.started_ms(job.id)) is not None}
-    if window_ms <= 0 or not started:
-        found.faults.append("no job started" if window_ms > 0 else "the occurrence has no window")
-        yield found
-        return
+    if late or not started or window_ms <= 0:
+        found.faults.append(late or "the occurrence has no window")
+        return found, ""
     parts = [(at - base_ms) / window_ms for at in planned.values()]
     begun = [(at - base_ms) / window_ms for at in started.values()]
     lags = [at - planned[user] for user, at in started.items()]
     of_plan, of_starts = spread(parts), spread([min(one, 0.999999) for one in begun])
     wrong = [user for user, at in planned.items() if at != moment(base_ms, slot(user, SPREAD), window_ms)]
+    _show_occurrence(found, parts, begun, of_plan, of_starts, window_ms / 1000)
     found.facts = {
         "users": len(users),
-        "subscribers": subscribers,
         "window_ms": window_ms,
-        "asked_ms": opened[0].asked_ms,
+        "asked_ms": first.asked_ms,
         "planned": _spread_facts(of_plan),
         "started": _spread_facts(of_starts),
         "lag_ms": {"min": min(lags), "median": statistics.median(lags), "max": max(lags)},
         "offsets_ms": sorted(at - base_ms for at in planned.values()),
         "started_offsets_ms": sorted(at - base_ms for at in started.values()),
     }
-    seconds = window_ms / 1000
-    text = "\n".join([bars(parts, bins=40, label="planned"), bars(begun, bins=40, label="started"), f"{'':8}  0 s{f'{seconds:g} s':>37}"])
-    title = f"{len(started)} jobs over a window of {seconds:g} s"
-    svg = window_svg(parts, begun, title=title, window_seconds=seconds)
-    found.plots.append(Plot(title, text, "distribution.svg", svg))
-    columns = ("", "distance from even (Kolmogorov-Smirnov)", "accepted", "chi-square, 10 parts", "largest gap")
-    rows = [
-        (name, f"{one.distance:.3f}", f"{one.bound:.3f}", f"{one.chi_square:.1f}", f"{one.largest_gap * seconds:.2f} s")
-        for name, one in (("planned", of_plan), ("started", of_starts))
-    ]
-    found.tables.append(Table("Evenness", columns, rows))
     found.expect(not wrong, "", f"{len(wrong)} of {len(planned)} jobs were not planned for their users' slots")
     found.expect(of_plan.even, "", f"the plan is uneven: its distance from even is {of_plan.distance:.2f}, accepted is {of_plan.bound:.2f}")
     found.expect(
@@ -408,14 +422,40 @@ def distribution(drill: Drill) -> Iterator[Finding]:
     found.expect(min(lags) >= 0, "", f"a job started {-min(lags)} ms early")
     found.expect(max(lags) <= LATE_MS, "", f"a job started {max(lags)} ms late: accepted are {LATE_MS} ms")
     if not found.faults:
+        gap = of_starts.largest_gap * window_ms / 1000
         found.said = [
-            f"{len(started)} jobs, each at its user's slot, over {seconds:g} s: distance from even {of_starts.distance:.2f} (accepted "
-            f"{of_starts.bound:.2f}), largest gap {of_starts.largest_gap * seconds:.1f} s, none early, {max(lags)} ms late at the most"
+            f"{len(started)} jobs, each at its user's slot, over {window_ms / 1000:g} s: distance from even {of_starts.distance:.2f} "
+            f"(accepted {of_starts.bound:.2f}), largest gap {gap:.1f} s, none early, {max(lags)} ms late at the most"
         ]
-    yield found
+    if base_ms != first.base_ms:
+        # what the planner missed meanwhile it spreads anew from the time when it is back
+        return found, f"the planner for more than {(base_ms - first.base_ms) / 1000:.1f} s"
+    return found, f"starts for {max(lags) / 1000:.1f} s" if max(lags) > LATE_MS else ""
 
 
-def _spread_facts(one: Any) -> dict[str, float]:
+def _opened(drill: Drill, at: datetime) -> Occurrence | None:
+    """A triggered occurrence as it is listed."""
+    at_ms = round(at.timestamp() * 1000)
+    found = (one for one in drill.platform.occurrences(SPREAD, since=at) if (one.at_ms, one.source) == (at_ms, "trigger"))
+    return next(found, None)
+
+
+def _show_occurrence(
+    found: Finding, parts: Sequence[float], begun: Sequence[float], of_plan: Spread, of_starts: Spread, seconds: float
+) -> None:
+    axis = f"{'':9}0 s{f'{seconds:g} s':>38}"
+    text = "\n".join([bars(parts, bins=40, label="planned"), bars(begun, bins=40, label="started"), axis])
+    title = f"{len(begun)} jobs over a window of {seconds:g} s"
+    found.plots.append(Plot(title, text, "distribution.svg", window_svg(parts, begun, title=title, window_seconds=seconds)))
+    columns = ("", "distance from even (Kolmogorov-Smirnov)", "accepted", "chi-square, 10 parts", "largest gap")
+    rows = [
+        (name, f"{one.distance:.3f}", f"{one.bound:.3f}", f"{one.chi_square:.1f}", f"{one.largest_gap * seconds:.2f} s")
+        for name, one in (("planned", of_plan), ("started", of_starts))
+    ]
+    found.tables.append(Table("Evenness", columns, rows))
+
+
+def _spread_facts(one: Spread) -> dict[str, float]:
     return {
         "distance": round(one.distance, 4),
         "accepted_distance": round(one.bound, 4),

@@ -41,6 +41,8 @@ TITLES: Mapping[str, str] = {
     "orphans": "Jobs of a killed worker",
 }
 _DISRUPTIVE = ("takeover", "orphans")
+#: Generators, that have to wait for their jobs.
+_PATIENT = ("lifecycle", "retry", "distribution")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,8 @@ class Options:
     api_url: str | None = None
     api_ca: Path | None = None
     api_key: str | None = field(default=None, repr=False)
+    window: timedelta = checks.WINDOW
+    """Over which the occurrence of the distribution is spread."""
     listen: str | None = None
     """Address and port of the target of calls, where it is not that of `verify_target`."""
 
@@ -169,7 +173,7 @@ def _all(options: Options) -> dict[str, _Check]:
         "lifecycle": checks.lifecycle,
         "retry": checks.retry,
         "idempotency": checks.idempotency,
-        "distribution": checks.distribution,
+        "distribution": partial(checks.distribution, window=options.window),
         "limit": partial(checks.limit, listen=options.listen),
         "api": partial(doors.api, url=options.api_url, ca=options.api_ca, key=options.api_key),
         "redis_tls": doors.redis_tls,
@@ -194,7 +198,7 @@ class _Attempt:
         self._seconds = 0.0
         self._rest: Iterator[Finding] | None = None
         self._line: Line | None = None
-        self.patient = check in (checks.lifecycle, checks.retry, checks.distribution)
+        self.patient = name in _PATIENT
 
     def begin(self) -> None:
         """The first step; of a check of one step all of it."""
