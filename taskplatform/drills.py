@@ -8,7 +8,6 @@ only where the setting `verify_target` names the target, which `http_allow` must
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 from taskplatform.model import Definition
@@ -44,17 +43,18 @@ _QUICK = {"strategy": "fixed", "base": "300ms", "jitter": "none"}
 
 def drills(target: str | None = None) -> tuple[Definition, ...]:
     """The definitions; with that of the call, where there is a `target` such as "http://10.0.0.5:8099"."""
+    quick = f"{_FUNCTIONS}:quick"
     given: list[dict[str, Any]] = [
         {
             "id": RUN,
             "name": "Verification: a run",
             "retries": 2,
             "backoff": {"strategy": "exponential", "base": "1s", "cap": "8s", "jitter": "none"},
-            "concurrency": 8,
+            "concurrency": 4,
         },
         {"id": ORDER, "name": "Verification: one at a time", "concurrency": 1, "params": {"seconds": 0.25}},
-        {"id": SPREAD, "name": "Verification: spread over a window", "window": "10s", "concurrency": 8},
-        {"id": LIMITED, "name": "Verification: under a rate limit", "rate_limit": _RATE},
+        {"id": SPREAD, "name": "Verification: spread over a window", "window": "10s", "concurrency": 8, "call": quick},
+        {"id": LIMITED, "name": "Verification: under a rate limit", "rate_limit": _RATE, "call": quick},
         {
             "id": FAIL,
             "name": "Verification: fails for good",
@@ -80,5 +80,3 @@ def is_drill(definition: str) -> bool:
 
 
 _IDS = frozenset(one.id for one in drills("http://localhost"))
-#: The longest that one of their functions sleeps.
-LONGEST = timedelta(seconds=60)

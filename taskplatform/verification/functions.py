@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from taskplatform.drills import LONGEST
+_LONGEST_SECONDS = 10.0
+_LONGEST_HOLD_SECONDS = 60.0
 
 
 class Job(Protocol):
@@ -23,10 +24,15 @@ class AsAsked(RuntimeError):
     """A failure that the job's parameters ask for."""
 
 
+def quick(job: Job) -> dict[str, int]:
+    """Return."""
+    return {"attempt": job.attempt}
+
+
 def work(job: Job) -> dict[str, int]:
     """Sleep for `seconds`, and fail where this is one of the first `failures` attempts."""
-    time.sleep(_seconds(job, 0))
-    if job.attempt <= _number(job.params.get("failures", 0)):
+    _sleep(_number(job.params.get("seconds")), _LONGEST_SECONDS)
+    if job.attempt <= _number(job.params.get("failures")):
         raise AsAsked(f"attempt {job.attempt} fails, as asked")
     return {"attempt": job.attempt}
 
@@ -34,12 +40,12 @@ def work(job: Job) -> dict[str, int]:
 def hold(job: Job) -> dict[str, int]:
     """In the first attempt sleep for `seconds`: long enough to be killed meanwhile. Else return at once."""
     if job.attempt == 1:
-        time.sleep(_seconds(job, 45))
+        _sleep(_number(job.params.get("seconds", _LONGEST_HOLD_SECONDS)), _LONGEST_HOLD_SECONDS)
     return {"attempt": job.attempt}
 
 
-def _seconds(job: Job, default: float) -> float:
-    return min(max(0.0, _number(job.params.get("seconds", default))), LONGEST.total_seconds())
+def _sleep(seconds: float, longest: float) -> None:
+    time.sleep(min(max(0.0, seconds), longest))
 
 
 def _number(value: Any) -> float:
