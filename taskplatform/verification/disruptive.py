@@ -101,9 +101,12 @@ def takeover(drill: Drill, disruption: Disruption) -> Finding:
         most = max(most, len(fresh))
         planner = store.planner()
         leader = planner.get("leader", "")
-        return leader != who and int(planner.get("tick", 0)) > int(planner.get("since", 0)) >= began_ms
+        # not by its name: in a container that is started again it is the same one
+        return int(planner.get("term", 0)) > int(before.get("term", 0)) and int(planner.get("tick", 0)) > int(planner.get("since", 0))
 
     if not drill.until(taken_over, seconds=patience):
+        if any(one.id == who and one.heartbeat_ms > store.now_ms() - alive_ms for one in store.beats()):
+            raise NotRun(f"{who} lives on: it was not killed {how}")
         found.facts = {"killed": who, "how": how, "waited_seconds": patience}
         found.faults.append(f"nobody took over within {patience:g} s after {who} was killed {how}")
         return found
@@ -168,6 +171,10 @@ def orphans(drill: Drill, disruption: Disruption) -> Finding:
         drill.platform.cancel(job_id)  # runs on another worker, where it is of no use
     allowed = drill.settings.heartbeat_timeout + timedelta(seconds=5, milliseconds=LATE_MS)
     found_jobs, late = drill.wait(victims, seconds=(allowed + _RESTART).total_seconds() + drill.timeout.total_seconds())
+    if late and store.heartbeats().get(who, 0) > killed_ms + drill.settings.heartbeat_timeout / timedelta(milliseconds=1):
+        for job_id in victims:
+            drill.platform.cancel(job_id)
+        raise NotRun(f"{who} lives on: it was not killed {how}")
     rows, times = [], []
     for job in found_jobs:
         again = _second_start(drill, job)
