@@ -547,7 +547,7 @@ def _reached_target(drill: Drill, user: str, stack: ExitStack, listen: str | Non
     except (OSError, OverflowError) as fault:
         raise NotRun(f"the target cannot listen on {name}:{port}: {fault}") from None
     job = drill.submit(CALL, user)
-    jobs, late = drill.wait([job.id], seconds=min(15.0, drill.timeout.total_seconds()))
+    jobs, late = drill.wait([job.id], seconds=min(30.0, drill.timeout.total_seconds()))
     if late or not jobs or jobs[0].state is not JobState.COMPLETED or not target.calls({job.id}):
         raise NotRun(f"workers do not reach the target: {late or (jobs[0].reason if jobs else 'the job is gone')}")
     return target
