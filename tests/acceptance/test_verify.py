@@ -221,7 +221,7 @@ def test_a_broken_limit_and_a_broken_key_are_found(site: Site, chosen: Settings)
     own = chosen.model_copy(update={"verify_target": None})
     for kind, check, wanted in (
         (_Doctored, "limit", "limit definition:verify_limited is broken: 20 within 0.000 s, allowed are 5.0"),
-        (_Twice, "idempotency", "18 calls with one key made 18 jobs"),
+        (_Twice, "idempotency", "18 calls with one key made 18 jobs; the job ran 18 times"),
     ):
         store = Store.connect(chosen.redis_url)
         # without a target: its definition is not among these
