@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[local,dev]'
 	@touch $@
 
-demo: $(STAMP) ## run the main job on real parts and check that all is as it must be (about a minute)
+demo: $(STAMP) ## run the main job on real parts and verify that all is as it must be (a minute and a half)
 	$(BIN)/taskplatform demo
 
 up: $(STAMP) ## run the whole platform until Ctrl-C

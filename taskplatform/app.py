@@ -38,7 +38,7 @@ from celery.worker.request import Request
 
 from taskplatform import http, node, process
 from taskplatform.addresses import AllowList
-from taskplatform.catalogue import Catalogue, load, resolve_calls
+from taskplatform.catalogue import Catalogue, deployed, resolve_calls
 from taskplatform.errors import CatalogueError, InvalidInput, SettingsError, StoreError, StoreUnavailable, TaskPlatformError
 from taskplatform.message import time_limits
 from taskplatform.metrics import worker_metrics
@@ -66,8 +66,8 @@ _POOL_CHECK_SECONDS = 1.0
 @lru_cache(maxsize=1)
 def _catalogue() -> Catalogue:
     if not _runs_under_celery():
-        return load(Path(settings().tasks_dir))  # only sends jobs, and needs no secrets for that
-    catalogue = load(Path(settings().tasks_dir), environment=_environment())
+        return deployed(settings())  # only sends jobs, and needs no secrets for that
+    catalogue = deployed(settings(), environment=_environment())
     faults = resolve_calls(catalogue)
     if faults:
         raise CatalogueError(faults)

@@ -38,6 +38,7 @@ from taskplatform.ops import OpsServer, Process
 from taskplatform.outage import OutageLog
 from taskplatform.planner import Planner
 from taskplatform.platform import Platform
+from taskplatform.process import identity
 from taskplatform.pulse import Pulse
 from taskplatform.settings import environment, settings
 from taskplatform.store import LockLost, Newer, Store, connect, unavailable
@@ -306,6 +307,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
             "conf": json.dumps(celery_settings(self.app.conf, redbeat_lock_timeout=self.lock_timeout)),
             "definitions": digest({name: one.version for name, one in self._catalogue.items()}),
             **versions(),
+            **identity(),
         }
 
     def _advance(self) -> float:

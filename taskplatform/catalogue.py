@@ -40,9 +40,12 @@ import yaml
 from pydantic import ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
+from taskplatform.drills import DOMAIN as DRILLS_DOMAIN
+from taskplatform.drills import drills
 from taskplatform.errors import CatalogueError, Fault, UnknownDefinition
 from taskplatform.faults import Place, did_you_mean, explain, kind_of
 from taskplatform.model import DEFINITION_ID, Definition, format_duration
+from taskplatform.settings import Settings
 from taskplatform.signing import signing_key
 
 NOT_IN_DEFAULTS = ("id", "name", "interval", "cron")
@@ -107,6 +110,10 @@ class Catalogue(Mapping[str, Definition]):
         """The name of the definition's file, without its suffix. Raises UnknownDefinition."""
         return Path(self._entry(id_).file).stem
 
+    def with_(self, more: Iterable[Definition], domain: str) -> Catalogue:
+        """This one, and others of a domain that has no file."""
+        return Catalogue([*self._entries.values(), *(Entry(one, domain, 0) for one in more)])
+
     @property
     def domains(self) -> dict[str, list[str]]:
         """The ids of each domain."""
@@ -143,6 +150,21 @@ def load(folder: Path, *, environment: Mapping[str, str] | None = None) -> Catal
     if faults:
         raise CatalogueError(faults)
     return catalogue
+
+
+def deployed(chosen: Settings, *, environment: Mapping[str, str] | None = None) -> Catalogue:
+    """What a process of the platform has: the definitions of its folder, and unless the settings say otherwise those of `drills`.
+
+    Raises CatalogueError as `load` does, and where a file defines an id of the latter.
+    """
+    catalogue = load(Path(chosen.tasks_dir), environment=environment)
+    if not chosen.verify_definitions:
+        return catalogue
+    own = drills(chosen.verify_target)
+    taken = [catalogue.fault(one.id, "id", "is taken by a definition of `taskplatform verify`") for one in own if one.id in catalogue]
+    if taken:
+        raise CatalogueError(taken)
+    return catalogue.with_(own, DRILLS_DOMAIN)
 
 
 def check(paths: Sequence[Path], *, environment: Mapping[str, str] | None = None) -> tuple[Catalogue, list[Fault]]:

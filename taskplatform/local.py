@@ -47,6 +47,8 @@ from taskplatform.settings import PREFIX, STOP_MARGIN, Settings, environment, sh
 VALKEY_PORT = 6380
 MOCK_PORT = 8000
 FLOWER_PORT = 5555
+VERIFY_PORT = 8099
+"""Where `taskplatform verify` opens its target, for the workers of a stack."""
 CALLS_PATH = "/calls-of-jobs"
 """Of the mock API: the last 10,000 calls that came from jobs, as a JSON list of [seconds of its monotonic clock, job id]."""
 HOST = "127.0.0.1"
@@ -316,6 +318,7 @@ class Stack:
     redis_url: str
     mock_url: str
     flower_url: str | None
+    verify_target: str
     supervisor: Supervisor
 
     def __init__(
@@ -347,6 +350,8 @@ class Stack:
             self.redis_url = self._choose_redis()
             self.mock_url = f"http://{HOST}:{self._port('mock API', MOCK_PORT)}"
             self.flower_url = f"http://{HOST}:{self._port('Flower', FLOWER_PORT)}" if self._flower else None
+            own_target = f"http://{HOST}:{self._port('the target of `taskplatform verify`', VERIFY_PORT)}"
+            self.verify_target = self._settings.verify_target or own_target
             self.supervisor = Supervisor(self._specs(), sink=self._sink, signals=True, lock=self._lock)
             self.supervisor.start()
         except BaseException:
@@ -409,9 +414,14 @@ class Stack:
     def _environment(self) -> dict[str, str]:
         """What the children get over what they inherit: the settings that this stack was given, and the mock API."""
         own = self._settings.model_dump(mode="json", include=self._settings.model_fields_set - {"config"}, exclude_none=True)
-        allowed = [*map(str, self._settings.http_allow), urlsplit(self.mock_url).netloc]
+        allowed = [*map(str, self._settings.http_allow), urlsplit(self.mock_url).netloc, urlsplit(self.verify_target).netloc]
         own |= {"http_allow": ",".join(allowed)}
-        own |= {"redis_url": self.redis_url, "data_dir": str(self.data_dir), "worker_slots": self.slots}
+        own |= {
+            "verify_target": self.verify_target,
+            "redis_url": self.redis_url,
+            "data_dir": str(self.data_dir),
+            "worker_slots": self.slots,
+        }
         variables = {PREFIX + name.upper(): json.dumps(value) if isinstance(value, dict) else str(value) for name, value in own.items()}
         given = environment()
         variables["API_BASE_URL"] = given.get("API_BASE_URL") or f"{self.mock_url}/anything"

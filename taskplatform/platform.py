@@ -24,12 +24,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from taskplatform.catalogue import Catalogue, load
+from taskplatform.catalogue import Catalogue, deployed
 from taskplatform.errors import Conflict, InvalidInput, TaskPlatformError, UnknownDefinition, UnknownUser
 from taskplatform.faults import did_you_mean, explain
 from taskplatform.health import Health, check
@@ -144,7 +143,7 @@ class Platform:
         chosen = settings_ or settings()
         store = Store.connect(chosen.redis_url, tls=chosen.redis_tls, namespace=chosen.namespace, change_log_size=chosen.change_log_size)
         try:
-            platform = cls(store, catalogue if catalogue is not None else load(Path(chosen.tasks_dir)), chosen, actor=actor)
+            platform = cls(store, catalogue if catalogue is not None else deployed(chosen), chosen, actor=actor)
             store.ping()
             platform.publish_missing()
         except BaseException:

@@ -208,6 +208,15 @@ class Settings(BaseSettings):
     )
     audit_size: int = Field(default=100_000, ge=100, description="entries of the audit log that are kept, of each kind")
 
+    verify_definitions: bool = Field(
+        default=True, description="beat and workers have the definitions that `taskplatform verify` runs; alike for all processes"
+    )
+    verify_target: str | None = Field(
+        default=None,
+        pattern=r"^https?://[A-Za-z0-9.\[\]:-]+$",
+        description="URL, without a path, under which workers reach the target that `taskplatform verify` opens; http_allow must allow it",
+    )
+
     @field_validator("*", mode="before")
     @classmethod
     def _from_text(cls, value: object, info: ValidationInfo) -> object:

@@ -17,7 +17,7 @@ from typing import IO, Any, TextIO
 
 import click
 
-from taskplatform.cli import breakers, certs, dead, doctor, jobs, keys, limits, operations, subscriptions, tasks, users
+from taskplatform.cli import breakers, certs, dead, doctor, jobs, keys, limits, operations, subscriptions, tasks, users, verify
 from taskplatform.cli.completion import completion
 from taskplatform.cli.output import complain, counted, remark
 from taskplatform.cli.remote import keep_options, remote_options
@@ -116,6 +116,7 @@ for command in (
     keys.audit,
     certs.certs,
     completion,
+    verify.verify,
 ):
     cli.add_command(command)
 

@@ -270,9 +270,9 @@ def up(ctx: click.Context, workers: int, slots: int | None, *, no_flower: bool) 
 @click.command(epilog=example("demo"))
 @click.pass_context
 def demo(ctx: click.Context) -> None:
-    """Run the main job on real parts, and check it.
+    """Run the main job on real parts, and verify it.
 
-    It takes about a minute, and exits with 0 only if all is as it must be.
+    It takes a minute and a half, and exits with 0 only if all is as it must be.
     """
     from taskplatform.cli.remote import refuse_url
     from taskplatform.demo import run

@@ -36,6 +36,7 @@ def tasks() -> None:
 def list_(domain: str | None, priority: str | None, *, as_json: bool) -> None:
     """List the definitions."""
     from taskplatform.cli.remote import wanted
+    from taskplatform.drills import is_drill
     from taskplatform.faults import did_you_mean
 
     if wanted():
@@ -48,7 +49,10 @@ def list_(domain: str | None, priority: str | None, *, as_json: bool) -> None:
     chosen = [
         definition
         for definition in catalogue.values()
-        if domain in (None, catalogue.domain(definition.id)) and priority in (None, definition.priority)
+        if domain in (None, catalogue.domain(definition.id))
+        and priority in (None, definition.priority)
+        # those are the platform's own: shown where somebody asks for their domain
+        and (domain is not None or not is_drill(definition.id))
     ]
     show_rows(chosen, _COLUMNS, as_json=as_json, record=lambda one: _record(catalogue, one.id))
 
@@ -156,10 +160,10 @@ def _refused_calls(catalogue: Catalogue, variables: Mapping[str, str], allowed: 
 
 
 def _catalogue() -> Catalogue:
-    from taskplatform.catalogue import load
+    from taskplatform.catalogue import deployed
     from taskplatform.settings import settings
 
-    return load(Path(settings().tasks_dir))
+    return deployed(settings())
 
 
 def _record(catalogue: Catalogue, id_: str) -> dict[str, Any]:

@@ -435,6 +435,10 @@ class Store:
         pipe.hincrby(self._key("planner"), "term")
         return int(pipe.execute()[1])
 
+    def host_of(self, definition: str) -> str | None:
+        """The host that a published definition calls, if any."""
+        return cast("str | None", self._redis.hget(self._key("definition", definition), "host")) or None
+
     def planner_tick(self, *, planned: int) -> None:
         """Say that the planner advanced."""
         pipe = self._redis.pipeline(transaction=False)

@@ -40,6 +40,7 @@ SETTINGS = {
     "TASKPLATFORM_BEAT_LOCK_TIMEOUT": f"{BEAT_LOCK_SECONDS:g}s",
     "TASKPLATFORM_PLAN_HORIZON": "1s",
     "TASKPLATFORM_HTTP_ALLOW": "127.0.0.1",  # where the tests' target listens
+    "TASKPLATFORM_VERIFY_DEFINITIONS": "false",  # but for the tests of `verify`
 }
 
 
