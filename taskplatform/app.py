@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, cast
 from weakref import WeakSet
 
+import click
 from billiard.common import terminate_handler_fired
 from billiard.einfo import ExceptionWithTraceback
 from celery import Celery, Task, bootsteps, signals
@@ -35,8 +36,9 @@ from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded, TimeLimitExc
 from celery.result import AsyncResult
 from celery.worker import state as worker_state
 from celery.worker.request import Request
+from click.core import ParameterSource
 
-from taskplatform import http, process
+from taskplatform import http, logs, process
 from taskplatform.addresses import AllowList
 from taskplatform.catalogue import Catalogue, load, resolve_calls
 from taskplatform.errors import CatalogueError, InvalidInput, SettingsError, StoreError, StoreUnavailable, TaskPlatformError
@@ -94,23 +96,14 @@ def _discreet(text: str) -> str:
     return http.redact(text, _secrets())
 
 
-class _DiscreetFormatter(logging.Formatter):
-    """Another's lines, tracebacks included, without secrets: a function may raise or print what it was given."""
-
-    def __init__(self, formatter: logging.Formatter | None) -> None:
-        super().__init__()
-        self._formatter = formatter or logging.Formatter()
-
-    def format(self, record: logging.LogRecord) -> str:
-        return _discreet(self._formatter.format(record))
-
-
 @signals.after_setup_logger.connect  # type: ignore[untyped-decorator]
 @signals.after_setup_task_logger.connect  # type: ignore[untyped-decorator]
-def _keep_secrets_out_of_logs(logger: logging.Logger, **_: Any) -> None:
-    for handler in logger.handlers:
-        if not isinstance(handler.formatter, _DiscreetFormatter):
-            handler.setFormatter(_DiscreetFormatter(handler.formatter))
+def _format_logs(**_: Any) -> None:
+    """Celery decides by its options where its programs log; the platform, how."""
+    program = click.get_current_context(silent=True)
+    by_itself = program is not None and program.get_parameter_source("loglevel") is ParameterSource.DEFAULT
+    level = settings().log_level if by_itself else None
+    logs.format_celery(settings(), _secrets, role=(program and program.info_name) or "celery", level=level)
 
 
 @lru_cache(maxsize=1)
@@ -367,6 +360,8 @@ class PlatformTask(Task):  # type: ignore[misc]
 
         Whose job it is says its id, and with what the ledger: whoever could write a message could put anything into its arguments.
         """
+        logs.live_level.follow()
+        logs.forget_context()
         with _under_soft_limit():
             return self._run_delivery()
 
@@ -672,6 +667,7 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
         global _main_pid
         _main_pid = os.getpid()
         os.environ[_NONCE_VARIABLE] = _worker_nonce()
+        logs.identify(worker=worker_id(worker.hostname))
         self._release: ReleaseLoop | None = None
         self._recovery: RecoveryLoop | None = None
         self._ops: OpsServer | None = None
@@ -709,6 +705,7 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 **process.identity(),
             },
             pulse=of_recovery,
+            log_level=logs.LevelFollower("worker", worker_id(worker.hostname)),
         )
         if isinstance(worker, PlatformWorker) and worker.ending is not None:  # else it is embedded, and ends by Celery's own way
             worker.ending.recovery = self._recovery
@@ -931,6 +928,8 @@ def _flower(**arguments: Any) -> Any:
     """What `celery flower` is to run. Other processes do without what it imports."""
     from taskplatform.flower import PlatformFlower
 
+    # tornado has set up the root's
+    logs.format_celery(settings(), _secrets, role="flower")
     try:
         return PlatformFlower(chosen=settings(), **arguments)
     except SettingsError as fault:

@@ -30,6 +30,7 @@ from typing import Any
 from celery.signals import beat_init
 from redbeat.schedulers import LUA_EXTEND_TO_SCRIPT, RedBeatScheduler, acquire_distributed_beat_lock, get_redis
 
+from taskplatform import logs
 from taskplatform.app import platform_when_reachable
 from taskplatform.errors import Conflict, Outage, StoreError, StoreUnavailable
 from taskplatform.metrics import PlatformCollector, beat_metrics, tick_seconds
@@ -108,6 +109,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._settings = settings()
         self._name = _name()
+        self._log_level = logs.LevelFollower("beat", self._name)
         self._platform: Platform | None = None
         self._telling = _telling(os.getpid())
         self._telling.scheduler = self
@@ -137,9 +139,11 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
 
     def tick(self, **kwargs: Any) -> float:
         """One round as leader or as standby. Returns the seconds until the next."""
+        self._log_level.end()
         try:
             with self._telling.seconds.time():
                 wait = self._tick(**kwargs)
+            self._log_level.look(self._store.log_levels)
         except (LockLost, Conflict):
             self._step_down(self._why_lost())
             self._pulse.succeeded()
