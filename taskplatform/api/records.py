@@ -29,11 +29,12 @@ from taskplatform.model import (
     Priority,
     RateLimit,
     ScheduleOverride,
+    format_duration,
     format_rate,
     schedule_to_json,
 )
-from taskplatform.platform import MAX_DELAY, MAX_KEY_LENGTH
-from taskplatform.store import BreakerState, LimitState, Worker
+from taskplatform.platform import LOG_LEVEL_SPAN, LONGEST_LOG_LEVEL, MAX_DELAY, MAX_KEY_LENGTH
+from taskplatform.store import BreakerState, LimitState, LogLevel, Worker
 
 MAX_BATCH = 1000
 """Jobs of one batch."""
@@ -674,6 +675,50 @@ class Breakers(_Given):
     model_config = _example(items=[_BREAKER])
 
     items: list[BreakerRecord]
+
+
+# --- log levels ------------------------------------------------------------------------------------------------------
+
+_LOG_LEVEL = {"node": "worker", "level": "DEBUG", "until": "2027-01-16T12:10:00.000Z", "actor": "api:ops"}
+
+
+class NewLogLevel(_Taken):
+    """From which level on processes log, for a time."""
+
+    model_config = _example(level="DEBUG", span="10m")
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+    span: Duration = Field(
+        default=LOG_LEVEL_SPAN,
+        ge=timedelta(seconds=1),
+        le=LONGEST_LOG_LEVEL,
+        description=f"for so long, up to {format_duration(LONGEST_LOG_LEVEL)}",
+    )
+
+
+class LogLevelRecord(_Given):
+    """What was set live."""
+
+    model_config = _example(**_LOG_LEVEL)
+
+    node: str = Field(description="a process, a node, a role, or * for all")
+    level: str
+    until: Instant
+    actor: str = Field(description="who set it")
+
+
+class LogLevels(_Given):
+    """By whom they are for."""
+
+    model_config = _example(items=[_LOG_LEVEL])
+
+    items: list[LogLevelRecord]
+
+    @classmethod
+    def of(cls, levels: Mapping[str, LogLevel]) -> LogLevels:
+        """As the store has them."""
+        items = [LogLevelRecord(node=node, level=one.level, until=one.until_ms, actor=one.actor) for node, one in sorted(levels.items())]
+        return cls(items=items)
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

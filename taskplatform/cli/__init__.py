@@ -15,7 +15,7 @@ from typing import IO, Any, TextIO
 
 import click
 
-from taskplatform.cli import breakers, certs, dead, jobs, keys, limits, operations, subscriptions, tasks, users
+from taskplatform.cli import breakers, certs, dead, jobs, keys, limits, log_level, operations, subscriptions, tasks, users
 from taskplatform.cli.arguments import NO_ANSWER
 from taskplatform.cli.output import complain, counted, remark
 from taskplatform.errors import CatalogueError, Outage, StoreError, StoreUnavailable, TaskPlatformError
@@ -75,6 +75,7 @@ for command in (
     dead.dead,
     limits.limits,
     breakers.breakers,
+    log_level.log_level,
     *operations.COMMANDS,
     keys.keys,
     keys.audit,
