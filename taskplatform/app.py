@@ -21,7 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -38,7 +38,7 @@ from celery.worker import state as worker_state
 from celery.worker.request import Request
 from click.core import ParameterSource
 
-from taskplatform import http, logs, process
+from taskplatform import http, logs, process, tracing
 from taskplatform.addresses import AllowList
 from taskplatform.catalogue import Catalogue, load, resolve_calls
 from taskplatform.errors import CatalogueError, InvalidInput, SettingsError, StoreError, StoreUnavailable, TaskPlatformError
@@ -395,6 +395,10 @@ class PlatformTask(Task):  # type: ignore[misc]
         request.platform_run = run = _Run(request.id, delivery, worker, start, asked)
         user = request.id.split(":")[1]
         params = {**self.definition.params, **start.params}
+        with tracing.run(run, lambda: platform().store.job(run.job_id).created_ms):
+            return self._attempt(run, user, params)
+
+    def _attempt(self, run: _Run, user: str, params: Mapping[str, Any]) -> str:
         try:
             if self.definition.config is not None:
                 with _abortable(run) as abort:
@@ -432,7 +436,10 @@ class PlatformTask(Task):  # type: ignore[misc]
             raise JobFailed(str(fault)) from fault
         self._check_place(run)
         try:
-            outcome = _http_client_of(os.getpid()).send(call, deadline=self.definition.work_limit, abort=abort)
+            with tracing.call(call.method, call.url, call.headers) as traced:
+                call = replace(call, headers=traced.headers)
+                outcome = _http_client_of(os.getpid()).send(call, deadline=self.definition.work_limit, abort=abort)
+                traced.ended(outcome.status, outcome.reason, failed=outcome.kind is not http.OutcomeKind.COMPLETED)
         except http.CallAborted:
             log.warning("job %s: delivery %d was stopped in its call", run.job_id, run.delivery)
             raise Ignore from None
@@ -730,6 +737,7 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self._recovery.stop()
         if self._ops is not None:
             self._ops.stop()
+        tracing.flush()
 
 
 def _ops_process(worker: Any, pulses: Sequence[Pulse]) -> OpsProcess:
@@ -785,6 +793,11 @@ def _end_with_main_process(**_: Any) -> None:
     if os.getpid() != _main_pid:
         _in_pool_process = True
         process.die_with_parent(_main_pid)
+
+
+@signals.worker_process_shutdown.connect  # type: ignore[untyped-decorator]
+def _tell_of_last_runs(**_: Any) -> None:
+    tracing.flush()
 
 
 # the threads of the main process log while it forks a pool process anew

@@ -30,7 +30,7 @@ from typing import Any
 from celery.signals import beat_init
 from redbeat.schedulers import LUA_EXTEND_TO_SCRIPT, RedBeatScheduler, acquire_distributed_beat_lock, get_redis
 
-from taskplatform import logs
+from taskplatform import logs, tracing
 from taskplatform.app import platform_when_reachable
 from taskplatform.errors import Conflict, Outage, StoreError, StoreUnavailable
 from taskplatform.metrics import PlatformCollector, beat_metrics, tick_seconds
@@ -174,6 +174,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         lock, token = self.lock, self.lock and self.lock.local.token
 
         self._telling.ops.stop()
+        tracing.flush()
 
         def release() -> None:
             try:

@@ -29,7 +29,7 @@ from celery._state import get_current_task
 from celery.utils.log import get_multiprocessing_logger
 from structlog.stdlib import ProcessorFormatter
 
-from taskplatform import http
+from taskplatform import http, tracing
 from taskplatform.errors import StoreError
 from taskplatform.keys import TOKEN
 from taskplatform.model import DEFINITION_ID, USER_ID
@@ -38,7 +38,7 @@ from taskplatform.store import LOG_LEVELS, LogLevels
 
 log = logging.getLogger(__name__)
 
-_JOB = rf"(?P<definition>{DEFINITION_ID.pattern}):(?P<user>{USER_ID.pattern}):[a-z][0-9a-z]*"
+_JOB = rf"(?P<definition>{DEFINITION_ID.pattern}):(?P<user>{USER_ID.pattern}):[0-9a-z]+"
 _JOB_ID = re.compile(_JOB)
 _ABOUT_A_JOB = re.compile(rf"\bjob (?P<job>{_JOB})(?!\w)")
 #: What every record of logging has; whatever else it has was given as `extra`.
@@ -46,7 +46,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 #: Of Celery's own: the arguments and the result of a task, and its message in other words.
 _NOT_SHOWN = frozenset({"data", "color_message", "websocket"})
 #: What a line for people leaves out, because the job's id or the process's name says it.
-_FOR_PROGRAMS = ("role", "pid", "worker", "definition", "user", "delivery")
+_FOR_PROGRAMS = ("role", "pid", "worker", "definition", "user", "delivery", "trace_id")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 Secrets = Callable[[], tuple[str, ...]]
@@ -58,6 +58,8 @@ _identity: dict[str, Any] = {}
 def identify(**fields: str) -> None:
     """Say who this process is, as each of its lines says from now on: `role`, `worker`."""
     _identity.update(fields)
+    if "role" in fields:
+        tracing.identify(fields["role"])
 
 
 def format_all(chosen: Settings, secrets: Secrets, *loggers: logging.Logger) -> None:
@@ -235,7 +237,12 @@ def _of_task(task_id: str, name: str) -> dict[str, Any]:
 
 def _of_job(job_id: str) -> dict[str, Any]:
     match = _JOB_ID.fullmatch(job_id)
-    return {} if match is None else {"job": job_id, "definition": match["definition"], "user": match["user"]}
+    if match is None:
+        return {}
+    fields = {"job": job_id, "definition": match["definition"], "user": match["user"]}
+    if tracing.is_on():
+        fields["trace_id"] = f"{tracing.trace_id(job_id):032x}"
+    return fields
 
 
 def _discreet(secrets: Secrets, _logger: object, _method: str, line: _EventDict) -> _EventDict:

@@ -30,6 +30,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from taskplatform import tracing
 from taskplatform.catalogue import Catalogue, load
 from taskplatform.errors import Conflict, InvalidInput, TaskPlatformError, UnknownDefinition, UnknownUser
 from taskplatform.faults import did_you_mean, explain
@@ -197,6 +198,8 @@ class Platform:
             if missing:
                 raise InvalidInput(f"unknown users: {', '.join(sorted(missing)[:10])}{', …' if len(missing) > 10 else ''}")
         self.store.enqueue(jobs)
+        for job in jobs:
+            tracing.enqueued(job.id)
         return self.store.jobs_by_id([job.id for job in jobs])
 
     def enqueue_each(self, requests: Sequence[JobRequest]) -> list[Job | TaskPlatformError]:
@@ -227,6 +230,7 @@ class Platform:
                     results[place] = fault
         jobs = {job.id: job for job in self.store.jobs_by_id([one.id for one in made.values()])}
         for place, one in made.items():
+            tracing.enqueued(one.id)
             results[place] = jobs.get(one.id) or UnknownUser(f"no user {requests[place].user!r}")
         return [result for result in results if result is not None]
 

@@ -23,7 +23,7 @@ from typing import NoReturn
 
 import uvicorn
 
-from taskplatform import http, logs
+from taskplatform import http, logs, tracing
 from taskplatform.api.application import guarded, make_app
 from taskplatform.api.guard import MOST_HEADER_BYTES, GuardedProtocol
 from taskplatform.errors import SettingsError
@@ -64,6 +64,7 @@ def run(settings: Settings, *, insecure_http: bool = False) -> int:
             signal.signal(number, stop)
         log.info("listening on %s", url_of("http" if context is None else "https", listener))
         server.run(sockets=[listener])
+        tracing.flush()
         return 0 if server.started else 1
 
 
