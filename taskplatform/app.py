@@ -913,6 +913,11 @@ class _Application(Celery):  # type: ignore[misc]
         """What `celery worker` runs."""
         return self.subclass_with_self("taskplatform.stop:PlatformWorker")
 
+    @cached_property
+    def Beat(self) -> Any:  # noqa: N802
+        """What `celery beat` runs."""
+        return self.subclass_with_self("taskplatform.beat:PlatformBeat")
+
     def send_task(self, name: str, args: Any = None, kwargs: Any = None, **options: Any) -> AsyncResult:
         """By name, as `celery call` does it: a definition's task makes a platform job all the same."""
         task = self.tasks.get(name)

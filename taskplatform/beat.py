@@ -27,6 +27,7 @@ from functools import lru_cache
 from types import FrameType
 from typing import Any
 
+from celery.apps.beat import Beat
 from celery.signals import beat_init
 from redbeat.schedulers import LUA_EXTEND_TO_SCRIPT, RedBeatScheduler, acquire_distributed_beat_lock, get_redis
 
@@ -307,6 +308,15 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         except Exception as fault:
             self._planner.failed(fault)
             return float(self.max_interval)
+
+
+class PlatformBeat(Beat):  # type: ignore[misc]
+    """Celery's beat program, without its banner where programs read what it writes."""
+
+    def start_scheduler(self) -> None:
+        """Until it is ended."""
+        self.quiet = self.quiet or not logs.is_for_people(settings())
+        super().start_scheduler()
 
 
 def _end_at_signals() -> None:

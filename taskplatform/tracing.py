@@ -197,7 +197,7 @@ def _harmless() -> Iterator[None]:
 def _try(make: Callable[[], T]) -> T | None:
     with _harmless():
         return make()
-    return None  # type: ignore[unreachable] # it passes over faults
+    return None
 
 
 @contextmanager

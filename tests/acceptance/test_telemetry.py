@@ -22,8 +22,8 @@ from tests.acceptance.target import Answer, Target
 
 pytest.importorskip("opentelemetry.sdk", reason="needs taskplatform[otel]")
 
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest  # noqa: E402
-from opentelemetry.proto.trace.v1.trace_pb2 import Span  # noqa: E402
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 OWN_PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -103,7 +103,7 @@ def site(guard: Guard, target: Target, collector: Collector, tmp_path_factory: p
 def nodes(site: Site) -> dict[str, WorkerNode | BeatNode]:
     """A worker of each pool, and a beat; all log as they do where nobody says otherwise."""
     workers = {pool: site.worker("--concurrency", "1", "--pool", pool, "--queues", queue) for pool, queue in POOLS.items()}
-    started = {**workers, "beat": site.beat()}
+    started: dict[str, WorkerNode | BeatNode] = {**workers, "beat": site.beat()}
     for node in started.values():
         node.ready()
     return started
@@ -256,11 +256,11 @@ def test_a_definitions_own_traceparent_is_sent(site: Site, nodes: dict[str, Work
 
 def test_a_collector_that_is_away_holds_up_nothing(site: Site) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(site.environment, "OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{find_port()}")  # type: ignore[arg-type]
+        patch.setitem(site.environment, "OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{find_port()}")
         node = site.worker("--concurrency", "1", "--queues", "medium")
     node.ready()
     try:
-        done = []
+        done: list[str] = []
         while len(done) < 3:
             job = site.platform.enqueue("traced", user=site.user(), priority="medium")
             assert site.wait_for(job.id).state is JobState.COMPLETED
