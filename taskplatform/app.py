@@ -361,9 +361,11 @@ class PlatformTask(Task):  # type: ignore[misc]
         Whose job it is says its id, and with what the ledger: whoever could write a message could put anything into its arguments.
         """
         logs.live_level.follow()
-        logs.forget_context()
-        with _under_soft_limit():
-            return self._run_delivery()
+        try:
+            with _under_soft_limit():
+                return self._run_delivery()
+        finally:
+            logs.forget_context()
 
     def _run_delivery(self) -> str:
         request = self.request

@@ -313,10 +313,10 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
 class PlatformBeat(Beat):  # type: ignore[misc]
     """Celery's beat program, without its banner where programs read what it writes."""
 
-    def start_scheduler(self) -> None:
+    def run(self) -> None:
         """Until it is ended."""
-        self.quiet = self.quiet or not logs.is_for_people(settings())
-        super().start_scheduler()
+        self.quiet: bool = self.quiet or not logs.is_for_people(settings())
+        super().run()
 
 
 def _end_at_signals() -> None:

@@ -20,8 +20,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping
-from datetime import UTC, datetime
 from contextlib import suppress
+from datetime import UTC, datetime
 from functools import partial
 from typing import IO, Any
 
@@ -41,7 +41,11 @@ log = logging.getLogger(__name__)
 
 _JOB = rf"(?P<definition>{DEFINITION_ID.pattern}):(?P<user>{USER_ID.pattern}):[0-9a-z]+"
 _JOB_ID = re.compile(_JOB)
-_ABOUT_A_JOB = re.compile(rf"\bjob (?P<job>{_JOB})(?!\w)")
+#: How the lines of our own and those of Celery name a job.
+_NAMED = {
+    "taskplatform": re.compile(rf"\bjob (?P<job>{_JOB})(?!\w)"),
+    "celery": re.compile(rf"\[(?P<job>{_JOB})\]"),
+}
 #: What every record of logging has; whatever else it has was given as `extra`.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 #: Of Celery's own: the arguments and the result of a task, and its message in other words.
@@ -113,7 +117,7 @@ def format_celery(chosen: Settings, secrets: Secrets, *, role: str, level: str |
 
 
 def forget_context() -> None:
-    """Before a run: what an earlier one in this thread bound to lines is not its own."""
+    """After a run: what it bound to lines of its thread is not the next one's."""
     structlog.contextvars.clear_contextvars()
 
 
@@ -184,10 +188,6 @@ def _complete(_logger: object, _method: str, given: _EventDict) -> _EventDict:
     record: logging.LogRecord = given.pop("_record")
     given.pop("_from_structlog", None)
     event, bound = given.pop("event"), given
-    if record.name == "taskplatform" or record.name.startswith("taskplatform."):
-        found = _ABOUT_A_JOB.search(event) if isinstance(event, str) and "job " in event else None
-    else:
-        found = None
     line: dict[str, Any] = {
         "timestamp": _instant(record.created),
         "level": record.levelname.lower(),
@@ -196,9 +196,7 @@ def _complete(_logger: object, _method: str, given: _EventDict) -> _EventDict:
         **_identity,
         "pid": record.process,
     }
-    line.update(_job_here() if found is None else _of_job(found["job"]))
-    if "job" not in line and "task_id" not in line:
-        line.update(_of_celery(record))
+    line.update(_subject(record, line["event"]))
     exc_info, stack = bound.pop("exc_info", None), bound.pop("stack_info", None) or record.stack_info
     for name, value in (*vars(record).items(), *bound.items()):
         if name not in _STANDARD and name not in _NOT_SHOWN and not name.startswith("_"):
@@ -224,6 +222,16 @@ def _exception(given: Any) -> str:
     if not isinstance(given, tuple) or given[0] is None:
         return ""
     return "".join(traceback.format_exception(*given)).rstrip("\n")
+
+
+def _subject(record: logging.LogRecord, event: str) -> dict[str, Any]:
+    """The job or task that the line is about: the one that its text names, or what runs here."""
+    here = _job_here()
+    named = _NAMED.get(record.name.partition(".")[0])
+    found = named.search(event) if named is not None else None
+    if found is None:
+        return here or _of_celery(record)
+    return here if here.get("job") == found["job"] else _of_job(found["job"])
 
 
 def _job_here() -> dict[str, Any]:
