@@ -19,7 +19,7 @@ class Job(Protocol):
 
 def speaks(job: Job) -> str:
     """Says its `word` with each of the loggers that a function may use, and raises where it is told to."""
-    word = job.params["word"]
+    word = str(job.params["word"])
     logging.getLogger("tests.speaking").debug("%s debug", word)
     logging.getLogger("tests.speaking").info("%s plain", word, extra={"rows": 5})
     get_task_logger("tests.speaking").info("%s task", word)
