@@ -28,10 +28,10 @@ _COLUMNS: Columns[tuple[str, LogLevel]] = {
 @click.option("--reset", is_flag=True, help="Take it back now.")
 @json_option
 def log_level(level: str | None, node: str, span: timedelta | None, *, reset: bool, as_json: bool) -> None:
-    """Change from which level on running processes log, or list what was changed.
+    """Change how much running processes log.
 
-    LEVEL is DEBUG, INFO, WARNING or ERROR. Processes follow within seconds, and go back to their own level by themselves.
-    What is said of one goes before what is said of its role, and that before what is said of all.
+    From LEVEL on: DEBUG, INFO, WARNING or ERROR. Without it, list what was changed. Processes follow within seconds, and go back to
+    their own level by themselves. What is said of one goes before what is said of its role, and that before what is said of all.
     """
     if (reset and level) or (span and not level):
         raise click.UsageError("give a LEVEL, with --for or without, or --reset alone")
