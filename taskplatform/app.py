@@ -21,13 +21,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakSet
 
+import click
 from billiard.common import terminate_handler_fired
 from billiard.einfo import ExceptionWithTraceback
 from celery import Celery, Task, bootsteps, signals
@@ -35,8 +36,9 @@ from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded, TimeLimitExc
 from celery.result import AsyncResult
 from celery.worker import state as worker_state
 from celery.worker.request import Request
+from click.core import ParameterSource
 
-from taskplatform import http, node, process
+from taskplatform import http, logs, node, process, tracing
 from taskplatform.addresses import AllowList
 from taskplatform.catalogue import Catalogue, deployed, resolve_calls
 from taskplatform.errors import CatalogueError, InvalidInput, SettingsError, StoreError, StoreUnavailable, TaskPlatformError
@@ -94,23 +96,14 @@ def _discreet(text: str) -> str:
     return http.redact(text, _secrets())
 
 
-class _DiscreetFormatter(logging.Formatter):
-    """Another's lines, tracebacks included, without secrets: a function may raise or print what it was given."""
-
-    def __init__(self, formatter: logging.Formatter | None) -> None:
-        super().__init__()
-        self._formatter = formatter or logging.Formatter()
-
-    def format(self, record: logging.LogRecord) -> str:
-        return _discreet(self._formatter.format(record))
-
-
 @signals.after_setup_logger.connect  # type: ignore[untyped-decorator]
 @signals.after_setup_task_logger.connect  # type: ignore[untyped-decorator]
-def _keep_secrets_out_of_logs(logger: logging.Logger, **_: Any) -> None:
-    for handler in logger.handlers:
-        if not isinstance(handler.formatter, _DiscreetFormatter):
-            handler.setFormatter(_DiscreetFormatter(handler.formatter))
+def _format_logs(**_: Any) -> None:
+    """Celery decides by its options where its programs log; the platform, how."""
+    program = click.get_current_context(silent=True)
+    by_itself = program is not None and program.get_parameter_source("loglevel") is ParameterSource.DEFAULT
+    level = settings().log_level if by_itself else None
+    logs.format_celery(settings(), _secrets, role=(program and program.info_name) or "celery", level=level)
 
 
 @lru_cache(maxsize=1)
@@ -367,8 +360,12 @@ class PlatformTask(Task):  # type: ignore[misc]
 
         Whose job it is says its id, and with what the ledger: whoever could write a message could put anything into its arguments.
         """
-        with _under_soft_limit():
-            return self._run_delivery()
+        logs.live_level.follow()
+        try:
+            with _under_soft_limit():
+                return self._run_delivery()
+        finally:
+            logs.forget_context()
 
     def _run_delivery(self) -> str:
         request = self.request
@@ -400,6 +397,10 @@ class PlatformTask(Task):  # type: ignore[misc]
         request.platform_run = run = _Run(request.id, delivery, worker, start, asked)
         user = request.id.split(":")[1]
         params = {**self.definition.params, **start.params}
+        with tracing.run(run, lambda: platform().store.job(run.job_id).created_ms):
+            return self._attempt(run, user, params)
+
+    def _attempt(self, run: _Run, user: str, params: Mapping[str, Any]) -> str:
         try:
             if self.definition.config is not None:
                 with _abortable(run) as abort:
@@ -437,7 +438,10 @@ class PlatformTask(Task):  # type: ignore[misc]
             raise JobFailed(str(fault)) from fault
         self._check_place(run)
         try:
-            outcome = _http_client_of(os.getpid()).send(call, deadline=self.definition.work_limit, abort=abort)
+            with tracing.call(call.method, call.url, call.headers) as traced:
+                call = replace(call, headers=traced.headers)
+                outcome = _http_client_of(os.getpid()).send(call, deadline=self.definition.work_limit, abort=abort)
+                traced.ended(outcome.status, outcome.reason, failed=outcome.kind is not http.OutcomeKind.COMPLETED)
         except http.CallAborted:
             log.warning("job %s: delivery %d was stopped in its call", run.job_id, run.delivery)
             raise Ignore from None
@@ -673,6 +677,7 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
         global _main_pid
         _main_pid = os.getpid()
         os.environ[_NONCE_VARIABLE] = _worker_nonce()
+        logs.identify(worker=worker_id(worker.hostname))
         self._release: ReleaseLoop | None = None
         self._recovery: RecoveryLoop | None = None
         self._ops: OpsServer | None = None
@@ -713,6 +718,7 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 **process.identity(),
             },
             pulse=of_recovery,
+            log_level=logs.LevelFollower("worker", worker_id(worker.hostname)),
         )
         if isinstance(worker, PlatformWorker) and worker.ending is not None:  # else it is embedded, and ends by Celery's own way
             worker.ending.recovery = self._recovery
@@ -737,6 +743,7 @@ class PlatformStep(bootsteps.StartStopStep):  # type: ignore[misc]
             self._recovery.stop()
         if self._ops is not None:
             self._ops.stop()
+        tracing.flush()
 
 
 def _ops_process(worker: Any, pulses: Sequence[Pulse]) -> OpsProcess:
@@ -792,6 +799,11 @@ def _end_with_main_process(**_: Any) -> None:
     if os.getpid() != _main_pid:
         _in_pool_process = True
         process.die_with_parent(_main_pid)
+
+
+@signals.worker_process_shutdown.connect  # type: ignore[untyped-decorator]
+def _tell_of_last_runs(**_: Any) -> None:
+    tracing.flush()
 
 
 # the threads of the main process log while it forks a pool process anew
@@ -907,6 +919,11 @@ class _Application(Celery):  # type: ignore[misc]
         """What `celery worker` runs."""
         return self.subclass_with_self("taskplatform.stop:PlatformWorker")
 
+    @cached_property
+    def Beat(self) -> Any:  # noqa: N802
+        """What `celery beat` runs."""
+        return self.subclass_with_self("taskplatform.beat:PlatformBeat")
+
     def send_task(self, name: str, args: Any = None, kwargs: Any = None, **options: Any) -> AsyncResult:
         """By name, as `celery call` does it: a definition's task makes a platform job all the same."""
         task = self.tasks.get(name)
@@ -935,6 +952,8 @@ def _flower(**arguments: Any) -> Any:
     """What `celery flower` is to run. Other processes do without what it imports."""
     from taskplatform.flower import PlatformFlower
 
+    # tornado has set up the root's
+    logs.format_celery(settings(), _secrets, role="flower")
     try:
         return PlatformFlower(chosen=settings(), **arguments)
     except SettingsError as fault:

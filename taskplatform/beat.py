@@ -27,9 +27,11 @@ from functools import lru_cache
 from types import FrameType
 from typing import Any
 
+from celery.apps.beat import Beat
 from celery.signals import beat_init
 from redbeat.schedulers import LUA_EXTEND_TO_SCRIPT, REDBEAT_REDIS_KEY, RedBeatScheduler, acquire_distributed_beat_lock, get_redis
 
+from taskplatform import logs, tracing
 from taskplatform.app import platform_when_reachable
 from taskplatform.errors import Conflict, Outage, StoreError, StoreUnavailable
 from taskplatform.metrics import PlatformCollector, beat_metrics, tick_seconds
@@ -113,6 +115,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
             setattr(app, REDBEAT_REDIS_KEY, connect(self._settings.redis_url, tls=self._settings.redis_tls))
         super().__init__(app, *args, **kwargs)
         self._name = _name()
+        self._log_level = logs.LevelFollower("beat", self._name)
         self._platform: Platform | None = None
         self._telling = _telling(os.getpid())
         self._telling.scheduler = self
@@ -144,9 +147,11 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
 
     def tick(self, **kwargs: Any) -> float:
         """One round as leader or as standby. Returns the seconds until the next."""
+        self._log_level.end()
         try:
             with self._telling.seconds.time():
                 wait = self._tick(**kwargs)
+            self._log_level.look(self._store.log_levels)
         except (LockLost, Conflict):
             self._step_down(self._why_lost())
             self._pulse.succeeded()
@@ -177,6 +182,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         lock, token = self.lock, self.lock and self.lock.local.token
 
         self._telling.ops.stop()
+        tracing.flush()
 
         def release() -> None:
             try:
@@ -320,6 +326,15 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         except Exception as fault:
             self._planner.failed(fault)
             return float(self.max_interval)
+
+
+class PlatformBeat(Beat):  # type: ignore[misc]
+    """Celery's beat program, without its banner where programs read what it writes."""
+
+    def run(self) -> None:
+        """Until it is ended."""
+        self.quiet: bool = self.quiet or not logs.is_for_people(settings())
+        super().run()
 
 
 def _end_at_signals() -> None:

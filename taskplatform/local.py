@@ -32,7 +32,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -338,7 +338,7 @@ class Stack:
         """The names of the workers' processes; the Celery node is that name, `@` and the host."""
         self.embedded = "redis_url" not in settings.model_fields_set
         self._flower = flower
-        self._sink = sink or PrefixedLog(sys.stdout)
+        self._sink = sink or (JsonLog(sys.stdout) if settings.log_format == "json" else PrefixedLog(sys.stdout))
         self._lock = DirectoryLock(self.data_dir, say=self._say_early)
         self._ports: set[int] = set()
 
@@ -416,6 +416,8 @@ class Stack:
         own = self._settings.model_dump(mode="json", include=self._settings.model_fields_set - {"config"}, exclude_none=True)
         allowed = [*map(str, self._settings.http_allow), urlsplit(self.mock_url).netloc, urlsplit(self.verify_target).netloc]
         own |= {"http_allow": ",".join(allowed)}
+        # what `up` writes is for people, unless it is told otherwise
+        own |= {"log_format": "json" if self._settings.log_format == "json" else "console"}
         own |= {
             "verify_target": self.verify_target,
             "redis_url": self.redis_url,
@@ -571,6 +573,20 @@ class PrefixedLog:
         data = text.encode(self._stream.encoding or "utf-8", "replace")
         while data:
             data = data[os.write(descriptor, data) :]
+
+
+class JsonLog(PrefixedLog):
+    """The same as an object a line: a child's own, or one made of its line, with `process` in each."""
+
+    def __call__(self, name: str, line: str) -> None:
+        try:
+            fields = json.loads(line) if line.startswith("{") else None
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict):
+            now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            fields = {"timestamp": now, "level": "info", "event": line, "logger": "taskplatform.up", "role": "up"}
+        self._write(f"{json.dumps({**fields, 'process': name})}\n")
 
 
 def silent(name: str, line: str) -> None:
@@ -1010,7 +1026,7 @@ class _Celery:
             name=name,
             argv=self._argv("worker", *options),
             env=self.env,
-            ready=re.compile(r"\bready\.$"),
+            ready=re.compile(r"@\S+ ready\."),
             needs=(*self.server, "mock"),
             stage=2,
             # running jobs may end, for the worker's own grace; a second Ctrl-C gives them back now

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 
+from taskplatform import tracing
 from taskplatform.capacity import Demand, Fit, Load, fit
 from taskplatform.errors import StoreError, StoreUnavailable
 from taskplatform.message import message_template
@@ -345,7 +346,9 @@ class Planner:
     def _plan(self, item: DueItem) -> int:
         made = 0
         with self._postponed_if_broken(item):
+            began_ns = time.time_ns()
             made, _ = self._store.plan(item.id, horizon=self._horizon, batch=self._batch)
+            tracing.planned(item.id, made, began_ns)
             self._troubles.over(f"{item.kind} {item.id}")
         return made
 

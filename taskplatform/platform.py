@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import sys
 import time
@@ -28,6 +29,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from taskplatform import tracing
 from taskplatform.catalogue import Catalogue, deployed
 from taskplatform.errors import Conflict, InvalidInput, TaskPlatformError, UnknownDefinition, UnknownUser
 from taskplatform.faults import did_you_mean, explain
@@ -48,10 +50,12 @@ from taskplatform.model import (
     check_definition_id,
     check_host,
     check_user_id,
+    format_duration,
 )
 from taskplatform.planner import Due, Window, Windows, published
 from taskplatform.settings import Settings, environment, settings
 from taskplatform.store import (
+    LOG_LEVELS,
     Beat,
     Breaker,
     Change,
@@ -59,6 +63,7 @@ from taskplatform.store import (
     Enqueue,
     Garbage,
     LimitState,
+    LogLevel,
     Occurrence,
     Page,
     Store,
@@ -74,6 +79,9 @@ MAX_DELAY = timedelta(days=366)
 MAX_KEY_LENGTH = 255
 #: The most items of one page of a listing.
 MAX_LIMIT = 10_000
+#: A log level that is set live holds so long, and at the most.
+LOG_LEVEL_SPAN = timedelta(minutes=10)
+LONGEST_LOG_LEVEL = timedelta(days=1)
 #: Dead letters that are redriven or discarded in one step.
 _DEAD_BATCH = 100
 
@@ -212,6 +220,8 @@ class Platform:
             if missing:
                 raise InvalidInput(f"unknown users: {', '.join(sorted(missing)[:10])}{', …' if len(missing) > 10 else ''}")
         self.store.enqueue(jobs)
+        for job in jobs:
+            tracing.enqueued(job.id)
         return self.store.jobs_by_id([job.id for job in jobs])
 
     def enqueue_each(self, requests: Sequence[JobRequest]) -> list[Job | TaskPlatformError]:
@@ -242,6 +252,7 @@ class Platform:
                     results[place] = fault
         jobs = {job.id: job for job in self.store.jobs_by_id([one.id for one in made.values()])}
         for place, one in made.items():
+            tracing.enqueued(one.id)
             results[place] = jobs.get(one.id) or UnknownUser(f"no user {requests[place].user!r}")
         return [result for result in results if result is not None]
 
@@ -554,6 +565,27 @@ class Platform:
     def now_ms(self) -> int:
         """The server's time, by which all instants are told."""
         return self.store.now_ms()
+
+    # logs
+
+    def log_levels(self) -> dict[str, LogLevel]:
+        """What was set live, by whom it is for."""
+        return self.store.log_levels.read()[1]
+
+    def set_log_level(self, level: str, *, node: str = "*", span: timedelta = LOG_LEVEL_SPAN) -> None:
+        """Let processes log from `level` on for `span`: all (*), a role (beat, worker, api), a node (celery@host) or one process.
+
+        They follow with their next heartbeat or tick. What is said of fewer goes before. Raises InvalidInput.
+        """
+        if level not in LOG_LEVELS:
+            raise InvalidInput(f"log level {level!r} is not accepted: {', '.join(LOG_LEVELS)} are", field="level")
+        if not timedelta(seconds=1) <= span <= LONGEST_LOG_LEVEL:
+            raise InvalidInput(f"a log level is set for 1s to {format_duration(LONGEST_LOG_LEVEL)}", field="span")
+        self.store.log_levels.set(_log_node(node), level, span=span, actor=self._actor, log_size=self.settings.change_log_size)
+
+    def reset_log_level(self, *, node: str = "*") -> bool:
+        """Take back what `set_log_level` said of the same. Returns False where there was nothing."""
+        return self.store.log_levels.reset(_log_node(node), actor=self._actor, log_size=self.settings.change_log_size)
 
     # limits
 
@@ -929,6 +961,12 @@ def _states(value: JobState | str | Iterable[JobState | str] | None) -> frozense
         return frozenset(JobState(state) for state in wanted)
     except ValueError:
         raise InvalidInput(f"state {', '.join(map(str, wanted))} is not accepted: {', '.join(JobState)} are", field="state") from None
+
+
+def _log_node(node: str) -> str:
+    if not isinstance(node, str) or not re.fullmatch(r"[!-~]{1,300}", node):
+        raise InvalidInput(f"{node!r} is no process: * is, a role (beat, worker, api), a node, or an id as `nodes` shows it", field="node")
+    return node
 
 
 def _limit_name(name: str) -> tuple[str, str]:

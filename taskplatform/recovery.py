@@ -19,6 +19,7 @@ from typing import Any
 
 from taskplatform.errors import StoreError, StoreUnavailable
 from taskplatform.health import Alarm
+from taskplatform.logs import LevelFollower
 from taskplatform.model import Backoff, CallReport, JobState, format_duration
 from taskplatform.node import ClockGauge
 from taskplatform.outage import OutageLog
@@ -227,7 +228,7 @@ class RecoveryLoop:
     `slots` and `queues` are asked each time, because remote control can change them. `stop_run` is called with each run that is to be
     stopped here, until it is told to the store, and `consume` with whether this worker is to take messages. `has_run` says whether this
     process runs a job's delivery or is about to, or has its end, `limit_of` in which span a run of a definition must have ended (None: it
-    is not known). `endings` are those that wait for Redis.
+    is not known). `endings` are those that wait for Redis. `log_level` is looked at with each heartbeat.
     """
 
     def __init__(
@@ -246,8 +247,10 @@ class RecoveryLoop:
         info: Mapping[str, str],
         clock: Clock = time.monotonic,
         pulse: Pulse | None = None,
+        log_level: LevelFollower | None = None,
     ) -> None:
         self._pulse = pulse or Pulse("recovery")
+        self._log_level = log_level
         self._store = store
         self._settings = settings
         self._worker = worker
@@ -295,8 +298,12 @@ class RecoveryLoop:
             now = self._clock()
             try:
                 # its own first: who comes back from a long stop must say so, and learn what is no longer its own
+                if self._log_level is not None:
+                    self._log_level.end()
                 if now >= next_beat:
                     self.beat()
+                    if self._log_level is not None:
+                        self._log_level.look(self._store.log_levels)
                     next_beat = now + self._settings.heartbeat_interval.total_seconds()
                 self._endings.record(self._store)
                 self.observe()

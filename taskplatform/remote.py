@@ -46,7 +46,7 @@ from taskplatform.model import (
     parse_duration,
     schedule_from_json,
 )
-from taskplatform.platform import MAX_DELAY, MAX_LIMIT, JobRequest, SubscriptionRequest
+from taskplatform.platform import LOG_LEVEL_SPAN, MAX_DELAY, MAX_LIMIT, JobRequest, SubscriptionRequest
 from taskplatform.store import (
     Beat,
     Breaker,
@@ -54,6 +54,7 @@ from taskplatform.store import (
     Change,
     Garbage,
     LimitState,
+    LogLevel,
     Occurrence,
     Page,
     SubscribeResult,
@@ -341,6 +342,20 @@ class RemotePlatform:
     def now_ms(self) -> int:
         """The server's time."""
         return self.health().at_ms
+
+    # logs
+
+    def log_levels(self) -> dict[str, LogLevel]:
+        """What was set live, by whom it is for."""
+        return dict(self._list(_log_level, "/log-levels"))
+
+    def set_log_level(self, level: str, *, node: str = "*", span: timedelta = LOG_LEVEL_SPAN) -> None:
+        """As `Platform.set_log_level`."""
+        self.client.call("PUT", f"/log-levels/{_quoted(node)}", {"level": level, "span": format_duration(span)})
+
+    def reset_log_level(self, *, node: str = "*") -> bool:
+        """As `Platform.reset_log_level`."""
+        return self.client.call("DELETE", f"/log-levels/{_quoted(node)}").changed
 
     # limits and hosts
 
@@ -797,7 +812,11 @@ def _worker(one: Json) -> Worker:
 
 def _beat(one: Json) -> Beat:
     same = {name: one[name] for name in ("id", "leads", "catalogue", "number")}
-    return Beat(**same, since_ms=_ms(one["since"]), heartbeat_ms=_ms(one["heartbeat"]))
+    return Beat(**same, since_ms=_ms(one["since"]), heartbeat_ms=_ms(one["heartbeat"]), info=one.get("info", {}))
+
+
+def _log_level(one: Json) -> tuple[str, LogLevel]:
+    return one["node"], LogLevel(level=one["level"], until_ms=_ms(one["until"]), actor=one["actor"])
 
 
 def _garbage(one: Json) -> Garbage:

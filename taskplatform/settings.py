@@ -191,7 +191,13 @@ class Settings(BaseSettings):
         description="/health fails when a loop of the process stands still for so long; 30 s may pass while Redis does not answer",
     )
 
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO",
+        description="processes log from this level on; `celery -l` goes before it, and `taskplatform log-level` changes it live",
+    )
+    log_format: Literal["auto", "json", "console"] = Field(
+        default="auto", description="json: an object a line; console: lines for people; auto: console on a terminal, else json"
+    )
     flower_max_tasks: int = Field(default=10_000, ge=100, description="tasks that Flower keeps in memory")
     flower_login: str | None = Field(
         default=None, repr=False, description="user:password of Flower's pages; without it Flower listens on loopback addresses only"

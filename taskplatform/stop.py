@@ -28,6 +28,7 @@ from celery.apps.worker import Worker
 from celery.concurrency import get_implementation
 from celery.worker import state
 
+from taskplatform import logs
 from taskplatform.consumer import PlatformConsumer
 from taskplatform.recovery import RecoveryLoop
 from taskplatform.settings import settings
@@ -67,6 +68,12 @@ class PlatformWorker(Worker):  # type: ignore[misc]
     """Celery's worker program, with this stop."""
 
     ending: Ending | None = None
+
+    def on_before_init(self, quiet: bool = False, **kwargs: Any) -> None:
+        """Celery warns of some things before it sets up its logs."""
+        chosen = settings()
+        logs.log_to_stderr(chosen, lambda: chosen.secrets, role="worker")
+        super().on_before_init(quiet=quiet or not logs.is_for_people(chosen), **kwargs)
 
     def on_after_init(self, **kwargs: Any) -> None:
         """Refuse a pool that would get no jobs: the platform's loops are threads, which green ones do not run."""

@@ -19,7 +19,7 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Annotated, Any, TypeVar
 
@@ -28,6 +28,7 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
+from taskplatform import tracing
 from taskplatform.api.problem import invalid, kind_of, pointer, with_status
 from taskplatform.api.security import note, requires
 from taskplatform.errors import NotFound, StoreError
@@ -69,6 +70,10 @@ class Call:
             return model.model_validate_json(self.body, strict=True)
         except ValidationError as fault:
             raise invalid([("pointer", pointer(place), text) for place, text in explain(fault, model)]) from None
+
+    def traced(self) -> AbstractContextManager[None]:
+        """What is submitted in here was asked for by the span that the request names."""
+        return tracing.caused_by(self._request.headers.get(tracing.TRACEPARENT))
 
     def answer(self, record: BaseModel | None, status: int = 200, *, headers: Mapping[str, str] | None = None) -> Response:
         """`record` as an answer; None is an empty one."""

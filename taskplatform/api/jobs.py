@@ -74,7 +74,7 @@ def submit_job(call: Submits) -> Response:
     call.note(definition=body.definition, user=body.user)
 
     def act() -> Response:
-        with in_body(user=UnknownUser, definition=UnknownDefinition):
+        with in_body(user=UnknownUser, definition=UnknownDefinition), call.traced():
             (job,) = call.platform.enqueue_many([_request(body, call.key_for_platform)])
         call.note(job=job.id)
         return call.answer(JobRecord.model_validate(job), 201, headers={"Location": f"/v1/jobs/{quote(job.id, safe=':@')}"})
@@ -92,7 +92,8 @@ def submit_jobs(call: Submits) -> Response:
         return item.idempotency_key or (None if key is None else f"{key}:{place}")
 
     def act() -> Response:
-        made = call.platform.enqueue_each([_request(item, key_of(place, item)) for place, item in enumerate(body.items)])
+        with call.traced():
+            made = call.platform.enqueue_each([_request(item, key_of(place, item)) for place, item in enumerate(body.items)])
         ids = [one.id for one in made if isinstance(one, Job)]
         call.note(made=f"{len(ids)}/{len(made)}", jobs=ids[:MOST_NOTED])
         return call.answer(BatchResults(items=[_result(place, one) for place, one in enumerate(made)]))

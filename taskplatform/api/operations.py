@@ -27,7 +27,9 @@ from taskplatform.api.records import (
     Hold,
     LimitRecord,
     Limits,
+    LogLevels,
     NewLimit,
+    NewLogLevel,
     Node,
     Nodes,
     OccurrenceRecord,
@@ -52,6 +54,9 @@ LimitName = Annotated[
 ]
 HostName = Annotated[
     str, Path(max_length=300, description="as in a limit, with its port where that is not the usual one", examples=["api.example.com"])
+]
+Logging = Annotated[
+    str, Path(max_length=300, description="* for all, a role (beat, worker, api), a node, or a process's id; # is %23", examples=["worker"])
 ]
 NodeId = Annotated[str, Path(max_length=300, description="the worker's id; # is %23", examples=["celery@host#1a2b3c4d"])]
 
@@ -245,6 +250,35 @@ def _node(call: Call, node: str) -> Response:
 def list_beats(call: Reads) -> Response:
     """List the beats, which one leads, and what each would publish."""
     return call.answer(Beats(items=[BeatRecord.model_validate(one) for one in call.platform.beats()]))
+
+
+# --- logs ------------------------------------------------------------------------------------------------------------
+
+
+@nodes("GET", "/log-levels", LogLevels)
+def list_log_levels(call: Reads) -> Response:
+    """List which processes were told to log from another level on than they started with."""
+    return _log_levels(call)
+
+
+@nodes("PUT", "/log-levels/{whom}", LogLevels, takes=NewLogLevel)
+def set_log_level(call: Administers, whom: Logging) -> Response:
+    """Let processes log from another level on, for a time. They follow with their next heartbeat or tick. Answers with all in force."""
+    body = call.read(NewLogLevel)
+    call.note(level=body.level, span=format_duration(body.span))
+    call.platform.set_log_level(body.level, node=whom, span=body.span)
+    return _log_levels(call)
+
+
+@nodes("DELETE", "/log-levels/{whom}", LogLevels)
+def reset_log_level(call: Administers, whom: Logging) -> Response:
+    """Let them log as they started. Answers with all in force."""
+    changed = call.platform.reset_log_level(node=whom)
+    return call.changed(_log_levels(call), changed)
+
+
+def _log_levels(call: Call) -> Response:
+    return call.answer(LogLevels.of(call.platform.log_levels()))
 
 
 # --- how it is -------------------------------------------------------------------------------------------------------

@@ -29,11 +29,12 @@ from taskplatform.model import (
     Priority,
     RateLimit,
     ScheduleOverride,
+    format_duration,
     format_rate,
     schedule_to_json,
 )
-from taskplatform.platform import MAX_DELAY, MAX_KEY_LENGTH
-from taskplatform.store import BreakerState, LimitState, Worker
+from taskplatform.platform import LOG_LEVEL_SPAN, LONGEST_LOG_LEVEL, MAX_DELAY, MAX_KEY_LENGTH
+from taskplatform.store import BreakerState, LimitState, LogLevel, Worker
 
 MAX_BATCH = 1000
 """Jobs of one batch."""
@@ -744,6 +745,50 @@ class Breakers(_Given):
     items: list[BreakerRecord]
 
 
+# --- log levels ------------------------------------------------------------------------------------------------------
+
+_LOG_LEVEL = {"node": "worker", "level": "DEBUG", "until": "2027-01-16T12:10:00.000Z", "actor": "api:ops"}
+
+
+class NewLogLevel(_Taken):
+    """From which level on processes log, for a time."""
+
+    model_config = _example(level="DEBUG", span="10m")
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+    span: Duration = Field(
+        default=LOG_LEVEL_SPAN,
+        ge=timedelta(seconds=1),
+        le=LONGEST_LOG_LEVEL,
+        description=f"for so long, up to {format_duration(LONGEST_LOG_LEVEL)}",
+    )
+
+
+class LogLevelRecord(_Given):
+    """What was set live."""
+
+    model_config = _example(**_LOG_LEVEL)
+
+    node: str = Field(description="a process, a node, a role, or * for all")
+    level: str
+    until: Instant
+    actor: str = Field(description="who set it")
+
+
+class LogLevels(_Given):
+    """By whom they are for."""
+
+    model_config = _example(items=[_LOG_LEVEL])
+
+    items: list[LogLevelRecord]
+
+    @classmethod
+    def of(cls, levels: Mapping[str, LogLevel]) -> LogLevels:
+        """As the store has them."""
+        items = [LogLevelRecord(node=node, level=one.level, until=one.until_ms, actor=one.actor) for node, one in sorted(levels.items())]
+        return cls(items=items)
+
+
 # --- processes -------------------------------------------------------------------------------------------------------
 
 _NODE = {
@@ -802,6 +847,7 @@ _BEAT = {
     "number": 7,
     "since": "2027-01-16T09:00:00.000Z",
     "heartbeat": "2027-01-16T12:00:00.000Z",
+    "info": {"version": "0.1.0", "celery": "5.7.0", "python": "3.11.7"},
 }
 
 
@@ -816,6 +862,7 @@ class BeatRecord(_Given):
     number: int = Field(description="the later deployed, the higher")
     since: Instant = Field(validation_alias="since_ms")
     heartbeat: Instant = Field(validation_alias="heartbeat_ms")
+    info: dict[str, str] = Field(description="what else it tells of itself: versions, settings, its clock")
 
 
 class Beats(_Given):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import ssl
@@ -22,12 +23,11 @@ from typing import NoReturn
 
 import uvicorn
 
-from taskplatform import http
+from taskplatform import http, logs, tracing
 from taskplatform.api.application import guarded, make_app
 from taskplatform.api.guard import MOST_HEADER_BYTES, GuardedProtocol
 from taskplatform.api.telling import Telling
 from taskplatform.errors import SettingsError
-from taskplatform.keys import TOKEN
 from taskplatform.outage import when_reachable
 from taskplatform.platform import Platform
 from taskplatform.settings import Settings, environment
@@ -44,14 +44,19 @@ def run(settings: Settings, *, insecure_http: bool = False) -> int:
     """Serve until a signal. Returns the exit code. Raises SettingsError, CatalogueError, StoreError."""
     for number in _SIGNALS:
         signal.signal(number, _end)
-    formatter = _log_to_stderr(settings)
+    secrets = [*settings.secrets]
+    logs.log_to_stderr(settings, lambda: tuple(secrets), role="api")
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     context = tls_context(settings, insecure_http=insecure_http)
     listener = listen(settings)
     telling = Telling(settings)
     telling.ops.start()
     with closing(listener), closing(_reach(settings, telling)) as platform:
         configs = [definition.config for definition in platform.catalogue.values() if definition.config is not None]
-        formatter.secrets = (*settings.secrets, *http.secrets_in(configs, environment()))
+        secrets += http.secrets_in(configs, environment())
+        follower = logs.LevelFollower("api", f"api@{socket.gethostname()}#{os.getpid()}")
+        follower.run(platform.store.log_levels, settings.heartbeat_interval.total_seconds())
         server = make_server(platform, context, telling)
 
         def stop(_number: int, _frame: FrameType | None) -> None:
@@ -62,6 +67,7 @@ def run(settings: Settings, *, insecure_http: bool = False) -> int:
             signal.signal(number, stop)
         log.info("listening on %s", url_of("http" if context is None else "https", listener))
         server.run(sockets=[listener])
+        tracing.flush()
         telling.ops.stop()
         return 0 if server.started else 1
 
@@ -73,26 +79,6 @@ def _end(_number: int, _frame: FrameType | None) -> NoReturn:
 
 def _reach(settings: Settings, telling: Telling) -> Platform:
     return when_reachable(partial(Platform.connect, settings, actor="api"), log, between=telling.pulse.failed)
-
-
-class _DiscreetFormatter(logging.Formatter):
-    """Lines, tracebacks included, without the secrets that this process knows, and without what looks like a key."""
-
-    secrets: tuple[str, ...] = ()
-
-    def format(self, record: logging.LogRecord) -> str:
-        return TOKEN.sub("tpk_***", http.redact(super().format(record), self.secrets))
-
-
-def _log_to_stderr(settings: Settings) -> _DiscreetFormatter:
-    formatter = _DiscreetFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    formatter.secrets = settings.secrets
-    handler = logging.StreamHandler()
-    handler.setFormatter(formatter)
-    logging.basicConfig(level=settings.log_level, handlers=[handler])
-    for name in ("uvicorn", "uvicorn.error"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    return formatter
 
 
 def make_server(platform: Platform, context: ssl.SSLContext | None, telling: Telling | None = None) -> uvicorn.Server:

@@ -17,7 +17,7 @@ from typing import IO, Any, TextIO
 
 import click
 
-from taskplatform.cli import breakers, certs, dead, doctor, jobs, keys, limits, operations, subscriptions, tasks, users, verify
+from taskplatform.cli import breakers, certs, dead, doctor, jobs, keys, limits, log_level, operations, subscriptions, tasks, users, verify
 from taskplatform.cli.completion import completion
 from taskplatform.cli.output import complain, counted, remark
 from taskplatform.cli.remote import keep_options, remote_options
@@ -110,6 +110,7 @@ for command in (
     dead.dead,
     limits.limits,
     breakers.breakers,
+    log_level.log_level,
     *operations.COMMANDS,
     doctor.doctor,
     keys.keys,

@@ -7,6 +7,7 @@ never disagree, whatever dies between two calls. Times are milliseconds since th
 from taskplatform.store.connection import LockLost, connect, unavailable
 from taskplatform.store.figures import DefinitionCounts, Figures, Histogram
 from taskplatform.store.keys import BOUNDS_MS
+from taskplatform.store.levels import LOG_LEVELS, LogLevel, LogLevels
 from taskplatform.store.records import (
     Beat,
     Breaker,
@@ -37,6 +38,7 @@ from taskplatform.store.store import Store
 
 __all__ = [
     "BOUNDS_MS",
+    "LOG_LEVELS",
     "Beat",
     "Breaker",
     "BreakerState",
@@ -52,6 +54,8 @@ __all__ = [
     "Histogram",
     "LimitState",
     "LockLost",
+    "LogLevel",
+    "LogLevels",
     "Newer",
     "Occurrence",
     "Opening",

@@ -90,6 +90,8 @@ NAMES = {
     "attempts": "attempts",  # sorted set, bounded: "<address>" or "<address> none" that failed to come in → until when that counts
     "attempts_beyond": "attempts_beyond",  # hash: the same → how often beyond what it may, and not told yet
     "audit": "audit:",  # by kind, stream, bounded
+    # processes that log more or less than they would
+    "log_levels": "loglevels",  # hash: "*", a role, a node or a process → "<level> <until> <actor>"; it expires
     # the control API
     "answer": "answer:",  # by digest of a caller's Idempotency-Key, JSON: what was asked with it, and the answer; it expires
     # for metrics

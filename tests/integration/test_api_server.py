@@ -457,7 +457,7 @@ def test_plain_http_elsewhere_where_it_is_wanted() -> None:
 def started(folder: Path, *options: str, **settings: str) -> Iterator[subprocess.Popen[str]]:
     (folder / "tasks").mkdir(exist_ok=True)
     (folder / "tasks" / "tasks.yaml").write_text(TASKS, encoding="utf-8")
-    own = {f"TASKPLATFORM_{name.upper()}": value for name, value in {"api_key": KEY, **settings}.items()}
+    own = {f"TASKPLATFORM_{name.upper()}": value for name, value in {"api_key": KEY, "log_format": "console", **settings}.items()}
     command = [sys.executable, "-c", "import sys; from taskplatform.cli import main; sys.exit(main())", "api", "--port", "0", *options]
     process = subprocess.Popen(
         command,

@@ -119,6 +119,7 @@ LOOKING = [
     "beats",
     "health",
     "garbage list",
+    "log-level",
 ]
 #: What changes with each look, and means nothing here.
 PASSING = re.compile(r"\d+\.\d s\b|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z|\b\d+\.\d{3,}\b")
@@ -168,6 +169,9 @@ CHANGING = [
     "users pause u1",
     "users pause u1",
     "users resume u1",
+    "log-level debug --node beat --for 1h",
+    "log-level --reset --node beat",
+    "log-level --reset --node beat",
     "pause report --why maintenance",
     "pause report",
     "resume report",

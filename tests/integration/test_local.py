@@ -591,6 +591,7 @@ def test_the_children_read_the_settings_that_the_stack_was_given(tmp_path: Path,
         monkeypatch.setenv(name, value)
     allowed = "*.internal,[fd00::/8]:443,127.0.0.1:2"  # the mock API too
     changed = {"redis_url": stack.redis_url, "data_dir": tmp_path / "data", "worker_slots": 2, "http_allow": allowed}
+    changed["log_format"] = "console"  # `up` writes for people
     assert load_settings().model_dump() == given.model_dump() | changed
     assert (variables["API_BASE_URL"], variables["API_TOKEN"]) == ("http://127.0.0.1:2/anything", "given")
 

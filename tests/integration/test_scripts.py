@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from taskplatform.model import TRANSITIONS, JobState, Priority
-from taskplatform.store import Store, access, scripts, store
+from taskplatform.store import Store, access, levels, scripts, store
 from taskplatform.store.keys import NAMES, UNACKED, UNACKED_INDEX, key, lua_table
 from taskplatform.store.scripts import names, source
 from tests.conftest import Clock
@@ -23,7 +23,7 @@ from tests.integration.harness import ACTOR, HORIZON, define, enqueue, offer, pu
 
 VERBS = names()
 #: What runs the scripts.
-CALLERS = (store, access)
+CALLERS = (store, access, levels)
 STEPS = {"by twos": 2, "by threes": 3, "by fours": 4, "by fives": 5, "by sixes": 6, "by sevens": 7}
 
 
