@@ -18,11 +18,6 @@ from tests.conftest import ROOT
 from tests.documents import PAGES, blocks, calls
 
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
-#: Pages that others write at this moment. Take each off when it is there.
-AWAITED = {
-    f"{name}.md"
-    for name in ("alerts", "backup", "deploying-compose", "deploying-kubernetes", "deploying-sentinel", "deploying-systemd", "upgrading")
-}
 
 
 def _commands() -> list[tuple[str, tuple[str, ...]]]:
@@ -113,14 +108,10 @@ def test_the_tests_that_a_document_names_exist() -> None:
 def test_links_lead_to_files() -> None:
     for name, text in TEXTS.items():
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (ROOT / name).parent.joinpath(target).exists() or target.rpartition("/")[2] in AWAITED, f"{name} links to {target}"
+            assert (ROOT / name).parent.joinpath(target).exists(), f"{name} links to {target}"
 
 
 def test_every_page_is_in_the_index() -> None:
     listed = set(re.findall(r"\]\(([\w-]+\.md)\)", TEXTS["docs/README.md"]))
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert pages - listed == set()
-
-
-def test_nobody_waits_for_a_page_that_is_there() -> None:
-    assert {name for name in AWAITED if (ROOT / "docs" / name).exists()} == set(), "take it off AWAITED"
