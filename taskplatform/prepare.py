@@ -3,8 +3,8 @@
 - In `/acl`, for Redis: `users.acl`, with the user `default` off and the users `platform` (beats, workers, API, command line), `flower`
   (only watches) and `admin` (everything, for people). It has digests of the passwords in REDIS_PASSWORD, REDIS_FLOWER_PASSWORD and
   REDIS_ADMIN_PASSWORD. Their rights are those of `store.acl`.
-- In `/pki`, which nothing else mounts: a CA, and the API's certificate, for this machine and the names in API_HOSTS. In `/tls`, for the API: that
-  certificate, its key, and the CA's certificate. It is made anew 30 days before it expires, and when the names change.
+- In `/pki`, which nothing else mounts: a CA, and the API's certificate, for this machine and the names in API_HOSTS. In `/tls`, for
+  the API: that certificate, its key, and the CA's certificate. It is made anew 30 days before it expires, and when the names change.
 
 Where a secret still has the value that stands in docker-compose.yml for everybody to read, it says so.
 """
@@ -68,8 +68,8 @@ def certificate(authority: Path, served: Path, hosts: list[str], *, now_ms: int)
 def _write(path: Path, content: bytes, mode: int) -> None:
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(content)
+    temporary.touch(mode)
+    temporary.write_bytes(content)
     temporary.replace(path)
 
 

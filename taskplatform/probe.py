@@ -16,7 +16,7 @@ from contextlib import closing
 _MOST_BYTES = 65_536
 
 
-def ask(url: str, *, ca: str | None = None, timeout: float = 4.0) -> tuple[int, str]:
+def ask(url: str, *, ca: str | None = None, timeout: float = 8.0) -> tuple[int, str]:
     """The status and the body of the answer to a GET, which is read to its 64th kilobyte.
 
     `timeout` is in seconds, for each step. Raises OSError where there is no answer, and ValueError where it is none of HTTP.
@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("url", nargs="?", help="default: http://127.0.0.1:PORT/ready, with the port of TASKPLATFORM_OPS_PORT")
     parser.add_argument("--path", default="/ready", help="another path, where no URL is given")
     parser.add_argument("--ca", metavar="FILE", help="PEM file of the CA for https")
-    parser.add_argument("--timeout", type=float, default=4.0, metavar="SECONDS", help="for each step; default: %(default)s")
+    parser.add_argument("--timeout", type=float, default=8.0, metavar="SECONDS", help="for each step; default: %(default)s")
     given = parser.parse_args()
     port = os.environ.get("TASKPLATFORM_OPS_PORT", "").strip()
     if given.url is None and (not port.isdigit() or port == "0"):

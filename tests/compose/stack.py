@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +69,7 @@ class Stack:
         ca.write_text(self.compose("exec", "-T", "api", "cat", "/tls/ca.crt"), encoding="ascii")
         key = self.compose("exec", "-T", "api", "printenv", "TASKPLATFORM_API_KEY").strip()
         session = requests.Session()
+        session.trust_env = False  # else REQUESTS_CA_BUNDLE would win
         session.verify = str(ca)
         session.headers["Authorization"] = f"Bearer {key}"
         return session
@@ -119,15 +121,25 @@ class Stack:
         """The workers of which the platform heard within its heartbeat's timeout."""
         return [one for one in self.api("GET", "/v1/nodes")["items"] if one["silent_ms"] < 15_000]
 
-    def well(self, *, workers: int = 2) -> bool:
-        """Whether two beats and so many workers are ready, one beat leads, and the API is ready."""
-        ports = [*BEATS.values(), *WORKERS[:workers]]
-        if not all(self.ops(port)[0] == 200 for port in ports) or not self.leader():
-            return False
-        try:
-            return self._session.get(f"{API}/ready", timeout=10).ok and len(self.workers()) == workers
-        except requests.RequestException:
-            return False
+    def settle(self, *, workers: int = 2) -> None:
+        """Wait until two beats and just so many workers are ready, one beat leads, and the API is ready."""
+        wanted = {**BEATS, **{f"worker {place}": port for place, port in enumerate(WORKERS[:workers], 1)}}
+
+        def missing() -> list[str]:
+            found = [f"{name}: {answer}" for name, port in wanted.items() if (answer := self.ops(port))[0] != 200]
+            found += [] if self.leader() else ["no beat leads, or more than one"]
+            try:
+                answer = self._session.get(f"{API}/ready", timeout=10)
+                found += [] if answer.ok else [f"api: {answer.text}"]
+                alive = [one["id"] for one in self.workers()] if answer.ok else []
+            except requests.RequestException as fault:
+                return [*found, f"api: {fault}"]
+            return found if len(alive) == workers else [*found, f"workers: {alive}"]
+
+        deadline = time.monotonic() + PATIENCE
+        while faults := missing():
+            assert time.monotonic() < deadline, f"not well within {PATIENCE} s: {faults}"
+            time.sleep(0.5)
 
     def query(self, expression: str) -> list[tuple[Mapping[str, str], float]]:
         """What Prometheus answers: labels and value of each series."""
