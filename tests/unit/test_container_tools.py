@@ -21,8 +21,7 @@ import requests
 from taskplatform import certs, forward, prepare, probe
 from taskplatform.errors import Conflict
 from taskplatform.local import find_port
-from taskplatform.store.acl import Role, rules
-from tests.support import wait_until
+from taskplatform.store.acl import DEFAULT_USER, Role, rules
 
 DAY_MS = 86_400_000
 
@@ -141,7 +140,7 @@ def test_the_users_of_redis_have_the_rights_of_their_roles() -> None:
     lines = prepare.acl(PASSWORDS, namespace="ns").splitlines()
     digests = [hashlib.sha256(password.encode()).hexdigest() for password in PASSWORDS.values()]
     assert lines == [
-        "user default off",
+        DEFAULT_USER,
         f"user platform on #{digests[0]} {rules(Role.PLATFORM, namespace='ns')}",
         f"user flower on #{digests[1]} {rules(Role.OBSERVER, namespace='ns')}",
         f"user admin on #{digests[2]} ~* &* +@all",
