@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import stat
+from pathlib import Path
 
 import pytest
 import yaml
@@ -20,7 +21,7 @@ DOCKERFILES = [ROOT / "Dockerfile", ROOT / "deploy/mock-api/Dockerfile"]
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.parent.name)
-def test_dockerfiles_need_no_buildkit(path) -> None:  # type: ignore[no-untyped-def]
+def test_dockerfiles_need_no_buildkit(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"^# *(syntax|escape) *=|--mount=|--chmod|--link|<<", text, re.MULTILINE)
     assert "HEALTHCHECK" in text
