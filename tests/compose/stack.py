@@ -21,7 +21,7 @@ MOCK_API = "http://127.0.0.1:8000"
 BEATS = {"beat": 8081, "beat-standby": 8082}
 WORKERS = (8092, 8094, 8096, 8098, 8100)
 #: It shares the machine with everything else: how long a step may take, in seconds.
-PATIENCE = 120
+PATIENCE = 180
 #: Ends what the container's first process started, as if it had crashed. Its init ends then, and the engine starts the container anew.
 _CRASH = """
 import os, pathlib
@@ -72,6 +72,7 @@ class Stack:
         session.trust_env = False  # else REQUESTS_CA_BUNDLE would win
         session.verify = str(ca)
         session.headers["Authorization"] = f"Bearer {key}"
+        session.headers["Connection"] = "close"  # the API ends one that is idle, perhaps just as it is used again
         return session
 
     def api(self, method: str, path: str, body: object = None, **query: Any) -> Any:
