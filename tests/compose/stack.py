@@ -52,8 +52,16 @@ class Stack:
         return self.compose("exec", "-T", "api", "taskplatform", *words)
 
     def crash(self, service: str, index: int = 1) -> None:
-        """SIGKILL the process of a container."""
-        self.compose("exec", "-T", "--index", str(index), service, "python", "-c", _CRASH)
+        """SIGKILL the process of a container, and wait until the engine has seen it end."""
+        before = self._started(service, index)
+        command = ("docker", "compose", "exec", "-T", "--index", str(index), service, "python", "-c", _CRASH)
+        subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=False)  # it may end with its container
+        wait_until(lambda: self._started(service, index) != before, seconds=PATIENCE)
+
+    def _started(self, service: str, index: int) -> str:
+        labels = {"com.docker.compose.container-number": str(index)}
+        found = [one for one in self.containers(service) if labels.items() <= one["Config"]["Labels"].items()]
+        return str(found[0]["State"]["StartedAt"])
 
     def containers(self, *services: str) -> list[dict[str, Any]]:
         """What the engine says of them; of all without a name."""
