@@ -149,14 +149,9 @@ def test_the_commands_in_the_readme_do_what_it_says(stack: Stack) -> None:
 
 def test_every_job_completes_and_is_called_once(stack: Stack) -> None:
     ids = [one for priority in ("low", "medium", "high") for one in stack.submit(DEFINITION, 12, priority=priority)]
-    opened = stack.api("POST", f"/v1/definitions/{DEFINITION}/trigger", {"window": "2s"})
-    assert opened
+    trigger(stack)
     stack.completed(ids)
     assert stack.calls(ids) == [1] * 36
-    planned = wait_until(
-        lambda: [one for one in stack.api("GET", "/v1/jobs", definition=DEFINITION)["items"] if one["source"] == "trigger"]
-    )
-    stack.completed([one["id"] for one in planned])
 
 
 def test_the_standby_leads_when_the_leader_is_killed(stack: Stack) -> None:
