@@ -27,7 +27,8 @@ from rich.text import Text
 
 from taskplatform.drills import is_drill
 from taskplatform.errors import TaskPlatformError
-from taskplatform.local import CALLS_PATH, Stack
+from taskplatform.local import Stack
+from taskplatform.mock_api import CALLS_PATH
 from taskplatform.model import Job, JobState, Limit, Priority, RateLimit, format_rate, moment, slot
 from taskplatform.platform import JobRequest, Platform
 from taskplatform.settings import Settings, load_settings

@@ -49,8 +49,6 @@ MOCK_PORT = 8000
 FLOWER_PORT = 5555
 VERIFY_PORT = 8099
 """Where `taskplatform verify` opens its target, for the workers of a stack."""
-CALLS_PATH = "/calls-of-jobs"
-"""Of the mock API: the last 10,000 calls that came from jobs, as a JSON list of [seconds of its monotonic clock, job id]."""
 HOST = "127.0.0.1"
 
 SUPERVISOR = "up"
@@ -984,30 +982,8 @@ def _valkey_spec(directory: Path, port: int, *, restart: bool = True) -> Process
 def _mock_spec(url: str) -> ProcessSpec:
     if not (importlib.util.find_spec("waitress") and importlib.util.find_spec("httpbin")):
         raise StartError("the mock API needs the packages httpbin and waitress: install taskplatform[local]")
-    argv = [sys.executable, "-c", _MOCK_PROGRAM, url.removeprefix("http://"), CALLS_PATH]
+    argv = [sys.executable, "-m", "taskplatform.mock_api", url.removeprefix("http://")]
     return ProcessSpec(name="mock", argv=argv, ready=lambda: _answers_http(f"{url}/status/200"), stage=1)
-
-
-#: httpbin, which also tells when the last calls of jobs arrived: as JSON, under `CALLS_PATH`.
-_MOCK_PROGRAM = """
-import collections, json, logging, sys, time
-logging.disable(logging.WARNING)  # of a queue that is deep for a moment; of documentation pages that are not there
-from httpbin import app
-from waitress import serve
-
-calls = collections.deque(maxlen=10_000)
-
-def counting(environ, start_response):
-    if environ["PATH_INFO"] == sys.argv[2]:
-        start_response("200 OK", [("Content-Type", "application/json")])
-        return [json.dumps(list(calls)).encode()]
-    job = environ.get("HTTP_X_JOB_ID")
-    if job:
-        calls.append((time.monotonic(), job))
-    return app(environ, start_response)
-
-serve(counting, listen=sys.argv[1], threads=32, connection_limit=1000)
-"""
 
 
 @dataclass(frozen=True)
