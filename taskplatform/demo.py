@@ -91,7 +91,7 @@ def run(*, workers: int = 2, slots: int = 3, console: Console | None = None) -> 
     data_dir.mkdir(parents=True, exist_ok=True)
     log_path = data_dir / "demo.log"
     with log_path.open("w", encoding="utf-8") as log:
-        out.print(f"[bold]Starting[/] Redis, mock API, {workers} workers of {slots} slots, beat and Flower; their log is {log_path}")
+        out.print(f"[bold]Starting[/] Redis, mock API, {workers} workers of {slots} slots, beat, API and Flower; their log is {log_path}")
 
         def sink(name: str, line: str) -> None:
             log.write(f"{name:8} {line}\n")
@@ -129,7 +129,11 @@ def _verify(stack: Stack, settings: Settings, out: Console, folder: Path) -> Ver
     owns_all = Disruption(beat=lambda _: kill("beat"), worker=lambda who: kill(who.partition("@")[0])) if stack.embedded else None
     chosen = settings.model_copy(update={"redis_url": stack.redis_url, "verify_target": stack.verify_target})
     with closing(connect(chosen, actor="demo")) as platform:
-        found = verify(platform, chosen, VerifyOptions(disruption=owns_all, timeout=VERIFY_TIMEOUT, window=VERIFY_WINDOW))
+        found = verify(
+            platform,
+            chosen,
+            VerifyOptions(disruption=owns_all, timeout=VERIFY_TIMEOUT, window=VERIFY_WINDOW, api_url=stack.api_url, api_ca=stack.api_ca),
+        )
     table = Table("check", "outcome", "took", "what was found", box=None, pad_edge=False)
     colours = {Outcome.PASSED: "green", Outcome.FAILED: "red", Outcome.NOT_RUN: "yellow"}
     for line in found.lines:

@@ -39,7 +39,7 @@ from types import FrameType
 from typing import Any, BinaryIO, TextIO
 from urllib.parse import urlsplit
 
-from taskplatform import guardian
+from taskplatform import certs, guardian
 from taskplatform.errors import TaskPlatformError
 from taskplatform.sentinel import SentinelUrl
 from taskplatform.settings import PREFIX, STOP_MARGIN, Settings, environment, shown_url
@@ -47,9 +47,13 @@ from taskplatform.settings import PREFIX, STOP_MARGIN, Settings, environment, sh
 VALKEY_PORT = 6380
 MOCK_PORT = 8000
 FLOWER_PORT = 5555
+API_PORT = 8443
 VERIFY_PORT = 8099
 """Where `taskplatform verify` opens its target, for the workers of a stack."""
 HOST = "127.0.0.1"
+
+#: The API's certificate of `up` is good for as long, at least, after its start.
+_CERTIFIED = timedelta(days=7)
 
 SUPERVISOR = "up"
 """The name under which the supervisor's own lines appear in the log."""
@@ -316,6 +320,9 @@ class Stack:
     redis_url: str
     mock_url: str
     flower_url: str | None
+    api_url: str
+    api_ca: Path | None
+    """Of the API's certificate, where the stack made it."""
     verify_target: str
     supervisor: Supervisor
 
@@ -348,6 +355,8 @@ class Stack:
             self.redis_url = self._choose_redis()
             self.mock_url = f"http://{HOST}:{self._port('mock API', MOCK_PORT)}"
             self.flower_url = f"http://{HOST}:{self._port('Flower', FLOWER_PORT)}" if self._flower else None
+            self.api_url = f"https://localhost:{self._port('API', API_PORT)}"
+            self.api_ca = None if self._settings.api_tls_cert else self._certify()
             own_target = f"http://{HOST}:{self._port('the target of `taskplatform verify`', VERIFY_PORT)}"
             self.verify_target = self._settings.verify_target or own_target
             self.supervisor = Supervisor(self._specs(), sink=self._sink, signals=True, lock=self._lock)
@@ -384,7 +393,18 @@ class Stack:
             f"Redis     {shown_url(self.redis_url)}   {where}",
             f"Mock API  {self.mock_url}   jobs call {self._environment()['API_BASE_URL']}",
         ]
+        trusted = f"   CA {self.api_ca}; `taskplatform keys create` makes a key" if self.api_ca else ""
+        lines.append(f"API       {self.api_url}{trusted}")
         return [*lines, f"Flower    {self.flower_url}"] if self.flower_url else lines
+
+    def _certify(self) -> Path:
+        """The CA of the API's certificate, which is made where there is none, and anew when it will not do for much longer."""
+        folder = self.data_dir / "certs"
+        certs.make(folder, hosts=("localhost", HOST))
+        soon_ms = (time.time() + _CERTIFIED.total_seconds()) * 1000
+        if any(one.expires_ms < soon_ms for one in certs.show(folder)):
+            certs.make(folder, hosts=("localhost", HOST), force=True)
+        return folder / "ca.crt"
 
     def _choose_redis(self) -> str:
         if self.embedded:
@@ -407,6 +427,7 @@ class Stack:
         server = [_valkey_spec(self.data_dir / "valkey", urlsplit(self.redis_url).port or 0)] if self.embedded else []
         celery = _Celery(tuple(spec.name for spec in server), self._environment(), self._settings.log_level, self._settings.stop_grace)
         specs = [*server, _mock_spec(self.mock_url), *(celery.worker(name, self.slots) for name in self.workers), celery.beat()]
+        specs.append(_api_spec(self.api_url, self.api_ca, celery.env, needs=celery.server))
         return [*specs, celery.flower(self.flower_url, self._settings.flower_max_tasks)] if self.flower_url else specs
 
     def _environment(self) -> dict[str, str]:
@@ -984,6 +1005,21 @@ def _mock_spec(url: str) -> ProcessSpec:
         raise StartError("the mock API needs the packages httpbin and waitress: install taskplatform[local]")
     argv = [sys.executable, "-m", "taskplatform.mock_api", url.removeprefix("http://")]
     return ProcessSpec(name="mock", argv=argv, ready=lambda: _answers_http(f"{url}/status/200"), stage=1)
+
+
+def _api_spec(url: str, ca: Path | None, env: Mapping[str, str], *, needs: tuple[str, ...]) -> ProcessSpec:
+    own = {"API_HOST": HOST, "API_PORT": str(urlsplit(url).port)}
+    if ca is not None:
+        own |= {"API_TLS_CERT": str(ca.with_name("server.crt")), "API_TLS_KEY": str(ca.with_name("server.key"))}
+    return ProcessSpec(
+        name="api",
+        argv=[sys.executable, "-m", "taskplatform", "api"],
+        env={**env, **{PREFIX + name: value for name, value in own.items()}},
+        ready=re.compile(r"\blistening on https://"),
+        needs=needs,
+        stage=4,
+        stop=((signal.SIGTERM, 15.0),),
+    )
 
 
 @dataclass(frozen=True)
