@@ -154,3 +154,8 @@ class Stack:
         """What Prometheus answers: labels and value of each series."""
         answer = requests.get(f"{PROMETHEUS}/api/v1/query", params={"query": expression}, timeout=10).json()
         return [(one["metric"], float(one["value"][1])) for one in answer["data"]["result"]]
+
+    def targets(self) -> list[tuple[str, str, str]]:
+        """What Prometheus scrapes: job, how that went last time, and what was wrong."""
+        found = requests.get(f"{PROMETHEUS}/api/v1/targets", timeout=10).json()["data"]["activeTargets"]
+        return sorted((one["labels"]["job"], one["health"], one["lastError"]) for one in found)

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -226,11 +227,11 @@ def test_it_scales_and_prometheus_follows(stack: Stack) -> None:
 
 
 def test_prometheus_reaches_all_and_knows_the_rules(stack: Stack) -> None:
-    def targets() -> dict[str, int]:
-        found = [labels["job"] for labels, _ in stack.query("up == 1")]
-        return {job: found.count(job) for job in found}
-
-    wait_until(lambda: targets() == {"beat": 2, "worker": 2, "api": 1, "flower": 1, "prometheus": 1}, seconds=PATIENCE)
+    wanted = ["api", "beat", "beat", "flower", "prometheus", "worker", "worker"]
+    deadline = time.monotonic() + PATIENCE
+    while (found := stack.targets()) != [(job, "up", "") for job in wanted]:
+        assert time.monotonic() < deadline, found
+        time.sleep(1)
     wait_until(lambda: stack.query("max(taskplatform_leaders)") == [({}, 1.0)], seconds=PATIENCE)
     groups = requests.get(f"{PROMETHEUS}/api/v1/rules", timeout=10).json()["data"]["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
