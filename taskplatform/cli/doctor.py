@@ -35,13 +35,18 @@ class _Doctor(click.Command):
 @json_option
 @click.pass_context
 def doctor(ctx: click.Context, only: tuple[str, ...], skip: tuple[str, ...], *, as_json: bool) -> None:
-    """Say what is wrong with this installation, why it matters and what mends it.
+    """Say what is wrong here, why, and what mends it.
 
     It changes nothing, and takes less than ten seconds. Exits with 0 if all is well, 1 for a warning, 2 if something is critical, and 3 if
     something could not be checked, or the command line is wrong: what monitoring plugins exit with.
     """
+    from taskplatform.cli.remote import refuse_url
     from taskplatform.errors import InvalidInput, SettingsError
 
+    try:
+        refuse_url(settings_too=True)
+    except click.UsageError as fault:
+        raise _WrongLine(fault.format_message(), ctx) from None
     try:
         report = _examine(only, skip)
     except InvalidInput as fault:

@@ -70,6 +70,7 @@ def populate(api: Api) -> dict[str, list[str]]:
         "definition": ["report", "sync", "needy", "clean"],
         "name": ["total", "user", "user:u1", "definition:sync", "host:api.example"],
         "node": [WORKER],
+        "whom": ["worker", WORKER],
         "host": ["api.example", "localhost:8000", "[::1]:8080"],
     }
 

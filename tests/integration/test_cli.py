@@ -69,6 +69,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("CLI_TEST_TOKEN", "not-to-be-shown")
+    monkeypatch.setenv("TASKPLATFORM_VERIFY_DEFINITIONS", "false")
     settings.cache_clear()
     yield tmp_path
     settings.cache_clear()

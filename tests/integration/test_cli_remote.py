@@ -51,6 +51,7 @@ def api(served: Api, server: EmbeddedServer, client: redis.Redis, tmp_path: Path
     (tmp_path / "key").write_text(f"{KEY}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TASKPLATFORM_REDIS_URL", server.url)
+    monkeypatch.setenv("TASKPLATFORM_VERIFY_DEFINITIONS", "false")
     settings.cache_clear()
     served.platform.publish_missing()
     yield served
@@ -92,6 +93,7 @@ def prepare(api: Api) -> str:
     platform.open_breaker("api.example", span=timedelta(hours=1), reason="maintenance")
     platform.trigger("report", window=timedelta(hours=1))
     platform.pause_user("u2")
+    platform.set_log_level("DEBUG", node="worker")
     store.set_aside("low", b"\xffhello", reason="not UTF-8", worker=WORKER)
     store.attend("beat@host#1", catalogue="0a1b", number=None, leads=True, alive=timedelta(hours=1), account=timedelta(hours=9))
     return platform.enqueue("report", user="u1", countdown=3600, idempotency_key="waits", priority="low").id
@@ -670,6 +672,8 @@ def test_nothing_that_is_typed_ends_in_a_traceback(
         assert result.exit_code in (0, 1, 2, 3), words
         assert "Traceback" not in result.output, words
         assert "hunter2" not in result.output, words
+        if path[0] == "doctor":
+            continue  # its codes are those of monitoring plugins
         codes.add(result.exit_code)
         if answers:
             assert result.exit_code != 3, (words, result.output)

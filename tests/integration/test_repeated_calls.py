@@ -42,6 +42,7 @@ OTHER_ANSWER = {
     "create_users": "how many were new: a number for people",
     "delete_user": "that there is no such user: who asks for it twice is told so, and the user is gone",
     "discard": "that there is no such job, which Platform.discard takes for done",
+    "log_level": "whether that changed something: for people",
     "drain": "whether that changed something: for people",
     "enqueue": "that the jobs exist: Platform.enqueue gives them either way",
     "finish": "what became of a host that is held back, or no more: a line in the log",
@@ -74,6 +75,7 @@ OTHER_ANSWER = {
 #: What differs in the database all the same, by script: a number or a line for people.
 OTHER_DATABASE = {
     "create_users": {"tp:changes": "who imports users logs how many were new, by the answer: it is lost with it"},
+    "log_level": {"tp:changes": "people see the same change twice"},
     "plan": {"tp:planner": "the planner counts the jobs that it made by the answer"},
     "audit": {"tp:audit:requests": "people see the same request twice, with the same id"},
     "refuse_key": {
@@ -268,6 +270,8 @@ class Story:
             ("plan the trigger", planner.advance),
             ("packed", lambda: len(store.jobs(user="u4").items)),
             ("a broken one", lambda: [store.postpone(item, by=60 * SECOND) for item in store.due(clock.now_ms + 10**9)]),
+            ("log_level", lambda: store.log_levels.set("worker", "DEBUG", span=timedelta(minutes=1), actor=ACTOR, log_size=100)),
+            ("log_level", lambda: store.log_levels.reset("worker", actor=ACTOR, log_size=100)),
             ("drain", lambda: store.drain_worker("w1", actor=ACTOR)),
             ("a drained one lives", lambda: offer(store)),
             ("it is to work again", lambda: store.resume_worker("w1", actor=ACTOR)),
