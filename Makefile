@@ -29,8 +29,8 @@ demo: $(STAMP) ## run the main job on real parts and verify that all is as it mu
 up: $(STAMP) ## run the whole platform until Ctrl-C
 	$(BIN)/taskplatform up
 
-test: $(STAMP) ## all tests, slow fault tests included: three modules at a time, because most wait for something
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+test: $(STAMP) ## all tests, slow fault tests included: four modules at a time, because most wait for something
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 faults: $(STAMP) ## the fault suite alone, RUNS=10 for ten times in a row
 	for run in $$(seq $(RUNS)); do echo "run $$run" && $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(FAULTS) || exit 1; done

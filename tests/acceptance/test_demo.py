@@ -33,4 +33,8 @@ def test_the_demo_holds_what_it_promises(guard: Guard, tmp_path: Path) -> None:
         "the target saw no more than 15 + 10/s in any window of its 55 calls",
     ):
         assert any(wanted in line for line in held), done.stdout
+    verified = re.search(r"(\d+) passed, 0 failed, 1 not run; the whole report is (\S+)", done.stdout)
+    assert verified, done.stdout
+    assert int(verified[1]) == 13, "only TLS to Redis is not looked at here"
+    assert "## " in Path(verified[2]).read_text(encoding="utf-8")
     assert re.search(r"Flower +http://127\.0\.0\.1:\d+", done.stdout), "it does not say where Flower is"

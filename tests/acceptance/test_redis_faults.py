@@ -152,7 +152,7 @@ def test_a_server_refuses_for_a_time(refusal: Refusal, crew: Crew, site: Site, t
         assert refused.value.outage is refusal.outage
         if refusal.outage is Outage.MEMORY:
             told = _command(site, "jobs", "submit", "call", user)
-            assert (told.returncode, told.stdout) == (1, "")
+            assert (told.returncode, told.stdout) == (3, "")
             assert refusal.words in told.stderr
             assert len(told.stderr.splitlines()) == 1
         time.sleep(1)

@@ -585,13 +585,13 @@ def test_the_children_read_the_settings_that_the_stack_was_given(tmp_path: Path,
         http_allow=["*.internal", "[fd00::/8]:443"],
     )
     stack = local.Stack(given, slots=2, sink=local.silent, data_dir=tmp_path / "data")
-    stack.redis_url, stack.mock_url = "redis://127.0.0.1:1/0", "http://127.0.0.1:2"
+    stack.redis_url, stack.mock_url, stack.verify_target = "redis://127.0.0.1:1/0", "http://127.0.0.1:2", "http://127.0.0.1:3"
     variables = stack._environment()
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    allowed = "*.internal,[fd00::/8]:443,127.0.0.1:2"  # the mock API too
+    allowed = "*.internal,[fd00::/8]:443,127.0.0.1:2,127.0.0.1:3"  # the mock API too, and where `verify` counts calls
     changed = {"redis_url": stack.redis_url, "data_dir": tmp_path / "data", "worker_slots": 2, "http_allow": allowed}
-    changed["log_format"] = "console"  # `up` writes for people
+    changed |= {"verify_target": stack.verify_target, "log_format": "console"}  # `up` writes for people
     assert load_settings().model_dump() == given.model_dump() | changed
     assert (variables["API_BASE_URL"], variables["API_TOKEN"]) == ("http://127.0.0.1:2/anything", "given")
 
@@ -620,7 +620,8 @@ def test_up_runs_the_whole_platform(tmp_path: Path, drive: Drive, taken_port: in
     assert driver.popen.wait(30) == 0
     driver.read_all()
     stopped = [line.split()[2] for line in driver.lines if re.search(r"│ \w+ stopped \(", line)]
-    assert stopped == ["flower", "beat", "worker1", "mock", "valkey"]
+    assert sorted(stopped[:2]) == ["api", "flower"]
+    assert stopped[2:] == ["beat", "worker1", "mock", "valkey"]
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------
