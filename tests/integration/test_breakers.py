@@ -542,6 +542,7 @@ def test_who_starts_first_probes_and_nobody_beside_it(world: World) -> None:
     assert world.released == [waiting[0], slow]
     late = take(world.client, Priority.MEDIUM)
     assert world.start(late).go, "nobody probes the host yet"
+    assert world.store.history(slow)[-1].reason == "started, to probe its host"
     assert world.breaker.probe == slow
     assert world.breaker.probed_ms == world.clock.now_ms
     assert world.start(take(world.client)).refusal == "held"

@@ -604,8 +604,9 @@ local function probe_state(breaker)
   return values[2] == delivery and (values[1] == 'queued' or values[1] == 'running') and values[1] or nil
 end
 
--- Why a job that was released may not call its host now; nil where it may. What comes first to a host that is half open is its
--- probe, and not what was released for that and still lies in a queue, for whose turn nobody can say when it comes.
+-- Why a job that was released may not call its host now; nil where it may, and true with that where it is the probe from now on: what
+-- comes first to a host that is half open is, and not what was released for that and still lies in a queue, for whose turn nobody can
+-- say when it comes.
 local function kept_from_host(id, delivery, now)
   local host = host_of((parts(id)))
   local breaker = host ~= '' and breaker_of(host)
@@ -615,7 +616,7 @@ local function kept_from_host(id, delivery, now)
     if breaker.probe == id .. '#' .. delivery then return nil end
     if probe_state(breaker) ~= 'running' then
       set_probe(host, breaker, id, delivery, now)
-      return nil
+      return nil, true
     end
   end
   return 'its host ' .. host .. ' is held back: ' .. breaker.why

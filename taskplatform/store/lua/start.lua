@@ -26,7 +26,7 @@ if not known[1] then
   release(now, 10)
   return { 'rejected' }
 end
-local kept = kept_from_host(id, delivery, now)
+local kept, probes = kept_from_host(id, delivery, now)
 if kept then
   -- released before its host was held back: it keeps its place, and has not been tried
   give_back(id, job, job.attempt > 0 and 'retrying' or 'pending', now, tonumber(job.after), worker, 'given back: ' .. kept, '')
@@ -44,6 +44,7 @@ if version ~= '' and known[2] and known[2] ~= version then
   -- a deployment is under way, or this worker was left out of one
   started = 'started by version ' .. version .. ' of its definition, published is ' .. known[2]
 end
+if probes then started = started .. ', to probe its host' end
 local released_at = tonumber(call('ZSCORE', K.queued .. (job.queue or job.priority), id) or now)
 local received_at = math.max(now - tonumber(ARGV[5]), released_at)
 if delivery > 1 then
