@@ -164,7 +164,10 @@ def test_every_run_is_counted_whichever_process_ran_it_and_however_that_ended(to
     site.wait_for_all([*jobs, failing])
     log = town.worker_node.logs()
     # those that it began with, and one that came for one that was killed
-    assert len(set(re.findall(r"ForkPoolWorker-\d+", log))) > 3
+    killed = set(re.findall(r"Process 'ForkPoolWorker-\d+' pid:(\d+) exited", log))
+    ran = {pid for line in log.splitlines() if " succeeded in " in line for pid in re.findall(r"\bpid=(\d+)", line)}
+    assert len(killed) == 3, log
+    assert ran - killed, log
 
     def agree(port: int) -> bool:
         now = metrics(port)
