@@ -154,7 +154,10 @@ class Cluster:
         return old
 
     def fail_over(self) -> Program:
-        """Let the Sentinels choose another primary, and return the old one, that lives on and has not heard of it yet."""
+        """Let the Sentinels choose another primary, and return the old one, that lives on, when no replica follows it any more.
+
+        Until the last has left it the old one takes writes, which are lost: Sentinel moves one replica after the other.
+        """
         old = self.primary
 
         def accepted() -> bool:
@@ -168,8 +171,17 @@ class Cluster:
             # where the machine is busy they may break it off
             with suppress(AssertionError):
                 wait_until(lambda: self.primary is not old, seconds=20)
-                return old
-        raise AssertionError("the Sentinels chose no other primary")
+                break
+        else:
+            raise AssertionError("the Sentinels chose no other primary")
+        wait_until(lambda: self._is_left(old), seconds=120, message="a replica stays with the old primary")
+        return old
+
+    def _is_left(self, server: Program) -> bool:
+        """Whether it takes no writes for lack of replicas, or is a replica itself by now."""
+        with self.admin(server) as client:
+            about = client.info("replication")
+        return about["role"] == "slave" or int(about["connected_slaves"]) == 0
 
     def _be_patient(self, milliseconds: int) -> None:
         for one in self.sentinels:

@@ -41,6 +41,7 @@ SETTINGS = {
     "TASKPLATFORM_PLAN_HORIZON": "1s",
     "TASKPLATFORM_HTTP_ALLOW": "127.0.0.1",  # where the tests' target listens
     "TASKPLATFORM_VERIFY_DEFINITIONS": "false",  # but for the tests of `verify`
+    "TASKPLATFORM_LOG_FORMAT": "console",  # the tests look for what people read
 }
 
 

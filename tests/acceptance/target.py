@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import select
 import socket
 import threading
@@ -14,13 +15,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """What a request gets. With `hang` it gets nothing, and waits until the target closes."""
+    """What a request gets: `after_seconds`, and not before `until` is set. With `hang` it gets nothing, until the target closes."""
 
     status: int = 200
     body: str = "done"
     headers: Mapping[str, str] = field(default_factory=dict)
     after_seconds: float = 0.0
     hang: bool = False
+    until: threading.Event | None = None
 
 
 @dataclass(frozen=True)
@@ -111,18 +113,22 @@ class Target:
             opened.append(call)
             answers = self._answers.get(call.user, [Answer()])
             answer = answers.pop(0) if len(answers) > 1 else answers[0]
-        stays = self._wait(call, None if answer.hang else answer.after_seconds)
+        stays = self._wait(call, answer)
         with self._lock:
             opened[:] = [other for other in opened if other is not call]
             if stays and not answer.hang:
                 call.answered.set()
         return call, answer if stays else None
 
-    def _wait(self, call: Call, seconds: float | None) -> bool:
-        end = None if seconds is None else time.monotonic() + seconds
-        while not self._closed.is_set() and (end is None or time.monotonic() < end):
-            rest = 0.2 if end is None else min(0.2, end - time.monotonic())
-            if call.caller is not None and select.select([call.caller], [], [], max(0.0, rest))[0] and _has_gone(call):
+    def _wait(self, call: Call, answer: Answer) -> bool:
+        end = math.inf if answer.hang else time.monotonic() + answer.after_seconds
+        while not self._closed.is_set():
+            rest = min(0.2, end - time.monotonic())
+            if rest <= 0:
+                if answer.until is None or answer.until.is_set():
+                    break
+                rest = 0.02
+            if call.caller is not None and select.select([call.caller], [], [], rest)[0] and _has_gone(call):
                 return False
         return not _has_gone(call)
 

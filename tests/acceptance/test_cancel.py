@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -27,13 +28,15 @@ def test_a_waiting_job_never_starts(celery_setup: CeleryTestSetup, site: Site, t
 
 def test_a_queued_job_never_starts(celery_setup: CeleryTestSetup, site: Site, target: Target, user: str) -> None:
     """All slots are taken, so it is in the broker when it is canceled."""
-    target.answer(user, Answer(after_seconds=1.0))
+    canceled = threading.Event()
+    target.answer(user, Answer(until=canceled))
     holds = [site.platform.enqueue("call", user=user, priority="high") for _ in range(4)]
     wait_until(lambda: len(target.calls(user=user)) == 4, message="the slots are not taken")
     other = site.user()
     queued = site.platform.enqueue("call", user=other, priority="high")
     site.wait_for(queued.id, JobState.QUEUED)
     site.platform.cancel(queued.id)
+    canceled.set()
     after = site.platform.enqueue("call", user=other)
     site.wait_for_all([*(job.id for job in holds), after.id])
     assert site.states(queued.id) == ["pending", "queued", "canceled"]

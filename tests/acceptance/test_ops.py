@@ -108,7 +108,7 @@ def town(new_site: Callable[[], Site]) -> Iterator[Town]:
     site = new_site()
     leader, standby, worker, api = find_port(), find_port(), find_port(), find_port()
     site.beat(ops_port=str(leader))
-    node = site.worker("--concurrency", "3", ops_port=str(worker), breaker_calls=str(BREAKER_CALLS))
+    node = site.worker("--concurrency", "3", ops_port=str(worker), breaker_calls=str(BREAKER_CALLS), log_format="json")
     api_node = an_api(site, api)
     try:
         eventually(lambda: ask(leader, "/ready")[1].get("leads") is True, "the beat does not lead", seconds=READY_SECONDS)
@@ -164,7 +164,10 @@ def test_every_run_is_counted_whichever_process_ran_it_and_however_that_ended(to
     site.wait_for_all([*jobs, failing])
     log = town.worker_node.logs()
     # those that it began with, and one that came for one that was killed
-    assert len(set(re.findall(r"ForkPoolWorker-\d+", log))) > 3
+    killed = set(re.findall(r"Process 'ForkPoolWorker-\d+' pid:(\d+) exited", log))
+    ran = {pid for line in log.splitlines() if " succeeded in " in line for pid in re.findall(r'"pid": (\d+)', line)}
+    assert len(killed) == 3, log
+    assert ran - killed, log
 
     def agree(port: int) -> bool:
         now = metrics(port)

@@ -30,6 +30,7 @@ from tests.acceptance.nodes import BeatNode, FlowerNode, Guard, ServerNode, Work
 from tests.acceptance.site import Site, base_environment, eventually, running_site
 from tests.acceptance.target import Answer, Target
 from tests.sentinels import MASTER, PASSWORD, SENTINEL_PASSWORD, USER, Cluster, Program, cluster
+from tests.support import wait_until
 
 CALL_SECONDS = 0.15
 #: For what takes some seconds where nothing else runs.
@@ -148,7 +149,11 @@ def _fail_over_under_load(fail_over: Callable[[], Program], crew: Crew, servers:
         loading.result()
 
     known = [job for job in unsure if _exists(site, job)]
-    eventually(lambda: all(_exists(site, job) for job in (*kept, *after)), "not all are there", seconds=SECONDS)
+    try:
+        wait_until(lambda: all(_exists(site, job) for job in (*kept, *after)), seconds=SECONDS)
+    except AssertionError:
+        lost = {what: [job for job in jobs if not _exists(site, job)] for what, jobs in (("before", kept), ("after", after))}
+        raise AssertionError(f"accepted before and after the change, and not there: {lost}") from None
     finished = site.wait_for_all([*kept, *after, *known], seconds=SECONDS)
     assert {job.state for job in finished} == {JobState.COMPLETED}
     doubled = 0

@@ -94,6 +94,7 @@ def site(guard: Guard, target: Target, collector: Collector, tmp_path_factory: p
         "TASKPLATFORM_TASKS_DIR": str(Path(__file__).parent / "telemetry_definitions"),
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
         "OTEL_BSP_SCHEDULE_DELAY": "200",
+        "TASKPLATFORM_LOG_FORMAT": "auto",
     }
     with running_site(tmp_path_factory.mktemp("site"), environment) as running:
         yield running
