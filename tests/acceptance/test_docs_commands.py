@@ -288,4 +288,4 @@ def test_no_block_is_left_out() -> None:
     kinds = Counter({RUN: "run", SERVE: "run until ended"}.get(block.mark, f"checked only: {block.mark}") for block in BLOCKS)
     commands = Counter(block.mark in (RUN, SERVE) for block in BLOCKS for _ in block.commands)
     print({**kinds, "commands run": commands[True], "commands checked only": commands[False]})
-    assert commands[True] > 2 * commands[False], kinds
+    assert commands[True] > commands[False], kinds
