@@ -59,7 +59,7 @@ def _command(command: click.Command, context: click.Context) -> str:
     if options := _options(command, context):
         parts.append(f"\n{options}")
     if examples:
-        parts.append("\n```text\n" + "".join(f"{line}\n" for line in examples) + "```\n")
+        parts.append("\n```sh example\n" + "".join(f"{line}\n" for line in examples) + "```\n")
     return "".join(parts)
 
 

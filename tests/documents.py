@@ -28,6 +28,7 @@ NOT_RUN = {
     "internet": "needs the network, and installs something",
     "long": "takes minutes; each of these is a test run, a benchmark or the demo, and runs by itself",
     "elsewhere": "needs a machine, a host name or a file that only its reader has",
+    "example": "stands in a command's help, with ids that are nobody's; test_cli.py has each command take its own",
 }
 PAGES = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))) if path.exists()]
 
@@ -68,13 +69,15 @@ def blocks(path: Path) -> list[Block]:
     lines = path.read_text(encoding="utf-8").splitlines()
     fence = 0
     for number, line in enumerate(lines, 1):
-        if not line.startswith("```"):
+        if not line.lstrip().startswith("```"):
             continue
         if not fence:
             fence = number
             continue
-        language, _, mark = lines[fence - 1].removeprefix("```").partition(" ")
-        body = list(enumerate(lines[fence : number - 1], fence + 1))
+        opening = lines[fence - 1].lstrip()
+        indent = len(lines[fence - 1]) - len(opening)  # of a block in a list
+        language, _, mark = opening.removeprefix("```").partition(" ")
+        body = [(at, text[indent:]) for at, text in enumerate(lines[fence : number - 1], fence + 1)]
         if language == "console":
             found.append(Block(name, fence, mark.strip(), tuple(_typed(body))))
         elif language in ("sh", "bash", "shell"):
