@@ -45,10 +45,9 @@ def doctor(ctx: click.Context, only: tuple[str, ...], skip: tuple[str, ...], *, 
 
     try:
         refuse_url(settings_too=True)
+        report = _examine(only, skip)
     except click.UsageError as fault:
         raise _WrongLine(fault.format_message(), ctx) from None
-    try:
-        report = _examine(only, skip)
     except InvalidInput as fault:
         raise _WrongLine(str(fault), ctx) from None
     except SettingsError as fault:

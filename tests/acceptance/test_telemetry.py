@@ -232,7 +232,10 @@ def test_the_spans_of_a_job_hang_together(
     assert sent == [f"00-{one.trace_id.hex()}-{one.span_id.hex()}-01" for one in posts]
     if pool == "prefork":
         (link,) = plan.links
-        (batch,) = collector.trace(int.from_bytes(link.trace_id))["plan batch traced"]
+        planned = int.from_bytes(link.trace_id)
+        # of beat, which sends by its own time
+        eventually(lambda: "plan batch traced" in collector.trace(planned), "beat has not told of its batch")
+        (batch,) = collector.trace(planned)["plan batch traced"]
         assert link.span_id == batch.span_id
         assert _attributes(batch)["taskplatform.jobs"] == 1
         assert {"taskplatform-beat", "taskplatform-worker"} <= collector.services()

@@ -40,6 +40,8 @@ def own_site(guard: Guard, target: Target, tmp_path_factory: pytest.TempPathFact
     own = {
         "TASKPLATFORM_VERIFY_DEFINITIONS": "true",
         "TASKPLATFORM_VERIFY_TARGET": f"http://127.0.0.1:{find_port()}",
+        # no API of these settings runs, and another test's may be where they would say without this
+        "TASKPLATFORM_API_PORT": str(find_port()),
         "TASKPLATFORM_RATE_LIMIT": '{"rate": "50/s", "burst": 40}',
         "TASKPLATFORM_DATA_DIR": str(tmp_path_factory.mktemp("data")),
         # nobody is to lose a lock or be lost because the machine is busy
