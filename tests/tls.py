@@ -19,6 +19,7 @@ import redis
 import trustme
 
 from taskplatform.local import find_port
+from taskplatform.store.acl import DEFAULT_USER
 from tests.support import wait_until
 
 #: The name in the server's certificate, and the one that the tests call it by.
@@ -80,7 +81,7 @@ def tls_redis(
     everybody = {ADMIN: "~* &* +@all", **users}
     secrets = {ADMIN: "admin-password", **passwords}
     lines = [f"user {name} on #{hashlib.sha256(secrets[name].encode()).hexdigest()} {rules}" for name, rules in everybody.items()]
-    (folder / "users.acl").write_text("\n".join(["user default off", *lines]) + "\n")
+    (folder / "users.acl").write_text("\n".join([DEFAULT_USER, *lines]) + "\n")
     port = find_port()
     options = {
         "port": "0",

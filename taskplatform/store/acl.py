@@ -64,6 +64,11 @@ COMMANDS: dict[Role, tuple[str, ...]] = {
 }
 
 
+#: The line of an ACL file for the user `default`: nobody can log in as it. Its rights stay, because Redis 7.0 reads its append-only file
+#: with them: with `off` alone it refuses, at each start, what a script had written in one step, and is empty.
+DEFAULT_USER = "user default off ~* &* +@all"
+
+
 def rules(role: Role, *, namespace: str = "tp", database: int = 0) -> str:
     """The rules as ACL SETUSER and an ACL file take them, behind name, `on` and password. `database` is the number in the URL."""
     events, orders = f"/{database}.celeryev/*", f"/{database}.celery.pidbox"

@@ -31,6 +31,7 @@ from taskplatform.settings import load_settings
 from taskplatform.store import Enqueue, PublishedDefinition, Store, Subscribe, connect, unavailable
 from tests.conftest import Clock
 from tests.integration.harness import full, recover
+from tests.integration.test_redis_server import binary as binary
 from tests.integration.test_redis_server import debian_url as debian_url
 from tests.support import wait_until
 

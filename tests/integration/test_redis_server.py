@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from taskplatform.errors import StoreError
 from taskplatform.local import find_port
 from taskplatform.model import Interval, IntervalType, JobState, Limit, Priority, moment, slot
 from taskplatform.store import Enqueue, Opening, PublishedDefinition, Store, Subscribe, connect
+from taskplatform.store.acl import DEFAULT_USER, Role, rules
 from taskplatform.store.keys import lua_table
 from taskplatform.store.scripts import names, source
 from tests.conftest import Clock
@@ -27,20 +29,31 @@ SECOND = timedelta(seconds=1)
 
 
 @pytest.fixture(scope="module")
-def debian_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    binary = shutil.which("redis-server")
-    if binary is None:
+def binary() -> str:
+    found = shutil.which("redis-server")
+    if found is None:
         if os.environ.get("CI"):
             pytest.fail("redis-server is not installed, and CI has it")
         pytest.skip("redis-server is not installed")
+    return found
+
+
+@pytest.fixture(scope="module")
+def debian_url(binary: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = find_port()
     folder = tmp_path_factory.mktemp("redis")
-    with Path(folder / "log").open("wb") as log:
-        process = subprocess.Popen([binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)], stdout=log)
+    with _running(binary, port, folder), redis.Redis(port=port) as probe:
+        wait_until(lambda: _answers(probe), message="redis-server to answer")
+        yield f"redis://127.0.0.1:{port}/0"
+
+
+@contextmanager
+def _running(binary: str, port: int, folder: Path, *options: str) -> Iterator[None]:
+    with Path(folder / "log").open("ab") as log:
+        given = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder), *options]
+        process = subprocess.Popen([binary, *given], stdout=log)
         try:
-            with redis.Redis(port=port) as probe:
-                wait_until(lambda: _answers(probe), message="redis-server to answer")
-            yield f"redis://127.0.0.1:{port}/0"
+            yield
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(10)
@@ -51,6 +64,24 @@ def _answers(client: redis.Redis) -> bool:
         return bool(client.ping())
     except redis.ConnectionError:
         return False
+
+
+def test_what_scripts_wrote_is_there_after_a_restart_where_nobody_may_be_default(binary: str, tmp_path: Path) -> None:
+    """It reads its append-only file as the user `default`, and refuses what that one may not."""
+    lines = [DEFAULT_USER, f"user platform on >pppppppp {rules(Role.PLATFORM)}", "user admin on >pppppppp ~* &* +@all"]
+    (tmp_path / "users.acl").write_text("\n".join(lines) + "\n")
+    port = find_port()
+    options = ("--aclfile", str(tmp_path / "users.acl"), "--appendonly", "yes")
+    store = Store(redis.Redis(port=port, username="platform", password="p" * 8))
+    with closing(store), redis.Redis(port=port, username="admin", password="p" * 8) as admin:
+        with _running(binary, port, tmp_path, *options):
+            wait_until(lambda: _answers(admin), message="redis-server to answer")
+            assert store.create_user("u1", actor="test")
+        with _running(binary, port, tmp_path, *options), redis.Redis(port=port) as nobody:
+            wait_until(lambda: _answers(admin), message="redis-server to answer again")
+            assert store.count_users() == 1
+            with pytest.raises(redis.AuthenticationError):
+                nobody.ping()
 
 
 def test_every_script_compiles(debian_url: str) -> None:
