@@ -30,7 +30,10 @@ def test_the_demo_holds_what_it_promises(guard: Guard, tmp_path: Path) -> None:
         "completion order by priority: high, high, medium, medium, low",
         "nothing started early",
         "each called its target exactly once",
-        "the target saw no more than 15 + 10/s in any window of its 55 calls",
     ):
         assert any(wanted in line for line in held), done.stdout
+    # A call that a busy machine cut off is made again, so there may be more of them than jobs.
+    calls = re.search(r"the target saw no more than 15 \+ 10/s in any window of its (\d+) calls", "\n".join(held))
+    assert calls, done.stdout
+    assert int(calls[1]) >= 55
     assert re.search(r"Flower +http://127\.0\.0\.1:\d+", done.stdout), "it does not say where Flower is"
