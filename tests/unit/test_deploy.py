@@ -124,7 +124,7 @@ def test_ports_and_probes_are_those_of_the_process(name: str) -> None:
     elif name == "api":
         assert command == ["taskplatform", "api"]
         assert "api" in cli.commands
-        assert ports == {"https": Settings.model_fields["api_port"].default}
+        assert ports == {"https": Settings.model_fields["api_port"].default, "ops": int(told[f"{PREFIX}OPS_PORT"])}
     else:
         assert command[:4] == [*CELERY, "flower"]
         assert f"--port={ports['http']}" in command
