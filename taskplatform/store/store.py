@@ -876,8 +876,10 @@ class Store:
         upper, last_seen = _place(cursor, until_ms)
         found: list[Job] = []
         looked = 0
+        # few of what is read may be wanted, and each round asks all indexes
+        step = max(limit, 100) if states else limit
         while True:
-            rows = self._newest(indexes, packed, since_ms or 0, upper, last_seen, limit)
+            rows = self._newest(indexes, packed, since_ms or 0, upper, last_seen, step)
             if not rows:
                 return Page(tuple(found), None)
             looked += len(rows)
