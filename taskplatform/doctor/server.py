@@ -9,6 +9,7 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from taskplatform.doctor.report import Finding, Severity
+from taskplatform.doctor.trend import growth
 from taskplatform.doctor.visit import Visit
 from taskplatform.errors import StoreError
 from taskplatform.model import format_duration
@@ -25,6 +26,7 @@ CLOCK_MS, CLOCK_BAD_MS = 1000, 300_000
 _MOST_OF_MACHINE = 0.75
 _MOST_FRAGMENTATION, _WORTH_BYTES = 1.5, 100 * 1024 * 1024
 _LONGEST_LAG = 10
+_FULL_HOURS = 24
 
 
 def reach(visit: Visit) -> Iterator[Finding]:
@@ -134,6 +136,7 @@ def memory(visit: Visit) -> Iterator[Finding]:
             why="The kernel ends it when memory is used up. With maxmemory it refuses new jobs instead, and goes on with what it has.",
             mend="redis-cli CONFIG SET maxmemory … && redis-cli CONFIG REWRITE",
         )
+    yield from _fills(visit, used, most or int(machine * _MOST_OF_MACHINE))
     fragmentation = float(info.get("mem_fragmentation_ratio", 1))
     resident = int(info.get("used_memory_rss", 0))
     if fragmentation > _MOST_FRAGMENTATION and used > _WORTH_BYTES:
@@ -144,6 +147,24 @@ def memory(visit: Visit) -> Iterator[Finding]:
             what=f"Redis holds {_megabytes(resident)} of memory for {_megabytes(used)} of data.",
             why="What is fragmented is used up for the machine, and holds nothing.",
             mend="redis-cli CONFIG SET activedefrag yes, or redis-cli MEMORY PURGE",
+        )
+
+
+def _fills(visit: Visit, used: int, room: int) -> Iterator[Finding]:
+    """Whether it will be full within a day, if it grows as in the last hours."""
+    grown = growth(visit.samples(), lambda one: one.memory)
+    if grown is None or not room or used >= room:
+        return
+    hours = (room - used) / grown.per_hour
+    if hours < _FULL_HOURS:
+        yield Finding(
+            code="redis_memory_grows",
+            severity=Severity.WARNING,
+            subject="",
+            what=f"Redis' data grew by {_megabytes(grown.per_hour)} an hour; so it is full, at {_megabytes(room)}, in "
+            f"{span_text(hours * 3600)}.",
+            why="A full Redis takes no new jobs; without maxmemory the kernel ends it.",
+            mend="taskplatform jobs list; redis-cli CONFIG SET maxmemory …, or a shorter TASKPLATFORM_RETENTION",
         )
 
 
@@ -278,7 +299,7 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost" or host.lower().endswith(".localhost")
 
 
-def _megabytes(size: int) -> str:
+def _megabytes(size: float) -> str:
     return f"{size / 1024 / 1024:,.0f} MiB"
 
 

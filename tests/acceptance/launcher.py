@@ -199,7 +199,8 @@ def _read(caller: socket.socket) -> _Request:
     told = array.array("B")
     while len(told) < size:
         told.frombytes(caller.recv(size - len(told)))
-    return _Request(*json.loads(told.tobytes()), files=list(files))
+    words, folder, environment = json.loads(told.tobytes())
+    return _Request(words, folder, environment, list(files))
 
 
 def _fits(environment: Mapping[str, str]) -> bool:

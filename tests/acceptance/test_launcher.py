@@ -41,7 +41,9 @@ def started(how: str, folder: Path, environment: Mapping[str, str], output: Path
     if how == "by itself":
         environment = {name: value for name, value in environment.items() if name != VARIABLE}
     with output.open("wb") as file:
-        return launch([sys.executable, "-m", "celery", "-A", "teller", "report"], folder=folder, environment=environment, output=file.fileno())
+        return launch(
+            [sys.executable, "-m", "celery", "-A", "teller", "report"], folder=folder, environment=environment, output=file.fileno()
+        )
 
 
 @pytest.fixture

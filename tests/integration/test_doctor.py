@@ -26,8 +26,8 @@ from taskplatform import certs
 from taskplatform.cli import main
 from taskplatform.doctor import CHECKS, Finding, Report, Result, Severity, State, chosen, examine
 from taskplatform.doctor.celery import RULES
+from taskplatform.doctor.demand import period
 from taskplatform.doctor.visit import KNOWN, MOST_SECONDS, Visit, make
-from taskplatform.doctor.work import period
 from taskplatform.errors import InvalidInput
 from taskplatform.keys import Scope
 from taskplatform.local import EmbeddedServer, embedded_server, find_port
