@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from taskplatform.doctor.report import Finding, Severity
 from taskplatform.doctor.trend import growth
 from taskplatform.doctor.visit import Visit
-from taskplatform.errors import StoreError
+from taskplatform.errors import Outage, StoreError, StoreUnavailable
 from taskplatform.model import format_duration
 from taskplatform.node import ClockGauge
 from taskplatform.settings import shown_url
@@ -35,21 +35,34 @@ def reach(visit: Visit) -> Iterator[Finding]:
     try:
         visit.redis()
     except StoreError as fault:
+        loads = isinstance(fault, StoreUnavailable) and fault.outage is Outage.LOADING
         yield Finding(
-            code="redis_away",
+            code="redis_loading" if loads else "redis_away",
             severity=Severity.CRITICAL,
             subject=shown,
             what=str(fault),
             why="Nothing is planned, released or recorded while Redis cannot be used. Checks that ask it were not made.",
-            mend=f"start that server, or set TASKPLATFORM_REDIS_URL; redis-cli -u {shown} PING",
+            mend=_reach_again(fault).format(url=shown),
         )
     else:
         visit.seen(shown)
 
 
+def _reach_again(fault: StoreError) -> str:
+    if not isinstance(fault, StoreUnavailable):
+        return "TASKPLATFORM_REDIS_URL=… with the right user and password; redis-cli -u {url} ACL WHOAMI"
+    if fault.outage is Outage.LOADING:
+        return "wait; redis-cli INFO persistence says how far it is"
+    if fault.outage is Outage.CLIENTS:
+        return "redis-cli CONFIG SET maxclients 15000; look which processes open so many"
+    if fault.outage is Outage.UNTRUSTED:
+        return "TASKPLATFORM_REDIS_CA=… of the CA that signed its certificate, and the name in it in TASKPLATFORM_REDIS_URL"
+    return "start that server, or set TASKPLATFORM_REDIS_URL; redis-cli -u {url} PING"
+
+
 def version(visit: Visit) -> Iterator[Finding]:
     """Whether it has what the scripts use."""
-    info = visit.read().info
+    info = visit.info()
     valkey = info.get("valkey_version")
     text = str(valkey or info.get("redis_version", ""))
     visit.seen(f"{'Valkey' if valkey else 'Redis'} {text}")
@@ -67,16 +80,7 @@ def version(visit: Visit) -> Iterator[Finding]:
 
 def persistence(visit: Visit) -> Iterator[Finding]:
     """What a crash of the server would cost."""
-    info = visit.read().info
-    if info.get("loading"):
-        yield Finding(
-            code="redis_loading",
-            severity=Severity.CRITICAL,
-            subject="",
-            what="Redis reads its data from disk.",
-            why="It answers nothing else until it has.",
-            mend="redis-cli INFO persistence",
-        )
+    info = visit.info()
     if info.get("aof_last_bgrewrite_status", "ok") != "ok":
         yield Finding(
             code="redis_rewrite_failed",
@@ -105,7 +109,7 @@ def persistence(visit: Visit) -> Iterator[Finding]:
 
 def eviction(visit: Visit) -> Iterator[Finding]:
     """Whether it may throw data away."""
-    info = visit.read().info
+    info = visit.info()
     policy = str(info.get("maxmemory_policy", ""))
     visit.seen(f"maxmemory-policy {policy or 'not told'}")
     found = list(visit.health(lambda code: code == "redis_evicts"))
@@ -123,7 +127,7 @@ def eviction(visit: Visit) -> Iterator[Finding]:
 
 def memory(visit: Visit) -> Iterator[Finding]:
     """How much room is left."""
-    info = visit.read().info
+    info = visit.info()
     used, most, machine = (int(info.get(name, 0)) for name in ("used_memory", "maxmemory", "total_system_memory"))
     visit.seen(f"{_megabytes(used)} of {_megabytes(most) if most else 'no maxmemory'}")
     yield from visit.health(lambda code: code == "redis_memory")
@@ -187,14 +191,14 @@ def latency(visit: Visit) -> Iterator[Finding]:
 
 def clients(visit: Visit) -> Iterator[Finding]:
     """How many connections it has."""
-    info = visit.read().info
+    info = visit.info()
     visit.seen(f"{info.get('connected_clients', '?')} of {info.get('maxclients', '?')}")
     yield from visit.health(lambda code: code == "redis_clients")
 
 
 def replicas(visit: Visit) -> Iterator[Finding]:
     """Its role, and whether its replicas follow."""
-    info = visit.read().info
+    info = visit.info()
     count = int(info.get("connected_slaves", 0))
     visit.seen(f"{info.get('role', '?')} with {count} replica{'' if count == 1 else 's'}")
     yield from visit.health(lambda code: code == "redis_not_master")

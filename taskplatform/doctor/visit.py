@@ -46,7 +46,6 @@ class Nothing(Exception):
 class Seen:
     """What many checks judge by, read from Redis once."""
 
-    info: Mapping[str, Any]
     vitals: Vitals
     health: Health
     beats: Sequence[Beat]
@@ -85,6 +84,10 @@ class Visit:
     def redis(self) -> Diagnosis:
         """The server. Raises StoreError where it cannot be asked."""
         return self._once("redis", self._connect)
+
+    def info(self) -> Mapping[str, Any]:
+        """What the server says of itself, also while it answers nothing else because it reads its data. Raises StoreError."""
+        return self._once("info", lambda: self.redis().info())
 
     def read(self) -> Seen:
         """What was read of Redis at the beginning. Raises StoreError."""
@@ -143,9 +146,8 @@ class Visit:
         return found
 
     def _read(self) -> Seen:
-        redis = self.redis()
-        store = redis.store
-        return Seen(redis.info(), store.vitals(), check_health(store, self.settings), store.beats())
+        store = self.redis().store
+        return Seen(store.vitals(), check_health(store, self.settings), store.beats())
 
     def _read_samples(self) -> Sequence[Sample]:
         store = self.redis().store
