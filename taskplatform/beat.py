@@ -21,6 +21,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -43,7 +44,7 @@ from taskplatform.platform import Platform
 from taskplatform.process import identity
 from taskplatform.pulse import Pulse
 from taskplatform.settings import environment, settings
-from taskplatform.store import LockLost, Newer, Store, connect, unavailable
+from taskplatform.store import SAMPLE_EVERY, LockLost, Newer, Store, connect, unavailable
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         self._number: int | None = None
         self._newer = Newer.NONE
         self._signs_off = False
+        self._sample_at = 0.0
         self._settings = settings()
         if self._settings.sentinel is not None and getattr(app, REDBEAT_REDIS_KEY, None) is None:
             # of Sentinels redbeat makes a new pool, and asks them anew, each time that it needs a connection
@@ -218,6 +220,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         self._extend()
         # first: what Redis refuses comes out here, and not in redbeat, that would log it with a traceback for each entry
         wait = self._advance()
+        self._note_sample()
         return float(min(wait, self.max_interval, super().tick(**kwargs)))
 
     def _attend(self) -> None:
@@ -294,6 +297,12 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         self._extend()
         self._published = True
         self.setup_schedule()
+
+    def _note_sample(self) -> None:
+        """For who asks later what grew."""
+        if time.monotonic() >= self._sample_at:
+            self._sample_at = time.monotonic() + SAMPLE_EVERY.total_seconds()
+            self._store.note_sample()
 
     def _digest_of_all(self) -> str:
         """Of what `_publish` puts in force."""

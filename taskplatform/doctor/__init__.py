@@ -3,14 +3,15 @@
 What it promises: it changes nothing; it is done in less than ten seconds, also when Redis, a host or a name server does not answer; and a
 check that fails, in whatever way, hides no other.
 
-Imports go one way: the modules with checks use `visit`, and all use `report`; `celery` and `nodes` use what they share with `server`.
+Imports go one way: the modules with checks use `visit`, and all use `report`; `celery`, `demand` and `nodes` use what
+they share with `server` and `nodes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from taskplatform.doctor import access, celery, nodes, server, work
+from taskplatform.doctor import access, celery, demand, nodes, server, work
 from taskplatform.doctor.report import EXIT_CODES, Finding, Report, Result, Severity, State
 from taskplatform.doctor.visit import MOST_SECONDS, Check, Visit, make
 from taskplatform.errors import InvalidInput
@@ -39,7 +40,8 @@ CHECKS: Mapping[str, Check] = {
     "celery.here": celery.here,
     "work.sets": nodes.sets,
     "work.definitions": work.files,
-    "work.capacity": work.capacity,
+    "work.capacity": demand.capacity,
+    "work.runs": demand.runs,
     "work.hosts": work.hosts,
     "access.keys": access.keys,
     "access.certificates": access.certificates,

@@ -52,7 +52,7 @@ def _lasts(other: ApiKey, one: ApiKey) -> bool:
 
 def _key(one: ApiKey, left_ms: int) -> Iterator[Finding]:
     days = left_ms / _DAY_MS
-    scopes = " ".join(f"--scope {scope}" for scope in one.scopes)
+    scopes = " --scope ".join(one.scopes)
     if -_ENDED_DAYS < days <= 0:
         yield Finding(
             code="key_expired",
@@ -60,7 +60,7 @@ def _key(one: ApiKey, left_ms: int) -> Iterator[Finding]:
             subject=one.name,
             what=f"API key {one.name} ({one.id}) expired {_days(-days)} ago.",
             why="Whoever still uses it is answered 401.",
-            mend=f"taskplatform keys create {one.name} {scopes}",
+            mend=f"taskplatform keys create {one.name} --scope {scopes}",
         )
     elif 0 < days <= KEY_DAYS:
         yield Finding(

@@ -9,8 +9,9 @@ from datetime import timedelta
 
 from taskplatform.doctor.report import Finding, Severity
 from taskplatform.doctor.server import clock_finding, span_text
+from taskplatform.doctor.trend import growth
 from taskplatform.doctor.visit import Nothing, Visit
-from taskplatform.model import Priority
+from taskplatform.model import Priority, format_duration
 from taskplatform.node import digest, read_clock, versions
 from taskplatform.store import Beat, Worker
 
@@ -29,6 +30,10 @@ _OLD_RELEASE_MS = 15 * 60_000
 _STRANGE_MESSAGES = 10
 _FRESH_GARBAGE_MS = 3_600_000
 _NEARLY_FULL = 0.9
+#: More than these in some hours are no chance.
+_DEAD_LETTERS = 10
+#: The sweep comes each minute, and after a long outage has much to do.
+_SWEEP_LATE_MS = 15 * 60_000
 
 
 def living_workers(visit: Visit) -> list[Worker]:
@@ -198,7 +203,7 @@ def sets(visit: Visit) -> Iterator[Finding]:
             subject="",
             what=f"There are {vitals.dead_letters:,} dead letters, and {most:,} are kept.",
             why="The oldest go with each new one, and their histories with them.",
-            mend="taskplatform dead list; taskplatform dead redrive …, or a larger TASKPLATFORM_DEAD_MAX",
+            mend="taskplatform dead-letters list; taskplatform dead-letters redrive …, or a larger TASKPLATFORM_DEAD_MAX",
         )
     newest = store.garbage(limit=1)
     if newest:
@@ -211,6 +216,7 @@ def sets(visit: Visit) -> Iterator[Finding]:
             why="Somebody else writes into the platform's queues.",
             mend="taskplatform garbage list; when it is clear who it was, taskplatform garbage clear",
         )
+    yield from _kept_too_long(visit)
     yield from _growth(visit)
 
 
@@ -236,25 +242,56 @@ def _queue(priority: Priority, released: int, messages: int, oldest_ms: int | No
 
 
 def _growth(visit: Visit) -> Iterator[Finding]:
-    """What is due and waits, twice."""
-    store = visit.redis().store
+    """What is due and waits, and dead letters: over the last hours, and what is due also in two looks at it now."""
+    store, samples = visit.redis().store, visit.samples()
     first = store.figures()
     time.sleep(min(_SAMPLE_SECONDS, visit.left / 2))
     second = store.figures()
     before, after = sum(first.due.values()), sum(second.due.values())
-    visit.seen(f"{sum(second.waiting.values()):,} jobs wait, {after:,} of them are due, {second.dead_letters:,} dead letters")
+    noted = f", noted for {span_text((samples[-1].at_ms - samples[0].at_ms) / 1000)}" if len(samples) > 1 else ""
+    visit.seen(f"{sum(second.waiting.values()):,} jobs wait, {after:,} of them are due, {second.dead_letters:,} dead letters{noted}")
     due_ms = [at_ms for place, at_ms in second.oldest_ms.items() if place in second.due]
     oldest_ms = min(due_ms, default=second.now_ms)
-    if after > max(before, _BACKLOG_JOBS) and second.now_ms - oldest_ms > _BACKLOG_MS:
+    grown = growth(samples, lambda one: one.due)
+    if after > _BACKLOG_JOBS and second.now_ms - oldest_ms > _BACKLOG_MS and (grown or after > before):
         holders = [f"{name} ({jobs:,})" for name, jobs in sorted(second.held_by.items(), key=lambda item: -item[1]) if jobs]
+        how = f"{grown.more:,.0f} more than {span_text(grown.span_ms / 1000)} before" if grown else "and they become more"
         yield Finding(
             code="backlog_grows",
             severity=Severity.WARNING,
             subject=", ".join(holders[:3]),
-            what=f"{after:,} jobs are due and wait, the first for {span_text((second.now_ms - oldest_ms) / 1000)}, and they become more.",
+            what=f"{after:,} jobs are due and wait, the first for {span_text((second.now_ms - oldest_ms) / 1000)}, {how}.",
             why="More comes due than is done: jobs are late, and later every minute.",
             mend="taskplatform limits list, if a limit holds them; else start more workers, or more slots (TASKPLATFORM_WORKER_SLOTS)",
         )
+    dead = growth(samples, lambda one: one.dead)
+    if dead is not None and dead.more >= _DEAD_LETTERS:
+        yield Finding(
+            code="dead_letters_grow",
+            severity=Severity.WARNING,
+            subject="",
+            what=f"There are {dead.more:,.0f} dead letters more than {span_text(dead.span_ms / 1000)} before.",
+            why="Something fails for good again and again: a target, a definition, or the poison of one job.",
+            mend="taskplatform dead-letters list, which says why; when that is mended, taskplatform dead-letters redrive",
+        )
+
+
+def _kept_too_long(visit: Visit) -> Iterator[Finding]:
+    """What ended is forgotten after its retention by a task that beat sends each minute. Without it Redis fills up."""
+    now_ms, chosen = visit.read().vitals.now_ms, visit.settings
+    oldest = visit.redis().oldest_ended_ms()
+    for what, retention, name in (("finished", chosen.retention, "RETENTION"), ("dead", chosen.dead_retention, "DEAD_RETENTION")):
+        at_ms = oldest.get(what)
+        if at_ms is not None and now_ms - at_ms > _ms(retention) + _SWEEP_LATE_MS:
+            yield Finding(
+                code="sweep_behind",
+                severity=Severity.WARNING,
+                subject=what,
+                what=f"A {what} job is kept that ended {span_text((now_ms - at_ms) / 1000)} ago; TASKPLATFORM_{name} is "
+                f"{format_duration(retention)}.",
+                why="What is past its retention is not forgotten, and Redis grows until it is full.",
+                mend="celery -A taskplatform.app call taskplatform.sweep --queue high; taskplatform beats, to see why none comes",
+            )
 
 
 def _ms(duration: timedelta) -> int:

@@ -9,8 +9,9 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from taskplatform.doctor.report import Finding, Severity
+from taskplatform.doctor.trend import growth
 from taskplatform.doctor.visit import Visit
-from taskplatform.errors import StoreError
+from taskplatform.errors import Outage, StoreError, StoreUnavailable
 from taskplatform.model import format_duration
 from taskplatform.node import ClockGauge
 from taskplatform.settings import shown_url
@@ -25,6 +26,7 @@ CLOCK_MS, CLOCK_BAD_MS = 1000, 300_000
 _MOST_OF_MACHINE = 0.75
 _MOST_FRAGMENTATION, _WORTH_BYTES = 1.5, 100 * 1024 * 1024
 _LONGEST_LAG = 10
+_FULL_HOURS = 24
 
 
 def reach(visit: Visit) -> Iterator[Finding]:
@@ -33,21 +35,34 @@ def reach(visit: Visit) -> Iterator[Finding]:
     try:
         visit.redis()
     except StoreError as fault:
+        loads = isinstance(fault, StoreUnavailable) and fault.outage is Outage.LOADING
         yield Finding(
-            code="redis_away",
+            code="redis_loading" if loads else "redis_away",
             severity=Severity.CRITICAL,
             subject=shown,
             what=str(fault),
             why="Nothing is planned, released or recorded while Redis cannot be used. Checks that ask it were not made.",
-            mend=f"start that server, or set TASKPLATFORM_REDIS_URL; redis-cli -u {shown} PING",
+            mend=_reach_again(fault).format(url=shown),
         )
     else:
         visit.seen(shown)
 
 
+def _reach_again(fault: StoreError) -> str:
+    if not isinstance(fault, StoreUnavailable):
+        return "TASKPLATFORM_REDIS_URL=… with the right user and password; redis-cli -u {url} ACL WHOAMI"
+    if fault.outage is Outage.LOADING:
+        return "wait; redis-cli INFO persistence says how far it is"
+    if fault.outage is Outage.CLIENTS:
+        return "redis-cli CONFIG SET maxclients 15000; look which processes open so many"
+    if fault.outage is Outage.UNTRUSTED:
+        return "TASKPLATFORM_REDIS_CA=… of the CA that signed its certificate, and the name in it in TASKPLATFORM_REDIS_URL"
+    return "start that server, or set TASKPLATFORM_REDIS_URL; redis-cli -u {url} PING"
+
+
 def version(visit: Visit) -> Iterator[Finding]:
     """Whether it has what the scripts use."""
-    info = visit.read().info
+    info = visit.info()
     valkey = info.get("valkey_version")
     text = str(valkey or info.get("redis_version", ""))
     visit.seen(f"{'Valkey' if valkey else 'Redis'} {text}")
@@ -65,16 +80,7 @@ def version(visit: Visit) -> Iterator[Finding]:
 
 def persistence(visit: Visit) -> Iterator[Finding]:
     """What a crash of the server would cost."""
-    info = visit.read().info
-    if info.get("loading"):
-        yield Finding(
-            code="redis_loading",
-            severity=Severity.CRITICAL,
-            subject="",
-            what="Redis reads its data from disk.",
-            why="It answers nothing else until it has.",
-            mend="redis-cli INFO persistence",
-        )
+    info = visit.info()
     if info.get("aof_last_bgrewrite_status", "ok") != "ok":
         yield Finding(
             code="redis_rewrite_failed",
@@ -103,7 +109,7 @@ def persistence(visit: Visit) -> Iterator[Finding]:
 
 def eviction(visit: Visit) -> Iterator[Finding]:
     """Whether it may throw data away."""
-    info = visit.read().info
+    info = visit.info()
     policy = str(info.get("maxmemory_policy", ""))
     visit.seen(f"maxmemory-policy {policy or 'not told'}")
     found = list(visit.health(lambda code: code == "redis_evicts"))
@@ -121,7 +127,7 @@ def eviction(visit: Visit) -> Iterator[Finding]:
 
 def memory(visit: Visit) -> Iterator[Finding]:
     """How much room is left."""
-    info = visit.read().info
+    info = visit.info()
     used, most, machine = (int(info.get(name, 0)) for name in ("used_memory", "maxmemory", "total_system_memory"))
     visit.seen(f"{_megabytes(used)} of {_megabytes(most) if most else 'no maxmemory'}")
     yield from visit.health(lambda code: code == "redis_memory")
@@ -134,6 +140,7 @@ def memory(visit: Visit) -> Iterator[Finding]:
             why="The kernel ends it when memory is used up. With maxmemory it refuses new jobs instead, and goes on with what it has.",
             mend="redis-cli CONFIG SET maxmemory … && redis-cli CONFIG REWRITE",
         )
+    yield from _fills(visit, used, most or int(machine * _MOST_OF_MACHINE))
     fragmentation = float(info.get("mem_fragmentation_ratio", 1))
     resident = int(info.get("used_memory_rss", 0))
     if fragmentation > _MOST_FRAGMENTATION and used > _WORTH_BYTES:
@@ -144,6 +151,24 @@ def memory(visit: Visit) -> Iterator[Finding]:
             what=f"Redis holds {_megabytes(resident)} of memory for {_megabytes(used)} of data.",
             why="What is fragmented is used up for the machine, and holds nothing.",
             mend="redis-cli CONFIG SET activedefrag yes, or redis-cli MEMORY PURGE",
+        )
+
+
+def _fills(visit: Visit, used: int, room: int) -> Iterator[Finding]:
+    """Whether it will be full within a day, if it grows as in the last hours."""
+    grown = growth(visit.samples(), lambda one: one.memory)
+    if grown is None or not room or used >= room:
+        return
+    hours = (room - used) / grown.per_hour
+    if hours < _FULL_HOURS:
+        yield Finding(
+            code="redis_memory_grows",
+            severity=Severity.WARNING,
+            subject="",
+            what=f"Redis' data grew by {_megabytes(grown.per_hour)} an hour; so it is full, at {_megabytes(room)}, in "
+            f"{span_text(hours * 3600)}.",
+            why="A full Redis takes no new jobs; without maxmemory the kernel ends it.",
+            mend="taskplatform jobs list; redis-cli CONFIG SET maxmemory …, or a shorter TASKPLATFORM_RETENTION",
         )
 
 
@@ -166,14 +191,14 @@ def latency(visit: Visit) -> Iterator[Finding]:
 
 def clients(visit: Visit) -> Iterator[Finding]:
     """How many connections it has."""
-    info = visit.read().info
+    info = visit.info()
     visit.seen(f"{info.get('connected_clients', '?')} of {info.get('maxclients', '?')}")
     yield from visit.health(lambda code: code == "redis_clients")
 
 
 def replicas(visit: Visit) -> Iterator[Finding]:
     """Its role, and whether its replicas follow."""
-    info = visit.read().info
+    info = visit.info()
     count = int(info.get("connected_slaves", 0))
     visit.seen(f"{info.get('role', '?')} with {count} replica{'' if count == 1 else 's'}")
     yield from visit.health(lambda code: code == "redis_not_master")
@@ -278,7 +303,7 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost" or host.lower().endswith(".localhost")
 
 
-def _megabytes(size: int) -> str:
+def _megabytes(size: float) -> str:
     return f"{size / 1024 / 1024:,.0f} MiB"
 
 

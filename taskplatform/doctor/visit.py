@@ -24,7 +24,7 @@ from taskplatform.errors import StoreUnavailable, TaskPlatformError
 from taskplatform.health import Health
 from taskplatform.health import check as check_health
 from taskplatform.settings import Settings
-from taskplatform.store import Beat, Vitals
+from taskplatform.store import Beat, Figures, Sample, Vitals
 from taskplatform.store.diagnosis import Diagnosis
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ T = TypeVar("T")
 #: The whole visit, and what Redis may take for one answer.
 MOST_SECONDS = 8.0
 REDIS_SECONDS = 3.0
+#: What was noted before a time without a leading beat says nothing of what grows now.
+_GAP_MS = 5 * 60_000
 
 
 class Nothing(Exception):
@@ -44,7 +46,6 @@ class Nothing(Exception):
 class Seen:
     """What many checks judge by, read from Redis once."""
 
-    info: Mapping[str, Any]
     vitals: Vitals
     health: Health
     beats: Sequence[Beat]
@@ -84,9 +85,21 @@ class Visit:
         """The server. Raises StoreError where it cannot be asked."""
         return self._once("redis", self._connect)
 
+    def info(self) -> Mapping[str, Any]:
+        """What the server says of itself, also while it answers nothing else because it reads its data. Raises StoreError."""
+        return self._once("info", lambda: self.redis().info())
+
     def read(self) -> Seen:
         """What was read of Redis at the beginning. Raises StoreError."""
         return self._once("read", self._read)
+
+    def figures(self) -> Figures:
+        """The platform in numbers, read once. Raises StoreError."""
+        return self._once("figures", lambda: self.redis().store.figures())
+
+    def samples(self) -> Sequence[Sample]:
+        """How it was minute by minute, as far as it was noted without a gap up to now; the oldest first. Raises StoreError."""
+        return self._once("samples", self._read_samples)
 
     def catalogue(self) -> tuple[Catalogue, list[str]]:
         """The definitions here, and the faults of their files."""
@@ -133,9 +146,18 @@ class Visit:
         return found
 
     def _read(self) -> Seen:
-        redis = self.redis()
-        store = redis.store
-        return Seen(redis.info(), store.vitals(), check_health(store, self.settings), store.beats())
+        store = self.redis().store
+        return Seen(store.vitals(), check_health(store, self.settings), store.beats())
+
+    def _read_samples(self) -> Sequence[Sample]:
+        store = self.redis().store
+        found, before_ms = [], store.now_ms()
+        for one in reversed(store.samples()):
+            if abs(before_ms - one.at_ms) > _GAP_MS:
+                break
+            found.append(one)
+            before_ms = one.at_ms
+        return found[::-1]
 
     def _load(self) -> tuple[Catalogue, list[str]]:
         import_from_here()
@@ -238,6 +260,6 @@ KNOWN: Mapping[str, Known] = {
     "breaker_open": Known("Jobs of this host wait.", "taskplatform breakers reset {subject}"),
     "host_held": Known("Jobs of this host wait, as it asked for.", "taskplatform breakers reset {subject}"),
     "probe_stuck": Known("All other jobs of this host wait for that one.", "taskplatform breakers reset {subject}"),
-    "dead_letters": Known("Somebody has to decide what becomes of them.", "taskplatform dead list"),
+    "dead_letters": Known("Somebody has to decide what becomes of them.", "taskplatform dead-letters list"),
     "definition_paused": Known("None of its jobs are planned or released.", "taskplatform resume {subject}"),
 }

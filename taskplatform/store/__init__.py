@@ -34,11 +34,14 @@ from taskplatform.store.records import (
     Vitals,
     Worker,
 )
+from taskplatform.store.samples import EVERY as SAMPLE_EVERY
+from taskplatform.store.samples import Sample
 from taskplatform.store.store import Store
 
 __all__ = [
     "BOUNDS_MS",
     "LOG_LEVELS",
+    "SAMPLE_EVERY",
     "Beat",
     "Breaker",
     "BreakerState",
@@ -63,6 +66,7 @@ __all__ = [
     "Page",
     "PublishedDefinition",
     "Renewal",
+    "Sample",
     "Start",
     "Stop",
     "Store",

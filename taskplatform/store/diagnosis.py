@@ -129,6 +129,9 @@ class InForce:
     host: str
     """Which it calls, as far as a beat knew; "" for none."""
     paused: bool
+    overlap: str
+    """`skip` or `allow`."""
+    timeout_ms: int | None
     schedule: Schedule | None
     """Of those without an own one; None: nobody ever subscribed so."""
     subscribers: int
@@ -208,11 +211,11 @@ class Diagnosis:
         pipe = self._redis.pipeline(transaction=False)
         pipe.hgetall(name("subscribers"))
         for one in ids:
-            pipe.hmget(name("definition", one), "priority", "window", "version", "host", "paused")
+            pipe.hmget(name("definition", one), "priority", "window", "version", "host", "paused", "overlap", "timeout")
             pipe.hget(name("group", one), "schedule")
         subscribers, *rows = pipe.execute()
         found = []
-        for one, (priority, window, version, host, paused), schedule in zip(ids, rows[::2], rows[1::2], strict=True):
+        for one, (priority, window, version, host, paused, overlap, timeout), schedule in zip(ids, rows[::2], rows[1::2], strict=True):
             found.append(
                 InForce(
                     id=one,
@@ -221,11 +224,21 @@ class Diagnosis:
                     version=version or "",
                     host=host or "",
                     paused=paused is not None,
+                    overlap=overlap or "",
+                    timeout_ms=int(timeout) if timeout else None,
                     schedule=schedule_from_json(schedule) if schedule else None,
                     subscribers=int(subscribers.get(one, 0)),
                 )
             )
         return found
+
+    def oldest_ended_ms(self) -> dict[str, int]:
+        """When the first of those that are kept ended, by kind: finished, dead. A kind of which there is none is missing."""
+        pipe = self._redis.pipeline(transaction=False)
+        kinds = ("finished", "dead")
+        for kind in kinds:
+            pipe.zrange(key(self._namespace, kind), 0, 0, withscores=True)
+        return {kind: int(rows[0][1]) for kind, rows in zip(kinds, pipe.execute(), strict=True) if rows}
 
     # --- rights ------------------------------------------------------------------------------------------------------
 

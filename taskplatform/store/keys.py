@@ -83,6 +83,7 @@ NAMES = {
     "capacity": "capacity",  # hash: priority → how many jobs its queue may hold; "<higher>><lower>" → share of the slots
     # what happened and should be rare
     "counters": "counters",  # hash: what happened → how often
+    "samples": "samples",  # stream, bounded: how much waits, is due and is kept, minute by minute, see store.samples
     "garbage": "garbage",  # stream, bounded: what came out of a queue and was no message
     # who may use the API, and what they did
     "api_keys": "apikeys",  # sorted set: id of an API key → when it was made

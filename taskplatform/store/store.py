@@ -38,6 +38,7 @@ from taskplatform.model import (
     schedule_to_json,
     slot,
 )
+from taskplatform.store import samples
 from taskplatform.store.access import Access
 from taskplatform.store.connection import connect
 from taskplatform.store.figures import Figures, read_figures
@@ -85,6 +86,7 @@ from taskplatform.store.records import (
     write_limit,
     write_rule,
 )
+from taskplatform.store.samples import Sample
 from taskplatform.store.scripts import Clock, Scripts, greeting
 
 T = TypeVar("T")
@@ -1268,6 +1270,14 @@ class Store:
             counters={name: int(times) for name, times in counters.items()},
             breakers=tuple(read_breaker(host, record, now_ms) for host, record in sorted(held.items())),
         )
+
+    def note_sample(self) -> None:
+        """Keep how the platform is now, for who asks later what grew. The leading beat does, once in a minute (`samples.EVERY`)."""
+        samples.note(self._redis, self._key, self.figures())
+
+    def samples(self) -> list[Sample]:
+        """How it was at each minute of the last two hours, the oldest first; what is missing was not noted."""
+        return samples.read(self._redis, self._key)
 
     # calls of the control API that are made once
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from celery import Celery
@@ -20,7 +22,8 @@ from pytest_celery import (
 )
 
 from taskplatform.platform import Platform
-from tests.acceptance.nodes import Guard, ServerNode, WorkerNode
+from tests.acceptance.launcher import VARIABLE, Launcher
+from tests.acceptance.nodes import ROOT, Guard, ServerNode, WorkerNode
 from tests.acceptance.site import Site, base_environment, running_site
 from tests.acceptance.target import Target
 from tests.acceptance.upnode import UpNode
@@ -28,9 +31,13 @@ from tests.acceptance.upnode import UpNode
 
 @pytest.fixture(scope="session")
 def guard() -> Iterator[Guard]:
-    """Nothing that the tests start outlives them."""
+    """Nothing that the tests start outlives them. In its environment is also what starts Celery's processes faster."""
     made = Guard()
-    yield made
+    with TemporaryDirectory() as folder:
+        launcher = Launcher(Path(folder), base_environment("", made.environment), ROOT)
+        made.environment[VARIABLE] = str(launcher.path)
+        yield made
+        launcher.close()
     made.close()
 
 
@@ -41,9 +48,9 @@ def target() -> Iterator[Target]:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def new_site(guard: Guard, target: Target, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Site]]:
-    """Makes installations, each with a server of its own."""
+    """Makes installations, each with a server of its own. They end with the module: an idle one, too, takes its part of the machine."""
     with ExitStack() as stack:
         yield lambda: stack.enter_context(running_site(tmp_path_factory.mktemp("site"), base_environment(target.url, guard.environment)))
 
@@ -55,9 +62,10 @@ def own_site(new_site: Callable[[], Site]) -> Site:
 
 
 @pytest.fixture(scope="session")
-def shared_site(new_site: Callable[[], Site]) -> Site:
+def shared_site(guard: Guard, target: Target, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """For tests that hurt no process."""
-    return new_site()
+    with running_site(tmp_path_factory.mktemp("site"), base_environment(target.url, guard.environment)) as running:
+        yield running
 
 
 @pytest.fixture

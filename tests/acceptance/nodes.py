@@ -24,6 +24,7 @@ from pytest_celery import CeleryWorkerContainer, RedisContainer
 
 from taskplatform import guardian
 from taskplatform.local import EmbeddedServer
+from tests.acceptance.launcher import launch
 from tests.support import wait_until
 from tests.tls import TlsRedis
 
@@ -68,15 +69,7 @@ class ProcessNode:
         self._folder.mkdir(parents=True, exist_ok=True)
         self.log_path = self._folder / f"{self.name}.{self._life}.log"
         with self.log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                self.argv,
-                cwd=ROOT,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            self._process = launch(self.argv, folder=ROOT, environment=self.environment, output=log.fileno())
         found = guardian.find(self._process.pid)
         self._session = guardian.Child(self._process.pid, found.start if found else "")
 

@@ -19,6 +19,7 @@ import requests
 from taskplatform.local import find_port
 from taskplatform.model import JobState
 from taskplatform.store.acl import Role, rules
+from tests.acceptance.launcher import VARIABLE
 from tests.acceptance.nodes import Guard, SecureServerNode
 from tests.acceptance.site import Site, base_environment, eventually, running_site
 from tests.acceptance.target import Answer, Target
@@ -73,8 +74,9 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsRedis]:
 @pytest.fixture(scope="module")
 def environment(guard: Guard, target: Target) -> dict[str, str]:
     login_url = target.url.replace("//", f"//somebody:{quote(ENVIRONMENT['PLANTED_LOGIN'], safe='')}@")
+    by_themselves = {name: value for name, value in guard.environment.items() if name != VARIABLE}  # with their own command lines
     return {
-        **base_environment(target.url, guard.environment),
+        **base_environment(target.url, by_themselves),
         **ENVIRONMENT,
         "PLANTED_LOGIN_URL": login_url,
         "TASKPLATFORM_TASKS_DIR": str(Path(__file__).parent / "secret_definitions"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import math
 import re
 import socket
 import sys
@@ -14,27 +16,31 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import redis
 import trustme
 from click.testing import CliRunner
 
 import taskplatform.doctor.nodes
+import taskplatform.doctor.server
 import taskplatform.doctor.visit
 import taskplatform.settings
 from taskplatform import certs
 from taskplatform.cli import main
 from taskplatform.doctor import CHECKS, Finding, Report, Result, Severity, State, chosen, examine
 from taskplatform.doctor.celery import RULES
+from taskplatform.doctor.demand import period
 from taskplatform.doctor.visit import KNOWN, MOST_SECONDS, Visit, make
-from taskplatform.doctor.work import period
-from taskplatform.errors import InvalidInput
+from taskplatform.errors import InvalidInput, StoreError
 from taskplatform.keys import Scope
 from taskplatform.local import EmbeddedServer, embedded_server, find_port
 from taskplatform.model import Cron, Interval, IntervalType, JobState, Limit, Priority
 from taskplatform.settings import Settings
-from taskplatform.store import Enqueue, Store, Subscribe
+from taskplatform.store import Enqueue, Sample, Store, Subscribe
 from taskplatform.store.acl import COMMANDS, Role, rules
+from taskplatform.store.keys import key
+from taskplatform.store.samples import MOST_SAMPLES
 from tests.acceptance.clocks import SteppedClock
 from tests.acceptance.proxy import Proxy
 from tests.conftest import ROOT
@@ -161,6 +167,92 @@ def test_a_replica_and_its_master(server: EmbeddedServer, client: redis.Redis, t
             wait_until(lambda: look(server.url, "redis.replicas").state is State.OK)
             replica.replicaof("NO", "ONE")
         assert look(other.url, "redis.replicas").state is State.OK
+
+
+def test_a_server_that_reads_its_data(server: EmbeddedServer, client: redis.Redis, tmp_path: Path) -> None:
+    client.mset({f"some:{number}": "x" * 1000 for number in range(300)})
+    quick = configured(client, repl_diskless_sync_delay=0)
+    with embedded_server(tmp_path) as other, redis.Redis(port=other.port) as replica, quick:
+        # so slowly that there is time to look
+        replica.config_set("key-load-delay", 20_000)
+        replica.config_set("loading-process-events-interval-bytes", 1024)
+        replica.replicaof("127.0.0.1", server.port)
+        wait_until(lambda: replica.info("persistence")["loading"])
+        report = look(other.url, "redis.reach", "redis.memory")
+        assert "reads its data from disk" in result(report, "redis.reach").findings[0].what
+        assert [one.code for one in result(report, "redis.reach").findings] == ["redis_loading"]
+        assert (report.exit_code, result(report, "redis.memory").state) == (2, State.UNKNOWN)
+        other.kill()
+
+
+@contextmanager
+def in_the_way(path: Path) -> Iterator[None]:
+    """A file, or a folder that is not empty, where the server wants to have the other."""
+    aside = path.with_name("aside")
+    folder = not path.is_dir()
+    if path.exists():
+        path.rename(aside)
+    if folder:
+        path.mkdir()
+        (path / "in the way").touch()
+    else:
+        path.touch()
+    try:
+        yield
+    finally:
+        if folder:
+            (path / "in the way").unlink()
+            path.rmdir()
+        else:
+            path.unlink()
+        if aside.exists():
+            aside.rename(path)
+
+
+def test_files_that_cannot_be_written(server: EmbeddedServer, client: redis.Redis) -> None:
+    folder = Path(str(client.config_get("dir")["dir"]))
+
+    def codes() -> set[str]:
+        return set(found(look(server.url, "redis.persistence")))
+
+    with in_the_way(folder / str(client.config_get("dbfilename")["dbfilename"])):
+        client.bgsave()
+        wait_until(lambda: codes() == {"redis_cannot_save"})
+    client.bgsave()
+    wait_until(lambda: codes() == set())
+    with in_the_way(folder / str(client.config_get("appenddirname")["appenddirname"])):
+        with suppress(StoreError):
+            client.bgrewriteaof()
+        wait_until(lambda: codes() == {"redis_rewrite_failed"})
+    client.bgrewriteaof()
+    wait_until(lambda: codes() == set())
+
+
+def test_memory_that_is_nearly_gone(server: EmbeddedServer, client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    client.set("large", "x" * 2**20)
+    assert look(server.url, "redis.memory").state is State.OK
+    with monkeypatch.context() as patch:
+        # a machine, and data, of any size
+        patch.setattr(taskplatform.doctor.server, "_MOST_OF_MACHINE", 1e-9)
+        patch.setattr(taskplatform.doctor.server, "_MOST_FRAGMENTATION", 0.01)
+        patch.setattr(taskplatform.doctor.server, "_WORTH_BYTES", 1024)
+        assert found(look(server.url, "redis.memory")).keys() == {"redis_fills_machine", "redis_fragmented"}
+    with configured(client, maxmemory="4gb"):
+        assert look(server.url, "redis.memory").state is State.OK
+
+
+def test_memory_that_grows(server: EmbeddedServer, client: redis.Redis) -> None:
+    past = notes(client, lambda _, minute: client.set(f"some:{minute}", "x" * 2**20))
+    assert past.samples()[-1].memory > past.samples()[0].memory + 2**24
+    with configured(client, maxmemory="1gb"):
+        finding = found(look(server.url, "redis.memory"))["redis_memory_grows"]
+        assert re.search(r"grew by 6\d MiB an hour; so it is full, at 1,024 MiB, in 1\dh", finding.what)
+    with configured(client, maxmemory="40gb"):
+        assert found(look(server.url, "redis.memory")) == {}, "not within a day"
+    client.delete(key("tp", "samples"))
+    notes(client, lambda _, minute: client.set(f"some:{minute % 3}", "x" * 2**20 * (minute % 3 + 1)))
+    with configured(client, maxmemory="1gb"):
+        assert found(look(server.url, "redis.memory")) == {}, "it goes up and down"
 
 
 def test_a_clock_that_is_wrong(tmp_path: Path) -> None:
@@ -412,6 +504,91 @@ def test_a_backlog_that_grows(server: EmbeddedServer, client: redis.Redis) -> No
         thread.join()
 
 
+def notes(client: redis.Redis, change: Callable[[Store, int], object], minutes: int = 30) -> Store:
+    """What a leading beat notes in some minutes up to now, with a change before each note; the store that stands at each minute."""
+    minute = [0]
+    store = Store(client, clock=lambda: time.time_ns() // 1_000_000 - (minutes - minute[0]) * 60_000)
+    for minute[0] in range(1, minutes + 1):
+        change(store, minute[0])
+        store.note_sample()
+    return store
+
+
+def test_a_backlog_that_grew_for_half_an_hour(server: EmbeddedServer, client: redis.Redis, live: Store) -> None:
+    live.create_user("u1", actor=ACTOR)
+    publish(live, define())
+
+    late = Store(client, clock=lambda: time.time_ns() // 1_000_000 - 3_600_000)
+    late.enqueue([Enqueue(f"report:u1:n{number}") for number in range(150)])
+    notes(client, lambda *_: None)
+    assert "backlog_grows" not in found(look(server.url, "work.sets")), "it is large, and does not grow"
+    client.delete(key("tp", "samples"))
+
+    def arrive(store: Store, minute: int) -> None:
+        store.enqueue([Enqueue(f"report:u1:m{minute}-{number}") for number in range(10)])
+
+    notes(client, arrive)
+    finding = found(look(server.url, "work.sets"))["backlog_grows"]
+    assert re.fullmatch(r"450 jobs are due and wait, the first for 1h\S*, 200 more than 20m before\.", finding.what)
+
+
+def test_what_was_noted_before_a_gap_does_not_count(server: EmbeddedServer, client: redis.Redis, live: Store) -> None:
+    live.create_user("u1", actor=ACTOR)
+    publish(live, define())
+    for ago_min in (*range(60, 40, -1), *range(12, 0, -1)):
+        late = Store(client, clock=lambda ago=ago_min: time.time_ns() // 1_000_000 - ago * 60_000)  # type: ignore[misc]
+        if ago_min == 12:
+            late.enqueue([Enqueue(f"report:u1:m{number}") for number in range(150)])
+        late.note_sample()
+    assert "backlog_grows" not in found(look(server.url, "work.sets"))
+
+
+def test_samples_are_bounded(client: redis.Redis, live: Store) -> None:
+    for _ in range(MOST_SAMPLES + 5):
+        live.note_sample()
+    found = live.samples()
+    assert len(found) == client.xlen(key("tp", "samples")) == MOST_SAMPLES
+    assert [one.at_ms for one in found] == sorted(one.at_ms for one in found)
+    # by another release
+    client.xadd(key("tp", "samples"), {"at_ms": "5", "more": "1"})
+    assert live.samples()[-1] == Sample(5, 0, 0, 0, 0)
+
+
+def test_dead_letters_that_become_more(server: EmbeddedServer, client: redis.Redis, live: Store) -> None:
+    live.create_user("u1", actor=ACTOR)
+    publish(live, define())
+
+    def die(store: Store, minute: int) -> None:
+        offer(store)
+        job_id = f"report:u1:m{minute}"
+        store.enqueue([Enqueue(job_id)])
+        store.start(job_id, delivery=1, worker="w1")
+        store.finish(job_id, delivery=1, worker="w1", state=JobState.FAILED, reason="test")
+
+    notes(client, die)
+    assert found(look(server.url, "work.sets"))["dead_letters_grow"].what == "There are 20 dead letters more than 20m before."
+
+
+def test_what_is_kept_too_long(server: EmbeddedServer, client: redis.Redis, live: Store) -> None:
+    past = Store(client, clock=lambda: time.time_ns() // 1_000_000 - 2 * 86_400_000)
+    publish(past, define())
+    past.create_user("u1", actor=ACTOR)
+    offer(past)
+    for name, state in (("done", JobState.COMPLETED), ("dead", JobState.FAILED)):
+        past.enqueue([Enqueue(f"report:u1:{name}")])
+        past.start(f"report:u1:{name}", delivery=1, worker="w1")
+        past.finish(f"report:u1:{name}", delivery=1, worker="w1", state=state, reason="test")
+
+    def kept() -> list[str]:
+        report = look(server.url, "work.sets", retention=DAY, dead_retention=DAY)
+        return sorted(one.subject for one in result(report, "work.sets").findings if one.code == "sweep_behind")
+
+    assert kept() == ["dead", "finished"]
+    assert "sweep_behind" not in found(look(server.url, "work.sets", retention=3 * DAY, dead_retention=3 * DAY))
+    live.sweep(retention=DAY, dead_retention=DAY)
+    assert kept() == []
+
+
 def test_dead_letters_near_their_bound(server: EmbeddedServer, live: Store) -> None:
     publish(live, define())
     live.create_user("u1", actor=ACTOR)
@@ -447,6 +624,93 @@ def test_definitions_that_do_not_load(server: EmbeddedServer, tmp_path: Path) ->
     assert codes(write(tmp_path, endpoint="${HOST_OF_IT}/"), HOST_OF_IT="http://127.0.0.1:9") == []
     assert "tasks.nothing" in codes(write(tmp_path, call="tasks.nothing:at_all"))[0]
     assert "one.yaml:" in codes(write(tmp_path, text="tasks: [{id: }]"))[0]
+
+
+def carry_out(server: EmbeddedServer, mend: str, folder: Path) -> None:
+    """The command with which a mend begins, where the definitions `slow` and `long` are known."""
+    command = re.split(r"[,;]", mend)[0]
+    assert command.startswith("taskplatform ")
+    tasks = [{"id": name, "name": name, "interval": {"type": "daily"}, "call": "tasks.inputs:anything"} for name in ("slow", "long")]
+    (folder / "two.yaml").write_text(json.dumps({"tasks": tasks}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TASKPLATFORM_REDIS_URL", server.url)
+        patch.setenv("TASKPLATFORM_TASKS_DIR", str(folder))
+        taskplatform.settings.settings.cache_clear()
+        try:
+            assert main(command.split()[1:]) == 0
+        finally:
+            taskplatform.settings.settings.cache_clear()
+
+
+@pytest.mark.parametrize("rate", ["1/s", "50/m", "2000/d"])
+def test_what_mends_a_limit_mends_it(server: EmbeddedServer, live: Store, tmp_path: Path, rate: str) -> None:
+    live.create_users([f"u{number}" for number in range(200)], actor=ACTOR)
+    publish(
+        live, define("slow", interval={"type": "minutely"}, rate_limit=rate, concurrency=7), define("other", interval={"type": "minutely"})
+    )
+    for name in ("slow", "other"):
+        live.subscribe([Subscribe(f"u{number}", name) for number in range(200)], horizon=HORIZON, actor=ACTOR)
+    live.set_limit("total", Limit(5.0, 2), actor=ACTOR)
+    findings = found(look(server.url, "work.capacity"))
+    assert {"definition_cannot_be_met", "limit_cannot_carry"} <= findings.keys()
+    for name in ("definition_cannot_be_met", "limit_cannot_carry"):
+        carry_out(server, findings[name].mend, tmp_path)
+    assert look(server.url, "work.capacity").state is State.OK
+    assert live.limits()["definition:slow"].concurrency == 7, "the rest of the limit is as it was"
+
+
+def test_windows_longer_than_their_intervals(server: EmbeddedServer, live: Store) -> None:
+    live.create_user("u1", actor=ACTOR)
+    publish(live, define("often", interval={"type": "minutely"}, window="2m"))
+    subscribe(live, "u1", "often")
+    finding = found(look(server.url, "work.capacity"))["windows_overlap"]
+    assert (finding.subject, finding.what) == ("often", "Its window is 2m long, and it comes due every 1m.")
+
+
+def test_run_times_that_slots_cannot_carry(server: EmbeddedServer, client: redis.Redis, live: Store, tmp_path: Path) -> None:
+    now_ms = [1_800_000_000_000]
+    store = Store(client, clock=lambda: now_ms[0])
+    users = [f"u{number}" for number in range(60)]
+    store.create_users(users, actor=ACTOR)
+    every_minute: dict[str, Any] = {"interval": {"type": "minutely"}, "window": "10s"}
+    publish(store, define("long", **every_minute, timeout="1h", overlap="skip"), define("never", **every_minute))
+    store.subscribe([Subscribe(user, "long") for user in users], horizon=HORIZON, actor=ACTOR)
+
+    def codes(slots: int) -> dict[str, Finding]:
+        offer(live, slots=slots)
+        return found(look(server.url, "work.runs"))
+
+    assert codes(1).keys() == {"timeouts_fill_slots"}, "nothing is measured"
+    for number in range(20):
+        offer(store, "w0")
+        store.enqueue([Enqueue(f"long:u{number}:m")])
+        store.start(f"long:u{number}:m", delivery=1, worker="w0")
+        now_ms[0] += 30_000
+        store.finish(f"long:u{number}:m", delivery=1, worker="w0", state=JobState.COMPLETED, reason="")
+    store.leave("w0")
+    # sixty users a minute, each for half of it
+    found_now = codes(20)
+    assert "keeps 30.0 slots busy" in found_now["slots_cannot_carry"].what
+    assert found_now["slots_cannot_carry"].mend.startswith("celery -A taskplatform.app worker --concurrency 18")
+    assert codes(33).keys() == {"slots_nearly_used", "timeouts_fill_slots"}
+    assert codes(38).keys() == {"timeouts_fill_slots"}
+    live.set_limit("definition:long", Limit(50.0, 9, 10), actor=ACTOR)
+    limited = codes(38)
+    assert limited.keys() == {"concurrency_cannot_carry"}
+    carry_out(server, limited["concurrency_cannot_carry"].mend, tmp_path)
+    assert codes(38) == {}
+    assert live.limits()["definition:long"] == Limit(50.0, 9, 38)
+    publish(live, define("long", interval={"type": "minutely"}, window="10s", timeout="1h", overlap="skip"))
+    for number in range(20, 60):
+        offer(store, "w0")
+        store.enqueue([Enqueue(f"long:u{number}:m")])
+        store.start(f"long:u{number}:m", delivery=1, worker="w0")
+        now_ms[0] += 120_000
+        store.finish(f"long:u{number}:m", delivery=1, worker="w0", state=JobState.COMPLETED, reason="")
+    store.leave("w0")
+    finding = codes(1000)["runs_overlap"]
+    assert finding.what == "Its runs take 1m30s on average, and it comes due every 1m."
+    assert "occurrences are skipped" in finding.why
 
 
 def test_definitions_that_cannot_be_met(server: EmbeddedServer, live: Store) -> None:
@@ -716,6 +980,87 @@ def test_the_doctor_knows_all_that_health_finds() -> None:
     codes = set(re.findall(r'(?:_error|_problem)\(\s*"([a-z_]+)"', source)) | set(re.findall(r'code="([a-z_]+)"', source))
     codes |= set(re.findall(r'"(breaker_open|host_held)"', source))
     assert codes == KNOWN.keys()
+
+
+def _texts() -> list[str]:
+    """All that the doctor, health and their pages say, with X for what is filled in."""
+    texts = [re.sub(r" +#.*", "", (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8"))]
+    for path in [*(ROOT / "taskplatform" / "doctor").glob("*.py"), ROOT / "taskplatform" / "health.py"]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(re.sub(r"\{\w+\}", "X", node.value))
+    return texts
+
+
+def _check_command(command: click.Command, words: list[str]) -> None:
+    """Raises AssertionError where there is no such command, or where it does not take these words."""
+    rest, arguments = words, 0
+    while rest:
+        word, *rest = rest
+        option = next((one for one in command.params if isinstance(one, click.Option) and word in one.opts + one.secondary_opts), None)
+        if option is not None:
+            rest = rest if option.is_flag else rest[1:]
+        elif isinstance(command, click.Group):
+            assert word in command.commands, f"{' '.join(words)}: there is no {word}"
+            command = command.commands[word]
+        else:
+            assert not word.startswith("-"), f"{' '.join(words)}: there is no {word}"
+            arguments += 1
+    assert not isinstance(command, click.Group) or command.invoke_without_command, f"{' '.join(words)} does nothing by itself"
+    most = sum(math.inf if one.nargs < 0 else one.nargs for one in command.params if isinstance(one, click.Argument))
+    least = sum(abs(one.nargs) for one in command.params if isinstance(one, click.Argument) and one.required)
+    assert arguments <= most, f"{' '.join(words)} takes no {words[-1]}"
+    # a page names commands without what they are about
+    assert arguments >= least or not arguments, f"{' '.join(words)} takes more"
+
+
+def _commands(program: str) -> set[str]:
+    """What stands behind a program's name, up to what ends a command in a sentence."""
+    pattern = rf"(?:^|[\s`;,(\"])(?<!SETUSER ){program} ((?:[^;,`.()|&\"\n]|\.(?=\w))+)"
+    return {found.strip() for text in _texts() for found in re.findall(pattern, text)}
+
+
+def test_each_command_that_mends_exists() -> None:
+    from celery.bin.celery import celery as celery_program
+
+    from taskplatform.cli import cli
+
+    ours = {command for command in _commands("taskplatform") if re.match(r"[a-z][a-z-]+\b", command)}
+    assert len(ours) > 20
+    for command in sorted(ours):
+        _check_command(cli, [word for word in command.split() if word != "…"])
+    theirs = {command for command in _commands("celery") if command.startswith("-A")}
+    assert len(theirs) >= 4
+    for command in sorted(theirs):
+        app, *words = command.removeprefix("-A ").split()
+        assert app == "taskplatform.app"
+        _check_command(celery_program, words)
+    for command in ("dead list", "sweep", "limits set total --rat 5", "limits", "pause X Y Z"):
+        with pytest.raises(AssertionError):
+            _check_command(cli, command.split())
+
+
+def test_each_setting_that_mends_exists() -> None:
+    named = {name for text in _texts() for name in re.findall(r"TASKPLATFORM_([A-Z][A-Z_]*[A-Z])", text)}
+    assert len(named) > 10
+    assert {name.lower() for name in named} - Settings.model_fields.keys() == set()
+
+
+def test_redis_takes_each_command_that_mends(server: EmbeddedServer, client: redis.Redis) -> None:
+    commands = {command for command in _commands("redis-cli") if not command.startswith("-") and command.split()[0].isupper()}
+    assert len(commands) > 8
+    for command in sorted(commands):
+        words = command.replace("…", "1gb" if "maxmemory" in command else "9000").split()
+        if words[0] == "ACL" or "CONFIG REWRITE" in command:
+            continue  # the rights are run in test_rights, and this server has no file to rewrite
+        before = client.config_get(words[2]) if words[:2] == ["CONFIG", "SET"] else {}
+        if "activedefrag" in before:
+            continue  # only with the allocator that Redis brings along
+        client.execute_command(*words)  # type: ignore[no-untyped-call]
+        for name, value in before.items():
+            client.config_set(name, value)
 
 
 def test_help_says_what_the_exit_codes_are() -> None:
