@@ -158,7 +158,7 @@ def count(
     deadline = math.inf if budget is None else time.monotonic() + budget.total_seconds()
     pages = counting.of_subscribers(cursor) if users is None else counting.of_users(users, cursor)
     for place in pages:
-        if place is not None and time.monotonic() >= deadline:
+        if time.monotonic() >= deadline:
             return counting.found, place
     return counting.found, None
 
@@ -273,7 +273,7 @@ class _Groups:
 
 
 class _Counting:
-    """A dry run. Its pages yield where the next begins, None at the end of all."""
+    """A dry run. Its pages yield where the next begins."""
 
     def __init__(self, store: Store, span: Span, actor: str, *, first: bool) -> None:
         self._store = store
@@ -306,7 +306,7 @@ class _Counting:
         left = self._store.backfills.planned_by_planner(gid, times)
         return tuple(at_ms for at_ms in times if at_ms not in left), len(left), len(self._groups.times(gid)) - len(times)
 
-    def of_subscribers(self, cursor: str | None) -> Iterator[str | None]:
+    def of_subscribers(self, cursor: str | None) -> Iterator[str]:
         """Group after group."""
         at_gid, _, after = (cursor or "").partition("|")
         for gid in self._groups.schedules:
@@ -317,9 +317,8 @@ class _Counting:
                 last = batch[-1]
                 self._count(gid, batch)
                 yield f"{gid}|{last}"
-        yield None
 
-    def of_users(self, users: Sequence[str], cursor: str | None) -> Iterator[str | None]:
+    def of_users(self, users: Sequence[str], cursor: str | None) -> Iterator[str]:
         """In the order in which they were given."""
         if cursor is not None and not (cursor.isascii() and cursor.isdigit()):
             raise InvalidInput(f"cursor {cursor!r} is not one that a dry run gave", field="cursor")
@@ -327,6 +326,8 @@ class _Counting:
         if cursor is None:
             self._add(users=len(unique))
         place = int(cursor or 0)
+        if 0 < len(unique) <= place:
+            return
         for batch in _checked(self._store, unique[place:]):
             groups = self._store.backfills.groups_of(self._span.definition, batch)
             self._add(unsubscribed=len(batch) - len(groups))
@@ -335,7 +336,6 @@ class _Counting:
                     self._count(gid, page)
             place += len(batch)
             yield str(place)
-        yield None
 
     def _page(self, gid: str) -> int:
         """How many users at a time: 200,000 pairs with their occurrences, about half a second."""

@@ -26,7 +26,7 @@ B = BackfillState
 HOUR = 3_600_000
 DAY = 24 * HOUR
 HOURLY = {"type": "hourly"}
-#: 2027-01-15 08:00 UTC, when the tests begin.
+#: 2027-01-15 08:00 UTC, ten minutes before the tests begin.
 NOW = 1_800_000_000_000
 WEEK = timedelta(days=7)
 
@@ -38,6 +38,8 @@ class Bench:
         self.client = client
         self.store = store
         self.clock = clock
+        self.ran: Counter[str] = Counter()
+        self.set_back = False
 
     def lead(self, *definitions: Definition, batch: int = 50) -> Planner:
         self.planner = self.another(*definitions, batch=batch)
@@ -86,14 +88,22 @@ class Bench:
         """Workers do all that is due."""
         offer(self.store, slots=1000)
         done = 0
-        while self.store.release(limit=1000)[0]:
+        while self.store.release(limit=1000)[0] or any(self.client.llen(one) for one in Priority):
             for priority in Priority:
                 while self.client.llen(priority):
                     message = take(self.client, priority)
                     if self.store.start(message.job_id, delivery=message.delivery, worker="w1").go:
                         self.store.finish(message.job_id, delivery=message.delivery, worker="w1", state=state, reason="as it went")
                         done += 1
+                        self.ran[message.job_id] += 1
         return done
+
+    def plan(self, until_ms: int) -> None:
+        """The planner ticks as it should."""
+        self.clock.now_ms = max(self.clock.now_ms, until_ms - 70_000)
+        while self.clock.now_ms <= until_ms:
+            self.planner.advance()
+            self.clock.advance(1)
 
     def jobs(self, source: str | None = "backfill") -> dict[str, Job]:
         found = self.store.jobs(definition="report", limit=1_000_000).items
@@ -102,8 +112,10 @@ class Bench:
 
 @pytest.fixture
 def bench(client: redis.Redis, store: Store, clock: Clock) -> Iterator[Bench]:
-    yield Bench(client, store, clock)
-    assert_consistent(client, store)
+    clock.now_ms = NOW + 600_000
+    made = Bench(client, store, clock)
+    yield made
+    assert_consistent(client, store, clock_set_back=made.set_back)
 
 
 def at(instant_ms: int) -> datetime:
@@ -155,16 +167,10 @@ def test_what_exists_is_not_made_again(bench: Bench) -> None:
     """Whether it was planned and waits in a packed record, ended, died, or another backfill made it."""
     bench.lead(report())
     names = bench.users(6)
-    bench.clock.now_ms = NOW + HOUR
-    bench.planner.advance()
-    bench.clock.advance(65)
-    bench.planner.advance()
+    bench.plan(NOW + HOUR + 60_000)
     assert set(bench.jobs("schedule")) == expected(names, 1)
     bench.work(S.FAILED)
-    bench.clock.now_ms = NOW + 2 * HOUR
-    bench.planner.advance()
-    bench.clock.advance(61)
-    bench.planner.advance()
+    bench.plan(NOW + 2 * HOUR + 60_000)
     found = bench.run(bench.begin(3))
     assert (found.made, found.existing) == (6, 12)
     assert set(bench.jobs()) == expected(names, 0)
@@ -218,8 +224,7 @@ def test_users_who_were_given(bench: Bench) -> None:
 def test_who_subscribes_later_gets_what_was_before(bench: Bench) -> None:
     bench.lead(report())
     bench.users(1)
-    bench.clock.now_ms = NOW + 5 * HOUR + 100_000
-    bench.planner.advance()
+    bench.plan(NOW + 5 * HOUR + 100_000)
     bench.store.create_user("new", actor=ACTOR)
     subscribe(bench.store, "new", "report")
     found = bench.run(bench.begin(3))
@@ -247,7 +252,7 @@ def test_a_dry_run_counts_just_what_would_be_made_and_writes_nothing(bench: Benc
                 subscribe(bench.store, name, "report", enabled=False)
     bench.clock.advance(10)
     bench.planner.advance()
-    for users in (None, names[5:25]):
+    for users in (names[5:25], None):
         span = bench.span(rng.choice((2, 5.5)), until_ms=NOW)
         before = everything(bench.client)
         counted, rest = count(bench.store, span, users, actor="ann")
@@ -364,7 +369,7 @@ def test_two_planners_that_die_and_disturb_each_other_make_each_job_once(bench: 
     jobs = bench.jobs()
     whole = {job_id for job_id in jobs if job_id.split(":")[1] in stays}
     assert whole == expected(sorted(stays), -4, -3, -2, -1), "who stays gets each of them"
-    assert max(Counter(jobs).values()) == 1
+    assert max(bench.ran.values()) == 1, "and runs it once"
     found = bench.state(backfill)
     assert found.state is B.DONE
     assert found.made == len(jobs), "no step was counted twice"
@@ -435,10 +440,10 @@ def test_moments_are_evenly_spaced_however_the_planner_ticks(bench: Bench, rate:
 
 def test_a_stall_of_the_workers_builds_no_more_than_ten_seconds_of_backlog(bench: Bench) -> None:
     bench.lead(report())
-    bench.users(100)
+    bench.users(40)
     backfill = bench.begin(2, until_ms=NOW, rate="3/s")
     most = 0
-    for _ in range(200):
+    for _ in range(40):
         bench.planner.advance()
         bench.clock.advance(1)
         most = max(most, bench.state(backfill).unfinished)
@@ -446,7 +451,7 @@ def test_a_stall_of_the_workers_builds_no_more_than_ten_seconds_of_backlog(bench
     assert most == found.unfinished == 30
     assert found.reason == "as many of its jobs as may be are not finished"
     bench.work()
-    assert bench.run(backfill).completed == 200
+    assert bench.run(backfill).completed == 80
 
 
 def test_a_clock_that_is_set_back_neither_stops_nor_hurries_it(bench: Bench) -> None:
@@ -455,6 +460,7 @@ def test_a_clock_that_is_set_back_neither_stops_nor_hurries_it(bench: Bench) -> 
     backfill = bench.begin(1, until_ms=NOW, rate="1/s")
     bench.planner.advance()
     bench.clock.now_ms -= 600_000
+    bench.set_back = True
     before = bench.state(backfill).made
     for second in range(1, 11):
         bench.planner.advance()
@@ -656,7 +662,8 @@ def test_records_go_with_the_retention_and_jobs_that_end_later_leave_nothing(ben
     backfill = bench.begin(1, until_ms=NOW)
     bench.planner.advance()
     bench.store.pause_user("u0", actor=ACTOR)
-    bench.work()
+    bench.clock.advance(1)
+    assert bench.work() == 1
     bench.clock.now_ms += 2 * DAY
     while bench.store.sweep(retention=timedelta(days=1)):
         pass
@@ -665,6 +672,7 @@ def test_records_go_with_the_retention_and_jobs_that_end_later_leave_nothing(ben
     bench.store.resume_user("u0", actor=ACTOR)
     assert bench.work() == 1
     assert bench.client.keys("tp:backfill*") == []
+    assert_consistent(bench.client, bench.store, complete=False)
     bench.client.flushall()
 
 
@@ -674,7 +682,7 @@ def test_what_becomes_older_than_the_retention_meanwhile_is_left_out(bench: Benc
     retention = timedelta(hours=4)
     backfill = bench.begin(3, until_ms=NOW, rate="1/s", retention=retention)
     bench.store.backfills.pause(backfill, actor=ACTOR)
-    bench.clock.now_ms = NOW + 2 * HOUR + 1
+    bench.clock.now_ms = NOW + 2 * HOUR - 1
     bench.planner.advance()
     bench.store.backfills.resume(backfill, actor=ACTOR)
     found = bench.run(backfill)
@@ -709,7 +717,7 @@ def test_refusals_leave_nothing_behind(bench: Bench) -> None:
     with pytest.raises(InvalidInput, match="none are given"):
         bench.begin(1, users=[])
     with pytest.raises(InvalidInput, match=f"more than {MOST_OCCURRENCES:,} times"):
-        bench.begin(24 * 7, until_ms=NOW)
+        bench.begin(24 * 7, until_ms=NOW, retention=4 * WEEK)
     with pytest.raises(UnknownDefinition):
         begin(bench.store, replace(bench.span(1), definition="other"), None, actor="ann")
     assert set(bench.client.keys("*")) == before  # type: ignore[arg-type]
