@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import StrEnum
 from typing import NamedTuple, cast
@@ -26,6 +26,13 @@ MOST_AT_ONCE = 100
 _UPLOAD = timedelta(hours=1)
 #: Waiting jobs that are canceled in one go.
 _CANCELED_TOGETHER = 200
+
+
+#: Fields of `Backfill` that count something.
+BACKFILL_COUNTS = (
+    *("unsubscribed", "occurrences", "passed", "left", "forgotten", "total", "made", "existing", "paused", "disabled", "overlapping"),
+    *("unfinished", "completed", "failed", "timed_out", "rejected", "canceled"),
+)
 
 
 class BackfillState(StrEnum):
@@ -105,6 +112,11 @@ class Backfill:
     def looked(self) -> int:
         """Of `total`, how many it has decided."""
         return self.made + self.existing + self.paused + self.disabled + self.overlapping
+
+    def __add__(self, other: Backfill) -> Backfill:
+        """Two parts of a dry run together."""
+        users = None if self.users is None else self.users + (other.users or 0)
+        return replace(self, users=users, **{name: getattr(self, name) + getattr(other, name) for name in BACKFILL_COUNTS})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -385,14 +397,8 @@ def read_backfill(backfill: str, fields: Mapping[str, str], unfinished: int) -> 
         users=int(fields["users"]) if fields["users"] else None,
         at_ms=int(at) if at else None,
         unfinished=unfinished,
-        **{name: number(name) for name in _COUNTS},
+        **{name: number(name) for name in BACKFILL_COUNTS if name != "unfinished"},
     )
-
-
-_COUNTS = (
-    *("unsubscribed", "occurrences", "passed", "left", "forgotten", "total", "made", "existing", "paused", "disabled", "overlapping"),
-    *("completed", "failed", "timed_out", "rejected", "canceled"),
-)
 
 
 def _unknown(backfill: str) -> UnknownBackfill:

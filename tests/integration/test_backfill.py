@@ -182,8 +182,8 @@ def test_own_schedules_parameters_and_who_is_left_out(bench: Bench) -> None:
     bench.lead(report())
     names = bench.users(8)
     store = bench.store
-    own = {"schedule": define(interval={"type": "daily", "at_time": {"hour": 7}}).schedule, "own_schedule": True}
-    subscribe(store, "u0", "report", **own)
+    seven = define(interval={"type": "daily", "at_time": {"hour": 7}}).schedule
+    subscribe(store, "u0", "report", schedule=seven, own_schedule=True)
     subscribe(store, "u1", "report", params={"format": "pdf"})
     store.pause_user("u2", actor=ACTOR)
     store.pause_subscription("u3", "report", actor=ACTOR)
@@ -205,7 +205,9 @@ def test_users_who_were_given(bench: Bench) -> None:
     """Some of several groups, one who is not subscribed, one twice."""
     bench.lead(report())
     bench.users(30)
-    subscribe(bench.store, "u3", "report", schedule=report(interval={"type": "hourly", "at_time": {"minute": 30}}).schedule, own_schedule=True)
+    subscribe(
+        bench.store, "u3", "report", schedule=report(interval={"type": "hourly", "at_time": {"minute": 30}}).schedule, own_schedule=True
+    )
     bench.store.create_user("stranger", actor=ACTOR)
     bench.clock.advance(10)
     bench.planner.advance()
@@ -275,7 +277,7 @@ def test_a_dry_run_counts_just_what_would_be_made_and_writes_nothing(bench: Benc
 
 
 def everything(client: redis.Redis) -> dict[str, bytes | None]:
-    return {key: client.dump(key) for key in sorted(client.keys("*"))}  # type: ignore[misc, union-attr]
+    return {key: client.dump(key) for key in sorted(client.keys("*"))}  # type: ignore[misc]
 
 
 # --- once, whoever advances it ---------------------------------------------------------------------------------------
@@ -693,7 +695,12 @@ def test_what_becomes_older_than_the_retention_meanwhile_is_left_out(bench: Benc
 @pytest.mark.parametrize(
     ("since_ms", "until_ms", "more", "message"),
     [
-        (NOW - HOUR, NOW + 60_000, {}, r"until 2027-01-15T08:01:00Z is not accepted: it is 2027-01-15T08:00:00Z, and what is still to come"),
+        (
+            NOW - HOUR,
+            NOW + 60_000,
+            {},
+            r"until 2027-01-15T08:01:00Z is not accepted: it is 2027-01-15T08:00:00Z, and what is still to come",
+        ),
         (NOW, NOW, {}, r"since 2027-01-15T08:00:00Z is not accepted: it must be before until"),
         (NOW - 8 * DAY, NOW, {}, r"longer ago than the retention, 7d, .* From 2027-01-08T08:00:00Z on it is known; --beyond-retention"),
         (NOW - HOUR, NOW, {"rate": "fast"}, r"rate 'fast' is not accepted: such as \"5/s\""),
@@ -711,7 +718,7 @@ def test_what_is_refused(since_ms: int, until_ms: int, more: dict[str, Any], mes
 def test_refusals_leave_nothing_behind(bench: Bench) -> None:
     bench.lead(report(interval={"type": "minutely", "value": 1}))
     bench.users(1)
-    before = set(bench.client.keys("*"))  # type: ignore[arg-type]
+    before = set(bench.client.keys("*"))
     with pytest.raises(UnknownUser, match="no user 'nobody'"):
         bench.begin(1, users=[*["u0"] * 600, "nobody"])
     with pytest.raises(InvalidInput, match="none are given"):
@@ -720,7 +727,7 @@ def test_refusals_leave_nothing_behind(bench: Bench) -> None:
         bench.begin(24 * 7, until_ms=NOW, retention=4 * WEEK)
     with pytest.raises(UnknownDefinition):
         begin(bench.store, replace(bench.span(1), definition="other"), None, actor="ann")
-    assert set(bench.client.keys("*")) == before  # type: ignore[arg-type]
+    assert set(bench.client.keys("*")) == before
 
 
 def test_no_more_than_a_hundred_at_a_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
