@@ -15,7 +15,7 @@ import math
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -109,40 +109,41 @@ def check(
     return span
 
 
-def begin(store: Store, span: Span, users: Iterable[str] | None, *, actor: str) -> Backfill:
-    """Begin a backfill for all subscribers, or for those of `users` who are subscribed. Raises InvalidInput, UnknownUser, Conflict."""
-    id_ = secrets.token_hex(5)
+def begin(store: Store, span: Span, users: Iterable[str] | None, *, actor: str, id_: str = "") -> Backfill:
+    """Begin a backfill for all subscribers, or for those of `users` who are subscribed. The same `id_` is the same backfill.
+
+    Raises InvalidInput, UnknownUser, UnknownDefinition, Conflict.
+    """
+    if id_ and store.backfills.place(id_):
+        return store.backfills.get(id_)
+    id_ = id_ or secrets.token_hex(5)
     groups = _Groups(store, span)
-    sizes: Mapping[str, int]
-    given = None
-    try:
-        if users is None:
-            sizes = store.backfills.sizes(list(groups.schedules))
-        else:
-            sizes = Counter()
+    occurrences_of_all = groups.count()
+    given, sizes = None, Counter(store.backfills.sizes(list(groups.schedules)) if users is None else {})
+    if users is not None:
+        try:
             for batch in _checked(store, users):
                 store.backfills.add_users(id_, span.definition, batch)
                 sizes.update(store.backfills.groups_of(span.definition, batch).values())
-            given = store.backfills.count_users(id_)
-        new = NewBackfill(
-            id=id_,
-            definition=span.definition,
-            since_ms=span.since_ms,
-            until_ms=span.until_ms,
-            per_second=span.per_second,
-            most_unfinished=span.most_unfinished,
-            known=span.known,
-            users=given,
-            unsubscribed=0 if given is None else given - sum(sizes.values()),
-            occurrences=groups.count(),
-            total=sum(len(groups.times(gid)) * size for gid, size in sizes.items()),
-            detail=span.text if given is None else f"{span.text}, {given} users",
-        )
-        store.backfills.begin(new, actor=actor)
-    except BaseException:
-        if users is not None:
+        except (InvalidInput, UnknownUser):
             store.backfills.drop_users(id_)
-        raise
+            raise
+        given = store.backfills.count_users(id_)
+    new = NewBackfill(
+        id=id_,
+        definition=span.definition,
+        since_ms=span.since_ms,
+        until_ms=span.until_ms,
+        per_second=span.per_second,
+        most_unfinished=span.most_unfinished,
+        known=span.known,
+        users=given,
+        unsubscribed=0 if given is None else given - sizes.total(),
+        occurrences=occurrences_of_all,
+        total=sum(len(groups.times(gid)) * size for gid, size in sizes.items()),
+        detail=span.text if given is None else f"{span.text}, {given} users",
+    )
+    store.backfills.begin(new, actor=actor)
     return store.backfills.get(id_)
 
 

@@ -885,10 +885,12 @@ class Platform:
         rate: str | RateLimit = backfilling.DEFAULT_RATE,
         dry_run: bool = False,
         beyond_retention: bool = False,
+        idempotency_key: str | None = None,
     ) -> Backfill:
         """Run what a definition was due for from `since` on and before `until` (None: now), for its subscribers or those of `users`.
 
-        A job that exists is not made again. With `dry_run` it is only counted, and nothing is written. See docs/backfill.md.
+        A job that exists is not made again. With `dry_run` it is only counted, and nothing is written. The same `idempotency_key` gives
+        the same backfill, for the setting `retention`. See docs/backfill.md.
         Raises UnknownDefinition, UnknownUser, InvalidInput, Conflict.
         """
         if dry_run:
@@ -896,7 +898,9 @@ class Platform:
                 definition, since=since, until=until, users=users, rate=rate, beyond_retention=beyond_retention, cursor=None, budget=None
             )
             return counted
-        return backfilling.begin(self.store, self._span(definition, since, until, rate, beyond_retention), users, actor=self._actor)
+        id_ = "" if idempotency_key is None else _digest(idempotency_key)
+        span = self._span(definition, since, until, rate, beyond_retention)
+        return backfilling.begin(self.store, span, users, actor=self._actor, id_=id_)
 
     def count_backfill(
         self,

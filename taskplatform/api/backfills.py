@@ -162,6 +162,7 @@ def begin_backfill(call: Administers) -> Response:
                 users=body.users,
                 rate=body.rate,
                 beyond_retention=body.beyond_retention,
+                idempotency_key=call.key_for_platform,
             )
         call.note(backfill=made.id)
         return call.answer(_record(made), 201, headers={"Location": f"/v1/backfills/{made.id}"})
