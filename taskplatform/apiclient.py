@@ -57,6 +57,7 @@ _KINDS: dict[str, type[TaskPlatformError]] = {
     "unknown_subscription": errors.UnknownSubscription,
     "unknown_job": errors.UnknownJob,
     "unknown_worker": errors.UnknownWorker,
+    "unknown_backfill": errors.UnknownBackfill,
     "conflict": Conflict,
     "invalid_transition": errors.InvalidTransition,
 }

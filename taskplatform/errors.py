@@ -91,6 +91,10 @@ class UnknownWorker(NotFound):
     """No worker has this id."""
 
 
+class UnknownBackfill(NotFound):
+    """No backfill has this id, or its record is past its retention."""
+
+
 class Conflict(TaskPlatformError):
     """The state of the thing forbids the operation."""
 

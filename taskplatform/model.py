@@ -897,7 +897,7 @@ class Job:
     reason: str
     """Of the last line of its history; of a dead letter why it died, whatever was noted since."""
     source: str
-    """What made it: schedule, catch_up, trigger or api."""
+    """What made it: schedule, catch_up, trigger, backfill or api."""
     version: str
     """Of the definition, as its last run had it; empty before the first."""
 

@@ -19,6 +19,7 @@ from datetime import timedelta
 from functools import cached_property
 
 from taskplatform import tracing
+from taskplatform.backfill import Backfiller
 from taskplatform.capacity import Demand, Fit, Load, fit
 from taskplatform.errors import StoreError, StoreUnavailable
 from taskplatform.message import message_template
@@ -232,6 +233,7 @@ class Planner:
         self._name = name
         self._environment = environment
         self._windows = Windows(store, catalogue, horizon=horizon, environment=environment)
+        self._backfiller = Backfiller(store, batch=batch, actor=name)
         #: What the server's clock last showed to a planner.
         self._seen_ms = 0
         self._troubles = Troubles()
@@ -297,6 +299,8 @@ class Planner:
             if any(item.kind == "group" for item in due):
                 # with the others that are due, because they share the limits
                 self._open(self._due_groups()[:_TOGETHER])
+            # last: what is due now goes before what is run afterwards
+            planned += sum(self._backfill(item) for item in due if item.kind == "backfill")
             due = self._store.due(self._store.now_ms())
         self._troubles.over(_WHOLE)
         self._store.planner_tick(planned=planned)
@@ -349,6 +353,13 @@ class Planner:
             began_ns = time.time_ns()
             made, _ = self._store.plan(item.id, horizon=self._horizon, batch=self._batch)
             tracing.planned(item.id, made, began_ns)
+            self._troubles.over(f"{item.kind} {item.id}")
+        return made
+
+    def _backfill(self, item: DueItem) -> int:
+        made = 0
+        with self._postponed_if_broken(item):
+            made = self._backfiller.step(item.id)
             self._troubles.over(f"{item.kind} {item.id}")
         return made
 

@@ -29,9 +29,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from taskplatform import backfill as backfilling
 from taskplatform import tracing
 from taskplatform.catalogue import Catalogue, deployed
-from taskplatform.errors import Conflict, InvalidInput, TaskPlatformError, UnknownDefinition, UnknownUser
+from taskplatform.errors import Conflict, InvalidInput, TaskPlatformError, UnknownBackfill, UnknownDefinition, UnknownUser
 from taskplatform.faults import did_you_mean, explain
 from taskplatform.health import Health, check
 from taskplatform.model import (
@@ -42,6 +43,7 @@ from taskplatform.model import (
     Limit,
     LimitRule,
     Priority,
+    RateLimit,
     Schedule,
     ScheduleOverride,
     Subscription,
@@ -56,6 +58,7 @@ from taskplatform.planner import Due, Window, Windows, published
 from taskplatform.settings import Settings, environment, settings
 from taskplatform.store import (
     LOG_LEVELS,
+    Backfill,
     Beat,
     Breaker,
     Change,
@@ -870,6 +873,86 @@ class Platform:
         """Forget what was set aside. Returns how many."""
         return self.store.clear_garbage()
 
+    # what is run afterwards
+
+    def backfill(
+        self,
+        definition: str,
+        *,
+        since: datetime,
+        until: datetime | None = None,
+        users: Sequence[str] | None = None,
+        rate: str | RateLimit = backfilling.DEFAULT_RATE,
+        dry_run: bool = False,
+        beyond_retention: bool = False,
+        idempotency_key: str | None = None,
+    ) -> Backfill:
+        """Run what a definition was due for from `since` on and before `until` (None: now), for its subscribers or those of `users`.
+
+        A job that exists is not made again. With `dry_run` it is only counted, and nothing is written. The same `idempotency_key` gives
+        the same backfill, for the setting `retention`. See docs/backfill.md.
+        Raises UnknownDefinition, UnknownUser, InvalidInput, Conflict.
+        """
+        if dry_run:
+            counted, _ = self.count_backfill(
+                definition, since=since, until=until, users=users, rate=rate, beyond_retention=beyond_retention, cursor=None, budget=None
+            )
+            return counted
+        id_ = "" if idempotency_key is None else _digest(idempotency_key)
+        span = self._span(definition, since, until, rate, beyond_retention)
+        return backfilling.begin(self.store, span, users, actor=self._actor, id_=id_)
+
+    def count_backfill(
+        self,
+        definition: str,
+        *,
+        since: datetime,
+        until: datetime | None,
+        users: Sequence[str] | None,
+        rate: str | RateLimit,
+        beyond_retention: bool,
+        cursor: str | None,
+        budget: timedelta | None,
+    ) -> tuple[Backfill, str | None]:
+        """A dry run in parts, each of about `budget`: counts, and the cursor from which the next goes on (None: that was all)."""
+        span = self._span(definition, since, until, rate, beyond_retention)
+        return backfilling.count(self.store, span, users, actor=self._actor, cursor=cursor, budget=budget)
+
+    def _span(
+        self, definition: str, since: datetime, until: datetime | None, rate: str | RateLimit, beyond_retention: bool
+    ) -> backfilling.Span:
+        return backfilling.check(
+            self.definition(definition).id,
+            since=since,
+            until=until,
+            rate=rate,
+            now_ms=self.store.now_ms(),
+            # how it ended is known for as long as both are kept: what completed, and what died
+            retention=min(self.settings.retention, self.settings.dead_retention),
+            beyond_retention=beyond_retention,
+        )
+
+    def backfills(self, *, limit: int = 100) -> list[Backfill]:
+        """The newest first, for as long as finished jobs are kept."""
+        return self.store.backfills.newest(limit=_limit(limit))
+
+    def backfill_status(self, backfill: str) -> Backfill:
+        """How far one is. Raises UnknownBackfill."""
+        return self.store.backfills.get(_backfill_id(backfill))
+
+    def cancel_backfill(self, backfill: str) -> Backfill:
+        """Make nothing more of it, and cancel what waits; what runs goes on. Raises UnknownBackfill, Conflict."""
+        self.store.backfills.cancel(_backfill_id(backfill), actor=self._actor)
+        return self.store.backfills.get(backfill)
+
+    def pause_backfill(self, backfill: str) -> bool:
+        """Make nothing more of it until it is resumed. Returns whether that changed something. Raises UnknownBackfill, Conflict."""
+        return self.store.backfills.pause(_backfill_id(backfill), actor=self._actor)
+
+    def resume_backfill(self, backfill: str) -> bool:
+        """The reverse. Raises UnknownBackfill, Conflict."""
+        return self.store.backfills.resume(_backfill_id(backfill), actor=self._actor)
+
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
@@ -931,6 +1014,12 @@ def _instant(value: datetime, name: str) -> int:
     if not isinstance(value, datetime) or value.tzinfo is None:
         raise InvalidInput(f"{name} {value!r} is not accepted: a datetime with a time zone is", field=name)
     return max(0, int(value.timestamp() * 1000))
+
+
+def _backfill_id(backfill: str) -> str:
+    if not isinstance(backfill, str) or not re.fullmatch(r"[0-9a-f]{1,32}", backfill):
+        raise UnknownBackfill(f"no backfill {backfill!r}: `taskplatform backfills list` shows all")
+    return backfill
 
 
 def _limit(value: int) -> int:

@@ -26,7 +26,8 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from taskplatform.apiclient import Answer, ApiClient, error_of
-from taskplatform.errors import ApiError, InvalidInput, TaskPlatformError, UnknownDefinition, UnknownJob, UnknownWorker
+from taskplatform.backfill import DEFAULT_RATE
+from taskplatform.errors import ApiError, InvalidInput, TaskPlatformError, UnknownBackfill, UnknownDefinition, UnknownJob, UnknownWorker
 from taskplatform.health import Health, Problem, Severity
 from taskplatform.model import (
     Job,
@@ -48,6 +49,9 @@ from taskplatform.model import (
 )
 from taskplatform.platform import LOG_LEVEL_SPAN, MAX_DELAY, MAX_LIMIT, JobRequest, SubscriptionRequest
 from taskplatform.store import (
+    BACKFILL_COUNTS,
+    Backfill,
+    BackfillState,
     Beat,
     Breaker,
     BreakerState,
@@ -67,6 +71,8 @@ Json = Mapping[str, Any]
 #: Bounds of the API: items of a page, and of a batch.
 _MOST_ITEMS = 500
 _MOST_OF_BATCH = 1000
+#: Users that a backfill may be given.
+_MOST_GIVEN = 10_000
 #: Of what a path of the API takes.
 _LONGEST_NAME, _LONGEST_ID = 300, 100
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -546,6 +552,54 @@ class RemotePlatform:
         """Returns how many were forgotten."""
         return self._get(lambda one: int(one["forgotten"]), "/garbage", "DELETE")
 
+    # what is run afterwards
+
+    def backfill(
+        self,
+        definition: str,
+        *,
+        since: datetime,
+        until: datetime | None = None,
+        users: Sequence[str] | None = None,
+        rate: str | RateLimit = DEFAULT_RATE,
+        dry_run: bool = False,
+        beyond_retention: bool = False,
+    ) -> Backfill:
+        """As `Platform.backfill`, with 10,000 users at the most."""
+        if users is not None and len(users) > _MOST_GIVEN:
+            raise InvalidInput(f"users: {len(users):,} are given; over the API {_MOST_GIVEN:,} are accepted", field="users")
+        rate = rate.rate if isinstance(rate, RateLimit) else rate
+        given = {"definition": definition, "since": _when(since), "until": _when(until), "rate": rate, "users": users and list(users)}
+        body = {name: value for name, value in {**given, "beyond_retention": beyond_retention}.items() if value is not None}
+        if not dry_run:
+            return self._get(_backfill, "/backfills", "POST", body)
+        found, cursor = self._get(lambda one: (_backfill(one["counted"]), one["next"]), "/backfills/count", "POST", body)
+        while cursor is not None:
+            body["cursor"] = cursor
+            more, cursor = self._get(lambda one: (_backfill(one["counted"]), one["next"]), "/backfills/count", "POST", body)
+            found = found + more
+        return found
+
+    def backfills(self, *, limit: int = 100) -> list[Backfill]:
+        """As `Platform.backfills`, 500 at the most."""
+        return self._list(_backfill, "/backfills", {"limit": _few(limit)})
+
+    def backfill_status(self, backfill: str) -> Backfill:
+        """Raises UnknownBackfill."""
+        return self._get(_backfill, _backfill_path(backfill))
+
+    def cancel_backfill(self, backfill: str) -> Backfill:
+        """As `Platform.cancel_backfill`."""
+        return self._get(_backfill, f"{_backfill_path(backfill)}/cancel", "POST")
+
+    def pause_backfill(self, backfill: str) -> bool:
+        """Returns whether that changed something."""
+        return self.client.call("POST", f"{_backfill_path(backfill)}/pause").changed
+
+    def resume_backfill(self, backfill: str) -> bool:
+        """Returns whether that changed something."""
+        return self.client.call("POST", f"{_backfill_path(backfill)}/resume").changed
+
     # what these share
 
     def _get(self, read: Callable[[Any], T], path: str, method: str = "GET", body: object = None) -> T:
@@ -640,6 +694,13 @@ def _quoted_definition(definition: str) -> str:
     if len(definition) > _LONGEST_ID:
         raise fault
     return _quoted(definition, fault)
+
+
+def _backfill_path(backfill: str) -> str:
+    fault = UnknownBackfill(f"no backfill {backfill!r}: `taskplatform backfills list` shows all")
+    if len(backfill) > _LONGEST_ID:
+        raise fault
+    return f"/backfills/{_quoted(backfill, fault)}"
 
 
 def _path(user: str, definition: str) -> str:
@@ -761,6 +822,20 @@ def _definition(one: Json) -> RemoteDefinition:
 def _occurrence(one: Json) -> Occurrence:
     same = ("id", "definition", "group", "window_ms", "asked_ms", "state", "source", "reason", "planned", "paused", "disabled")
     return Occurrence(**{name: one[name] for name in same}, at_ms=_ms(one["at"]), last_ms=_ms(one["last"]), base_ms=_ms(one["begins"]))
+
+
+def _backfill(one: Json) -> Backfill:
+    same = ("id", "definition", "reason", "actor", "users", *BACKFILL_COUNTS)
+    return Backfill(
+        **{name: one[name] for name in same},
+        since_ms=_ms(one["since"]),
+        until_ms=_ms(one["until"]),
+        begun_ms=_ms(one["begun"]),
+        state=BackfillState(one["state"]),
+        per_second=RateLimit.model_validate(one["rate"]).per_second,
+        ended_ms=_some_ms(one["ended"]),
+        at_ms=_some_ms(one["at"]),
+    )
 
 
 def _change(one: Json) -> Change:

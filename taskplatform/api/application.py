@@ -16,7 +16,7 @@ import anyio.to_thread
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import Response
 
-from taskplatform.api import jobs, operations, people, problem, security
+from taskplatform.api import backfills, jobs, operations, people, problem, security
 from taskplatform.api.call import JSON, Reads
 from taskplatform.api.guard import Guard
 from taskplatform.api.metrics import MEDIA_TYPE as METRICS
@@ -41,6 +41,7 @@ _ROUTES = (
     operations.breakers,
     operations.nodes,
     operations.state,
+    backfills.backfills,
 )
 
 _DESCRIPTION = """\

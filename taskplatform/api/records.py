@@ -125,7 +125,7 @@ class JobRecord(_Given):
     started: Instant | None = Field(validation_alias="started_ms")
     finished: Instant | None = Field(validation_alias="finished_ms")
     reason: str = Field(description="of the last line of its history; of a dead letter why it died")
-    source: str = Field(description="schedule, catch_up, trigger or api")
+    source: str = Field(description="schedule, catch_up, trigger, backfill or api")
     version: str = Field(description="of the definition, as its last run had it")
     poison: bool = Field(description="it ended because its workers or processes died with it again and again")
 

@@ -76,6 +76,11 @@ def workers(ctx: click.Context, param: click.Parameter, incomplete: str) -> list
     return _ask(ctx, incomplete, lambda platform: ((one.id, "") for one in platform.workers()))
 
 
+def backfills(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:  # noqa: ARG001
+    """Ids of the newest backfills."""
+    return _ask(ctx, incomplete, lambda platform: ((one.id, f"{one.definition}, {one.state}") for one in platform.backfills(limit=_MOST)))
+
+
 def _ask(ctx: click.Context, incomplete: str, find: Callable[[AnyPlatform], Iterable[tuple[str, str]]]) -> list[CompletionItem]:
     with contextlib.suppress(Exception):
         from taskplatform.cli.arguments import connected

@@ -4,6 +4,7 @@ Each verb that changes something is one Lua script, so that a job's state, its h
 never disagree, whatever dies between two calls. Times are milliseconds since the epoch by the server's clock.
 """
 
+from taskplatform.store.backfills import BACKFILL_COUNTS, Backfill, BackfillState
 from taskplatform.store.connection import LockLost, connect, unavailable
 from taskplatform.store.figures import DefinitionCounts, Figures, Histogram
 from taskplatform.store.keys import BOUNDS_MS
@@ -39,9 +40,12 @@ from taskplatform.store.samples import Sample
 from taskplatform.store.store import Store
 
 __all__ = [
+    "BACKFILL_COUNTS",
     "BOUNDS_MS",
     "LOG_LEVELS",
     "SAMPLE_EVERY",
+    "Backfill",
+    "BackfillState",
     "Beat",
     "Breaker",
     "BreakerState",

@@ -25,7 +25,7 @@ NAMES = {
     "group": "group:",  # by <gid>, hash: definition, schedule, cursor
     "slots": "slots:",  # by <gid>, sorted set: user → slot
     "subscribers": "subscribers",  # hash: definition → how many
-    "due": "due",  # sorted set: "g|<gid>" or "o|<oid>" → when the planner must look at it
+    "due": "due",  # sorted set: "g|<gid>", "o|<oid>" or "b|<backfill>" → when the planner must look at it
     "occurrence": "occurrence:",  # by <oid>, hash: an opened or skipped occurrence and how far it is planned
     "open": "open:",  # by <gid>, set of <oid> that are being planned
     "committed": "committed",  # hash: <oid> of an open occurrence → "<start of its window> <window> <subscribers>"
@@ -35,6 +35,12 @@ NAMES = {
     "beats": "beats",  # hash: beat → "<digest of what it would publish> <its number> <last seen> <1: leads> <since>"
     "beat_info": "beat_info",  # hash: beat → what it tells of itself, as JSON
     "triggers": "triggers",  # sorted set: "<definition>:<digest of a caller's key>" → the time of its trigger
+    # backfills
+    "backfills": "backfills",  # sorted set: id of a backfill → when it was begun
+    "backfill": "backfill:",  # by id, hash: what was asked for, state, cursor, counts; see store.backfills
+    "backfill_users": "backfillusers:",  # by id, sorted set: user → slot, where users were given; not once it has ended
+    "backfill_jobs": "backfilljobs:",  # by id, sorted set: job id that it made and that is not finished → when it was made
+    "backfills_ended": "backfills_ended",  # sorted set: id → when it ended, for the retention
     "server": "server",  # the run id of the Redis server that this data was last used on
     # jobs
     "seq": "seq",  # counter: order of submission

@@ -69,7 +69,7 @@ class Enqueue:
 
 @dataclass(frozen=True, slots=True)
 class DueItem:
-    """What the planner must look at: a group (`gid`) or an open occurrence (`oid`)."""
+    """What the planner must look at: a group (`gid`), an open occurrence (`oid`) or a backfill that runs."""
 
     kind: str
     id: str
@@ -401,15 +401,24 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def read_due_item(member: str, score: float) -> DueItem:
     kind, _, name = member.partition("|")
-    return DueItem("group" if kind == "g" else "occurrence", name, int(score))
+    return DueItem(_DUE_KINDS[kind], name, int(score))
+
+
+_DUE_KINDS = {"g": "group", "o": "occurrence", "b": "backfill"}
 
 
 _CREATED_BY = {"schedule": "planned", "catch_up": "planned to catch up", "trigger": "planned by a trigger", "api": "submitted"}
 
 
-def read_creation(made_ms: int, source: str) -> Transition:
+def _made_by(fields: Mapping[str, str]) -> str:
+    if fields["source"] == "backfill":
+        return f"made by backfill {fields['backfill']} of {fields['maker']}"
+    return _CREATED_BY[fields["source"]]
+
+
+def read_creation(fields: Mapping[str, str]) -> Transition:
     """The first line of a history, which the record stands for."""
-    return Transition(made_ms, None, JobState.PENDING, 0, "", _CREATED_BY[source])
+    return Transition(int(fields["made"]), None, JobState.PENDING, 0, "", _made_by(fields))
 
 
 def read_transition(row: str) -> Transition:
@@ -450,7 +459,7 @@ def read_job(job_id: str, fields: Mapping[str, str], last: str | None) -> Job:
         worker=fields.get("worker", ""),
         started_ms=int(fields["started"]) if "started" in fields else None,
         finished_ms=int(fields["finished"]) if "finished" in fields else None,
-        reason=fields.get("died") or (read_transition(last).reason if last else _CREATED_BY[fields["source"]]),
+        reason=fields.get("died") or (read_transition(last).reason if last else _made_by(fields)),
         source=fields["source"],
         version=fields.get("version", ""),
     )

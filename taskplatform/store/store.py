@@ -40,6 +40,7 @@ from taskplatform.model import (
 )
 from taskplatform.store import samples
 from taskplatform.store.access import Access
+from taskplatform.store.backfills import Backfills
 from taskplatform.store.connection import connect
 from taskplatform.store.figures import Figures, read_figures
 from taskplatform.store.keys import key
@@ -125,6 +126,7 @@ class Store:
         self._scripts = Scripts(client, namespace, clock)
         self.access = Access(client, self._scripts, self._key, clock)
         self.log_levels = LogLevels(client, self._scripts, self._key, clock)
+        self.backfills = Backfills(client, self._scripts, self._key, clock, change_log_size)
 
     @classmethod
     def connect(cls, url: str, *, tls: Mapping[str, Any] | None = None, namespace: str = "tp", change_log_size: int = 100_000) -> Store:
@@ -514,7 +516,7 @@ class Store:
         self._redis.hincrby(self._key("counters"), what, 1)
 
     def due(self, now_ms: int, *, limit: int = 100) -> list[DueItem]:
-        """Groups and occurrences that the planner must look at by now, the longest due first."""
+        """Groups, occurrences and backfills that the planner must look at by now, the longest due first."""
         rows = self._redis.zrange(self._key("due"), "-inf", now_ms, byscore=True, withscores=True, offset=0, num=limit)
         return [read_due_item(member, score) for member, score in cast("list[tuple[str, float]]", rows)]
 
@@ -538,7 +540,7 @@ class Store:
 
     def postpone(self, item: DueItem, *, by: timedelta) -> None:
         """Look at it later; at a group whose definition is not published no more, until it is."""
-        self._scripts.run("postpone", f"{'g' if item.kind == 'group' else 'o'}|{item.id}", milliseconds(by))
+        self._scripts.run("postpone", f"{item.kind[0]}|{item.id}", milliseconds(by))
 
     def open_occurrences(
         self, group: Group, openings: Sequence[Opening], *, cursor_ms: int, next_due_ms: int | None, window_ms: int, horizon: timedelta
@@ -848,7 +850,7 @@ class Store:
         if not fields and not packed:
             self._state("unknown", job_id)
         record = fields or read_packed(packed)
-        return [read_creation(int(record["made"]), record["source"]), *map(read_transition, rows)]
+        return [read_creation(record), *map(read_transition, rows)]
 
     def jobs(
         self,

@@ -199,6 +199,7 @@ def assert_consistent(client: redis.Redis, store: Store, *, complete: bool = Tru
     _check_listings(store, jobs)
     _check_subscriptions(db)
     _check_plan(db)
+    _check_backfills(db, jobs, complete=complete)
     _check_workers(db)
     if complete:
         entered = Counter(line.to_state.value for history in histories.values() for line in history if line.from_state is not line.to_state)
@@ -476,11 +477,34 @@ def _check_plan(db: _Database) -> None:
     assert indexed == {oid: float(fields["at"]) for oid, fields in occurrences.items()}
     due = db.one("due")
     assert {member[2:] for member in due if member.startswith("o|")} == is_open, "what is open is not due"
+    running = {one for one, fields in db.under("backfill").items() if fields["state"] in ("running", "canceling")}
+    assert {member[2:] for member in due if member.startswith("b|")} == running, "a backfill that runs is not due, or another is"
     groups = db.under("group")
     assert {member[2:] for member in due if member.startswith("g|")} <= groups.keys()
     listed = {gid for members in db.under("groups").values() for gid in members}
     assert listed == groups.keys()
     assert all(fields.get("reason") for fields in occurrences.values())
+
+
+def _check_backfills(db: _Database, jobs: Mapping[str, dict[str, str]], *, complete: bool) -> None:
+    records = db.under("backfill")
+    assert db.one("backfills").keys() == records.keys()
+    assert db.under("backfill_jobs").keys() <= records.keys()
+    assert db.one("backfills_ended").keys() == {
+        one for one, fields in records.items() if fields["state"] in ("done", "canceled", "stopped")
+    }
+    assert db.under("backfill_users").keys() <= records.keys() - db.one("backfills_ended").keys()
+    for backfill, fields in records.items():
+        made = {job_id: job for job_id, job in jobs.items() if job.get("backfill") == backfill}
+        unfinished = {job_id: float(job["made"]) for job_id, job in made.items() if not JobState(job["state"]).terminal}
+        assert db.under("backfill_jobs").get(backfill, {}) == unfinished, f"what is not finished of backfill {backfill}"
+        for state in ("completed", "failed", "timed_out", "rejected", "canceled"):
+            ended = sum(job["state"] == state for job in made.values())
+            assert not complete or int(fields.get(state, 0)) == ended, f"how many of backfill {backfill} are {state}"
+        assert not complete or int(fields.get("made", 0)) == len(made), f"what backfill {backfill} made"
+    for job_id, job in jobs.items():
+        assert (job["source"] == "backfill") == ("backfill" in job), job_id
+        assert job["source"] != "backfill" or job["own"] == "1", job_id
 
 
 def _check_workers(db: _Database) -> None:

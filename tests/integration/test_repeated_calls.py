@@ -24,6 +24,7 @@ from taskplatform.model import BreakerRule, CallReport, Definition, JobState, Li
 from taskplatform.planner import Planner, published
 from taskplatform.store import Enqueue, Store
 from taskplatform.store.access import AuditEntry
+from taskplatform.store.backfills import NewBackfill
 from taskplatform.store.scripts import Scripts, names
 from tests.conftest import Clock
 from tests.integration.harness import ACTOR, HORIZON, arrive, assert_consistent, define, offer, subscribe, take
@@ -37,7 +38,10 @@ assert MIDNIGHT_MS % 86_400_000 == 0
 OTHER_ANSWER = {
     "announce": "that there was nothing to tell: nobody reads it",
     "arrive": "whether the server is another one: nobody reads it",
+    "backfill": "that the cursor was moved: the planner reads it anew",
+    "begin_backfill": "that it had begun: nobody reads it",
     "cancel": "the state that it was in is now canceled, which Platform.cancel takes for done",
+    "cancel_backfill": "how many were canceled: nobody reads it",
     "create_user": "that the user exists, which Platform.create_user takes for done",
     "create_users": "how many were new: a number for people",
     "delete_user": "that there is no such user: who asks for it twice is told so, and the user is gone",
@@ -52,6 +56,7 @@ OTHER_ANSWER = {
     "limit": "whether that changed something: a number for people",
     "lose": "that the delivery no longer counts: nobody reads it",
     "open": "that the group is not as it was seen: the planner looks again at the next tick",
+    "pause_backfill": "whether that changed something: for people",
     "pause_definition": "whether that changed something: for people",
     "pause_subscription": "whether that changed something: for people",
     "pause_user": "whether that changed something: for people",
@@ -76,6 +81,7 @@ OTHER_ANSWER = {
 OTHER_DATABASE = {
     "create_users": {"tp:changes": "who imports users logs how many were new, by the answer: it is lost with it"},
     "log_level": {"tp:changes": "people see the same change twice"},
+    "backfill": {"tp:planner": "the planner counts the jobs that it made by the answer"},
     "plan": {"tp:planner": "the planner counts the jobs that it made by the answer"},
     "audit": {"tp:audit:requests": "people see the same request twice, with the same id"},
     "refuse_key": {
@@ -269,6 +275,15 @@ class Story:
             ("trigger", lambda: store.trigger("report", window=timedelta(), actor=ACTOR, idempotency_key="once")),
             ("plan the trigger", planner.advance),
             ("packed", lambda: len(store.jobs(user="u4").items)),
+            ("plan what is open", lambda: (clock.advance(30), planner.advance())),
+            ("count a backfill", lambda: self.count_backfill()),
+            ("begin one", lambda: self.begin_backfill("b1", users=["u5", "u6", "u7"])),
+            ("advance it", planner.advance),
+            ("pause it", lambda: store.backfills.pause("b1", actor=ACTOR)),
+            ("resume it", lambda: (clock.advance(9), store.backfills.resume("b1", actor=ACTOR))),
+            ("advance it to its end", planner.advance),
+            ("begin another", lambda: (self.begin_backfill("b2", rate=0.1), planner.advance())),
+            ("cancel it", lambda: store.backfills.cancel("b2", actor=ACTOR)),
             ("a broken one", lambda: [store.postpone(item, by=60 * SECOND) for item in store.due(clock.now_ms + 10**9)]),
             ("log_level", lambda: store.log_levels.set("worker", "DEBUG", span=timedelta(minutes=1), actor=ACTOR, log_size=100)),
             ("log_level", lambda: store.log_levels.reset("worker", actor=ACTOR, log_size=100)),
@@ -297,6 +312,29 @@ class Story:
             ("remove", lambda: store.retract("old", actor=ACTOR, term=2)),
             ("sweep", lambda: store.sweep(retention=SECOND, dead_retention=SECOND)),
         ]
+
+    def begin_backfill(self, name: str, *, rate: float = 1.0, users: list[str] | None = None) -> bool:
+        """Of the three midnights before, which nobody planned."""
+        if users is not None:
+            self.store.backfills.add_users(name, "report", users)
+        new = NewBackfill(
+            id=name,
+            definition="report",
+            since_ms=MIDNIGHT_MS - 3 * 86_400_000,
+            until_ms=MIDNIGHT_MS,
+            per_second=rate,
+            most_unfinished=3,
+            known=None,
+            users=None if users is None else len(users),
+            unsubscribed=0,
+            occurrences=3,
+            total=9,
+            detail="",
+        )
+        return self.store.backfills.begin(new, actor=ACTOR)
+
+    def count_backfill(self) -> tuple[int, ...]:
+        return self.store.backfills.count("report", "report", times=[MIDNIGHT_MS - 86_400_000], users=["u3", "u5", "u7"])
 
     def make_key(self, make: Callable[[], tuple[ApiKey, str]]) -> None:
         key, self.token = make()

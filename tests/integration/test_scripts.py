@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from taskplatform.model import TRANSITIONS, JobState, Priority
-from taskplatform.store import Store, access, levels, scripts, store
+from taskplatform.store import Store, access, backfills, levels, scripts, store
 from taskplatform.store.keys import NAMES, UNACKED, UNACKED_INDEX, key, lua_table
 from taskplatform.store.scripts import names, source
 from tests.conftest import Clock
@@ -23,7 +23,7 @@ from tests.integration.harness import ACTOR, HORIZON, define, enqueue, offer, pu
 
 VERBS = names()
 #: What runs the scripts.
-CALLERS = (store, access, levels)
+CALLERS = (store, access, backfills, levels)
 STEPS = {"by twos": 2, "by threes": 3, "by fours": 4, "by fives": 5, "by sixes": 6, "by sevens": 7}
 
 
@@ -133,7 +133,11 @@ def test_store_calls_every_script_and_nothing_else_does() -> None:
     assert {name for name, _ in _runs()} == set(VERBS) - {GREETING}
     assert f'source("{GREETING}")' in inspect.getsource(scripts.greeting)
     package = Path(inspect.getfile(store)).parent
-    others = [path for path in package.parent.rglob("*.py") if path.name not in ("store.py", "access.py", "levels.py", "scripts.py")]
+    others = [
+        path
+        for path in package.parent.rglob("*.py")
+        if path.name not in ("store.py", "access.py", "backfills.py", "levels.py", "scripts.py")
+    ]
     assert [path for path in others if "scripts.run(" in path.read_text(encoding="utf-8")] == []
     assert {path.stem for path in (package / "lua").iterdir()} == {*VERBS, "lib"}
 

@@ -891,6 +891,51 @@ local function count_unfinished(id, by)
   end
 end
 
+-- What backfills share. `verdict`: whether a subscriber of a group is to have a job of an occurrence: 'make' and the own parameters,
+-- or why not: 'exists', 'paused', 'disabled', or 'elsewhere' for who is not (or no more) in that group.
+local backfills = {}
+
+function backfills.verdict(user, definition, gid, at)
+  local values = call('HMGET', K.user .. user, '@paused', definition)
+  local raw, params, group = values[2], '', definition
+  if not raw then return 'elsewhere' end
+  local off, paused = nil, values[1] == '1'
+  -- most subscriptions are plain: {"since":…}
+  if not string.find(raw, '^{"since":%d+}$') then
+    local readable, subscription = pcall(cjson.decode, raw)
+    if not readable then return 'disabled' end
+    group, params, off = subscription.group or definition, subscription.params or '', subscription.off
+    paused = paused or subscription.paused
+  end
+  if group ~= gid then return 'elsewhere' end
+  -- every job that exists is among those of its definition
+  if call('ZSCORE', K.definition_jobs .. definition, definition .. ':' .. user .. ':' .. at) then return 'exists' end
+  if off then return 'disabled' end
+  if paused then return 'paused' end
+  return 'make', params
+end
+
+-- A job that a backfill made has ended as `state`, or with -1 for `by` it goes on after that end. A record that is gone stays so.
+function backfills.count(id, job, state, by)
+  local key = K.backfill .. job.backfill
+  if call('EXISTS', key) == 0 then return end
+  if by > 0 then
+    call('ZREM', K.backfill_jobs .. job.backfill, id)
+  else
+    call('ZADD', K.backfill_jobs .. job.backfill, job.made, id)
+  end
+  call('HINCRBY', key, state, by)
+end
+
+-- Ends a backfill for good.
+function backfills.close(id, state, reason, now)
+  call('HSET', K.backfill .. id, 'state', state, 'reason', reason, 'ended', text(now))
+  call('HDEL', K.backfill .. id, 'held', 'waits_for')
+  call('ZADD', K.backfills_ended, text(now), id)
+  call('ZREM', K.due, 'b|' .. id)
+  call('DEL', K.backfill_users .. id)
+end
+
 -- Ends a job: a terminal transition and all that follows from it. `counted`: it is a run's own end, which `observe_run` counts.
 local function conclude(id, job, to, now, worker, reason, detail, counted)
   move(id, job.state, to, now, job.attempt, worker, reason, detail)
@@ -912,6 +957,7 @@ local function conclude(id, job, to, now, worker, reason, detail, counted)
   end
   count_unfinished(id, -1)
   if not counted then tally(parts(id), job.priority .. '|' .. to, 1) end
+  if job.backfill then backfills.count(id, job, to, 1) end
   job.state = to
 end
 

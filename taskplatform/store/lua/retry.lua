@@ -23,6 +23,7 @@ local function retry(id)
   call('ZREM', K.finished, id)
   call('ZREM', K.dead, id)
   count_unfinished(id, 1)
+  if job.backfill then backfills.count(id, job, before, -1) end
   job.state = 'pending'
   follow_definition(id, job, now)
   wait(id, job.priority, now, seq)

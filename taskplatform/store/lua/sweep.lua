@@ -1,4 +1,4 @@
--- Forgets what is past its retention: finished jobs, dead letters, occurrences, keys of triggers.
+-- Forgets what is past its retention: finished jobs, dead letters, occurrences, keys of triggers, backfills.
 -- ARGV[1] now   ARGV[2] retention in ms   ARGV[3] retention of dead letters in ms   ARGV[4] most dead letters, the oldest go first
 -- ARGV[5] most of each in one go
 -- Returns how many were forgotten.
@@ -24,4 +24,10 @@ for _, oid in ipairs(occurrences) do
 end
 local keys = call('ZRANGEBYSCORE', K.triggers, '-inf', before, 'LIMIT', 0, most)
 for _, one in ipairs(keys) do call('ZREM', K.triggers, one) end
-return #jobs + #dead + #too_many + #occurrences + #keys
+local ended = call('ZRANGEBYSCORE', K.backfills_ended, '-inf', before, 'LIMIT', 0, most)
+for _, id in ipairs(ended) do
+  call('DEL', K.backfill .. id, K.backfill_jobs .. id)
+  call('ZREM', K.backfills, id)
+  call('ZREM', K.backfills_ended, id)
+end
+return #jobs + #dead + #too_many + #occurrences + #keys + #ended
