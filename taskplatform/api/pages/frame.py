@@ -50,13 +50,12 @@ _HEADERS = {"Content-Security-Policy": POLICY, "Cross-Origin-Opener-Policy": "sa
 
 
 def _environment() -> Environment:
-    made = Environment(
-        loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    made = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters.update(
         span=words.span,
         instant=words.instant,
         state=words.state,
+        marked=words.marked,
         number=words.number,
         limit=words.limit,
         schedule=in_words,

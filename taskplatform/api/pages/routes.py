@@ -120,6 +120,9 @@ def show_now(visit: Looks) -> Response:
 def search(visit: Looks, user: Text = "", definition: Text = "") -> Response:
     """Lead from the box on each page to what it names."""
     user, definition = user.strip(), definition.strip()
+    like = [name for name in visit.platform.catalogue if definition in name] if definition else []
+    if definition not in like and len(like) == 1:
+        (definition,) = like
     if user and definition:
         return frame.to(_subscription_path(check_user_id(user), check_definition_id(definition)))
     if user:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 
 from taskplatform.health import Health
@@ -142,13 +142,11 @@ class DefinitionRow:
 
 
 def definitions(platform: Platform, *, like: str, trouble: bool, after: str) -> tuple[int, list[DefinitionRow], str | None, int]:
-    """The time; those that `like` stands in, after one, in order of their ids; the last of them, where there are more; and how many in all."""
+    """Those that `like` stands in, in order of their ids: the time, those of a page, the last of it where there are more, how many in all."""
     figures = platform.store.figures()
     wanted = like.strip().lower()
     fitting = [
-        definition_row(one, figures)
-        for name, one in sorted(platform.catalogue.items())
-        if wanted in name or wanted in one.name.lower()
+        definition_row(one, figures) for name, one in sorted(platform.catalogue.items()) if wanted in name or wanted in one.name.lower()
     ]
     if trouble:
         fitting = [row for row in fitting if row.in_trouble(figures.now_ms)]
@@ -246,9 +244,11 @@ class Stretch:
     state: str
     since_ms: int
     span_ms: int
-    x: float = 0.0
+    ended: bool
+    """It is the job's end."""
+    x: float
     """Where it begins in the picture, and how wide it is there: of 1000."""
-    width: float = 0.0
+    width: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +261,6 @@ class JobPage:
     stretches: Sequence[Stretch]
     held_back: Breaker | None
     dead: bool
-    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def job(platform: Platform, job_id: str) -> JobPage:
@@ -285,16 +284,23 @@ def timeline(history: Sequence[Transition], now_ms: int) -> list[Stretch]:
     In the picture a stretch is as wide as it is long, but wide enough to be seen: a job that waited an hour and ran a second did run.
     """
     changes = [line for line in history if line.from_state is not line.to_state]
-    spans: list[tuple[str, int, int]] = []
+    spans: list[tuple[JobState, int, int]] = []
     for place, line in enumerate(changes):
         last = place == len(changes) - 1
         until = changes[place + 1].at_ms if not last else line.at_ms if line.to_state.terminal else max(now_ms, line.at_ms)
-        spans.append((line.to_state.value, line.at_ms, max(0, until - line.at_ms)))
+        spans.append((line.to_state, line.at_ms, max(0, until - line.at_ms)))
     whole = sum(length for _, _, length in spans)
     least = min(24.0, 1000 / max(1, len(spans)))
     shares = [max(least, 1000 * length / whole) if whole else 1000 / len(spans) for _, _, length in spans]
     fitted = [one * 1000 / sum(shares) for one in shares]
     return [
-        Stretch(name, since, length, round(sum(fitted[:place]), 2), round(fitted[place], 2))
-        for place, (name, since, length) in enumerate(spans)
+        Stretch(
+            state=state.value,
+            since_ms=since,
+            span_ms=length,
+            ended=state.terminal and place == len(spans) - 1,
+            x=round(sum(fitted[:place]), 2),
+            width=round(fitted[place], 2),
+        )
+        for place, (state, since, length) in enumerate(spans)
     ]

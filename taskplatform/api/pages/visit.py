@@ -27,7 +27,7 @@ from taskplatform.errors import TaskPlatformError
 from taskplatform.keys import ApiKey, Scope
 from taskplatform.platform import Platform
 
-F = TypeVar("F", bound=Callable[..., Response])
+F = TypeVar("F", bound=Callable[..., Response | Awaitable[Response]])
 
 #: What a page says that comes after something was done, by the word in its address.
 _SAID = {

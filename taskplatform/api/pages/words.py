@@ -23,40 +23,41 @@ _MARKS: Mapping[str, str] = {
     JobState.RETRYING: "↻",
     JobState.COMPLETED: "✓",
     JobState.FAILED: "✕",
-    JobState.TIMED_OUT: "⧖",
+    JobState.TIMED_OUT: "◔",
     JobState.CANCELED: "⊘",
-    JobState.REJECTED: "⊝",
+    JobState.REJECTED: "⊖",
     "waiting": "◷",
     "coming": "◷",
-    "skipped": "⤼",
+    "skipped": "»",
     "missed": "!",
     "dead": "✕",
     "discarded": "⊘",
     "forgotten": "·",
     "not_subscribed": "·",
-    "paused": "⏸",
-    "off": "⏸",
+    "paused": "‖",
+    "off": "‖",
     "active": "✓",
     "error": "✕",
     "warning": "!",
     "critical": "✕",
     "info": "i",
     "well": "✓",
-    "drained": "⏸",
+    "drained": "‖",
     "silent": "!",
     "leads": "★",
     "stands_by": "◷",
     BreakerState.CLOSED: "✓",
     BreakerState.OPEN: "✕",
-    BreakerState.HELD: "⏸",
+    BreakerState.HELD: "‖",
     BreakerState.HALF_OPEN: "↻",
 }
 #: Which of few colours a state has.
 _COLOURS: Mapping[str, str] = {
     **dict.fromkeys(("completed", "active", "well", "leads", "closed"), "good"),
     **dict.fromkeys(("failed", "timed_out", "dead", "error", "critical", "rejected", "open", "missed"), "bad"),
-    **dict.fromkeys(("retrying", "warning", "paused", "off", "held", "half_open", "drained", "silent", "skipped", "queued"), "care"),
+    **dict.fromkeys(("retrying", "warning", "paused", "off", "held", "half_open", "drained", "silent", "skipped"), "care"),
     **dict.fromkeys(("running", "assigned"), "busy"),
+    "queued": "wait",
 }
 
 
@@ -112,6 +113,14 @@ def state(name: str | None) -> Markup:
 def colour(name: str) -> str:
     """The colour of a state."""
     return _COLOURS.get(name, "plain")
+
+
+def marked(text: str) -> Markup:
+    """A message of the platform, in which `commands` stand so."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return Markup("{}").format(text)
+    return Markup("").join(Markup("<code>{}</code>").format(part) if place % 2 else part for place, part in enumerate(parts))
 
 
 def number(value: float | None) -> str:
