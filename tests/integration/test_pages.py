@@ -468,6 +468,7 @@ def test_pages_load_nothing_and_let_nothing_in(api: Api, platform: Platform) -> 
         for part in ("form-action 'self'", "base-uri 'none'", "frame-ancestors 'none'"):
             assert part in policy
         assert "unsafe" not in policy
+        assert policy.count("default-src") == 1
         assert answer.headers["cache-control"] == "no-store"
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["referrer-policy"] == "no-referrer"

@@ -142,7 +142,7 @@ class DefinitionRow:
 
 
 def definitions(platform: Platform, *, like: str, trouble: bool, after: str) -> tuple[int, list[DefinitionRow], str | None, int]:
-    """Those that `like` stands in, in order of their ids: the time, those of a page, the last of it where there are more, how many in all."""
+    """Those that `like` stands in, by id: the time, the rows of a page, the last of these where there are more, and how many in all."""
     figures = platform.store.figures()
     wanted = like.strip().lower()
     fitting = [
