@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
+from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -665,12 +666,11 @@ def test_without_redis_a_page_says_so(tmp_path: Path) -> None:
         guest.get("/ui/")
         with suppress(StoreUnavailable):
             connect(own.url).shutdown(nosave=True)
-        for path in ("/ui/", "/ui/dead-letters"):
-            answer = guest.raw("GET", path)
-            assert (answer.status_code, answer.headers["content-type"]) == (503, "text/html; charset=utf-8")
-            assert int(answer.headers["retry-after"]) > 0
-            assert "cannot be looked at" in answer.text
-            assert "taskplatform doctor" in answer.text
+        answer = guest.raw("GET", "/ui/")
+        assert (answer.status_code, answer.headers["content-type"]) == (503, "text/html; charset=utf-8")
+        assert int(answer.headers["retry-after"]) > 0
+        assert "cannot be looked at" in answer.text
+        assert "taskplatform doctor" in answer.text
         answer = Browser(api).sign_in(new_token()[1])
         assert answer.status_code == 503
         assert "cannot be looked at" in answer.text
@@ -688,3 +688,29 @@ def _asks(dependant: Any, scope: Scope) -> bool:
     from taskplatform.api.security import requires
 
     return dependant.call is requires(scope) or any(_asks(one, scope) for one in dependant.dependencies)
+
+
+# --- the looks -------------------------------------------------------------------------------------------------------
+
+
+def test_texts_can_be_told_from_what_is_behind_them() -> None:
+    """As WCAG 2.2 asks for text of any size (1.4.3, AA): a contrast of 4.5, in the light and in the dark."""
+    style = resources.files("taskplatform.api.pages").joinpath("templates", "style.css").read_text("utf-8")
+    light, dark = (dict(re.findall(r"--(\w+):(#\w+)", block)) for block in re.findall(r":root\{([^}]*)\}", style)[:2])
+    assert light.keys() == dark.keys() > {"ink", "soft", "link", "good", "bad", "care", "busy", "plain"}
+    for colours in (light, dark):
+        for text in colours.keys() - {"back", "card", "tint", "line"}:
+            for behind in ("back", "card", "tint") if text in ("ink", "soft", "bad") else ("back", "card"):
+                assert _contrast(colours[text], colours[behind]) >= 4.5, (text, behind, colours[text])
+
+
+def _contrast(one: str, other: str) -> float:
+    brighter, darker = sorted((_luminance(one), _luminance(other)), reverse=True)
+    return (brighter + 0.05) / (darker + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
