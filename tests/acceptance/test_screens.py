@@ -313,7 +313,7 @@ def test_the_dashboard_fits_a_desk_and_a_phone_and_loads_nothing(
     dashboard: Dashboard, platform: Platform, jobs: list[Job], tmp_path: Path
 ) -> None:
     platform.subscribe("user2", "daily_user_report", schedule={"timezone": "Europe/Berlin"})
-    failed = jobs[-1]
+    failed = platform.job(jobs[-1].id)
     pages = {
         "/": ("Health", *(worker.id for worker in platform.workers()), "leads", "high", "medium", "low", "taskplatform limits list"),
         "/definitions?q=daily_user": ("daily_user_report", "every day at"),
