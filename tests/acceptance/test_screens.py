@@ -309,8 +309,21 @@ def dashboard(up: UpNode, browser: webdriver.Chrome, key: str) -> Iterator[Dashb
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.fixture
+def busy(platform: Platform) -> Iterator[None]:
+    """While more is to be done than workers have slots for."""
+    slots = sum(worker.slots for worker in platform.workers())
+    made = [platform.enqueue("slot_drill", user="user1", params={"seconds": 300}, priority="high") for _ in range(slots + 2)]
+    made += [platform.enqueue("hourly_data_sync", user="user3", priority=one) for one in ("medium", "low") for _ in range(9)]
+    eventually(lambda: platform.store.running() >= slots, "not all slots are busy", seconds=SECONDS)
+    yield
+    for job in made:
+        platform.cancel(job.id)
+    eventually(lambda: platform.store.running() == 0, "they are not stopped", seconds=SECONDS)
+
+
 def test_the_dashboard_fits_a_desk_and_a_phone_and_loads_nothing(
-    dashboard: Dashboard, platform: Platform, jobs: list[Job], tmp_path: Path
+    dashboard: Dashboard, platform: Platform, jobs: list[Job], busy: None, tmp_path: Path
 ) -> None:
     platform.subscribe("user2", "daily_user_report", schedule={"timezone": "Europe/Berlin"})
     failed = platform.job(jobs[-1].id)

@@ -15,8 +15,8 @@ from taskplatform.store import Beat, Breaker, BreakerState, Figures, Histogram, 
 
 #: Rows of a table of jobs, definitions or subscriptions.
 ROWS = 50
-#: Workers, limits and hosts of the first page; the commands list all.
-MOST_LISTED = 40
+#: Workers, beats, limits and hosts of the first page, each; the commands list all.
+MOST_LISTED = 12
 #: Running jobs whose own priority is looked up; of more the sum is shown.
 _MOST_RUNNING = 500
 #: A definition is in trouble when a job waits this long after it is due, or fewer of its jobs end well.
@@ -50,10 +50,10 @@ class Now:
     priorities: Sequence[PriorityRow]
     running: int
     workers: Sequence[tuple[Worker, str]]
-    """The first of them, each with how it is."""
+    """Each with how it is."""
     beats: Sequence[Beat]
     limits: Sequence[tuple[LimitState, int]]
-    """The first of them, each with how many due jobs wait for it; those first for which most wait."""
+    """Each with how many due jobs wait for it; those first for which most wait, and then those of which most is used."""
     breakers: Sequence[Breaker]
     """Of hosts that are held back."""
 
@@ -86,7 +86,7 @@ def now(platform: Platform) -> Now:
         running=len(running),
         workers=[(one, _how(one, figures.now_ms, patience_ms)) for one in workers],
         beats=sorted(figures.beats, key=lambda one: (not one.leads, one.id)),
-        limits=sorted(((one, held.get(one.name, 0)) for one in figures.limits), key=lambda row: (-row[1], row[0].name)),
+        limits=sorted(((one, held.get(one.name, 0)) for one in figures.limits), key=lambda row: (-row[1], -_used(row[0]), row[0].name)),
         breakers=[one for one in figures.breakers if one.state is not BreakerState.CLOSED],
     )
 
@@ -102,6 +102,14 @@ def _oldest(figures: Figures, *, priority: Priority | None = None, definition: s
         if at <= figures.now_ms and priority in (None, of) and definition in (None, name) and name not in figures.paused
     ]
     return min(found, default=None)
+
+
+def _used(state: LimitState) -> float:
+    """Which part of a limit is, and 2 for that of all jobs, which is always of interest."""
+    rule = state.limit
+    rate = 0.0 if state.tokens is None or not rule.burst else 1 - state.tokens / rule.burst
+    running = 0.0 if not rule.concurrency or state.in_flight is None else state.in_flight / rule.concurrency
+    return 2.0 if state.name == "total" else max(round(rate, 2), running)
 
 
 def _how(worker: Worker, now_ms: int, patience_ms: float) -> str:
