@@ -52,7 +52,7 @@ from taskplatform.model import (
     check_user_id,
     format_duration,
 )
-from taskplatform.planner import Due, Window, Windows, published
+from taskplatform.planner import published
 from taskplatform.settings import Settings, environment, settings
 from taskplatform.store import (
     LOG_LEVELS,
@@ -71,6 +71,7 @@ from taskplatform.store import (
     SubscribeResult,
     Worker,
 )
+from taskplatform.windows import Due, Window, Windows, hosts_of
 
 log = logging.getLogger(__name__)
 
@@ -519,7 +520,7 @@ class Platform:
         return datetime.fromtimestamp(at_ms / 1000, UTC), subscribers
 
     def _window(self, definition: Definition, asked: timedelta) -> Window:
-        windows = Windows(self.store, self.catalogue, horizon=self.settings.plan_horizon, environment=environment())
+        windows = Windows(self.store, self.catalogue, horizon=self.settings.plan_horizon, hosts=hosts_of(self.catalogue, environment()))
         rates = windows.rates()
         jobs = self.store.count_subscribers(definition.id) if rates and definition.id not in self.store.definition_pauses() else 0
         return windows.fit([Due(definition, jobs, self.store.now_ms(), round(asked / timedelta(milliseconds=1)))], rates)[0]
