@@ -8,6 +8,7 @@ from taskplatform.store.connection import LockLost, connect, unavailable
 from taskplatform.store.figures import DefinitionCounts, Figures, Histogram
 from taskplatform.store.keys import BOUNDS_MS
 from taskplatform.store.levels import LOG_LEVELS, LogLevel, LogLevels
+from taskplatform.store.outlook import KnownDefinition, KnownGroup, OpenOccurrence, Outlook, Waiting
 from taskplatform.store.records import (
     Beat,
     Breaker,
@@ -52,14 +53,18 @@ __all__ = [
     "Garbage",
     "Group",
     "Histogram",
+    "KnownDefinition",
+    "KnownGroup",
     "LimitState",
     "LockLost",
     "LogLevel",
     "LogLevels",
     "Newer",
     "Occurrence",
+    "OpenOccurrence",
     "Opening",
     "Orders",
+    "Outlook",
     "Page",
     "PublishedDefinition",
     "Renewal",
@@ -69,6 +74,7 @@ __all__ = [
     "Subscribe",
     "SubscribeResult",
     "Vitals",
+    "Waiting",
     "Worker",
     "connect",
     "unavailable",
