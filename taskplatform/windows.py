@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import cache, partial
 from typing import Protocol
 
 from taskplatform.capacity import Demand, Fit, Load, fit
@@ -23,6 +24,7 @@ _GRACE = timedelta(seconds=60)
 _MOST_CAUGHT_UP = 1000
 #: So many groups that are due are opened together at the most, each in about a millisecond.
 TOGETHER = 1000
+_PLACES = {priority: place for place, priority in enumerate(Priority)}
 
 
 class Ledger(Protocol):
@@ -92,7 +94,8 @@ class Windows:
 
     def fit(self, due: Sequence[Due], rates: Mapping[str, float]) -> list[Window]:
         """The windows of what comes due together, in this order. Without a limit that applies they are what was asked for."""
-        limits = [self._limits(one.definition.id, rates) if rates else () for one in due]
+        limits_of = cache(partial(self._limits, rates=rates))
+        limits = [limits_of(one.definition.id) if rates else () for one in due]
         if not any(limits):
             return [Window(one.window_ms) for one in due]
         demands = [
@@ -101,13 +104,13 @@ class Windows:
         ]
         commitments = self._ledger.commitments(horizon=self._horizon)
         # what waits of a definition that is no more is rejected, and takes nothing of a limit
-        loads = [self._load(one, rates) for one in commitments if one.definition in self._catalogue]
+        loads = [self._load(one, limits_of(one.definition)) for one in commitments if one.definition in self._catalogue]
         fits = fit(rates, loads, demands)
         return [_window(one, demand, found, rates) for one, demand, found in zip(due, demands, fits, strict=True)]
 
-    def _load(self, one: Commitment, rates: Mapping[str, float]) -> Load:
+    def _load(self, one: Commitment, limits: tuple[str, ...]) -> Load:
         rank = _rank(one.priority or self._catalogue[one.definition].priority)
-        return Load(one.start_ms, one.end_ms, one.jobs, rank, self._limits(one.definition, rates))
+        return Load(one.start_ms, one.end_ms, one.jobs, rank, limits)
 
     def _limits(self, definition: str, rates: Mapping[str, float]) -> tuple[str, ...]:
         names = (f"definition:{definition}", f"host:{self._hosts.get(definition, '')}", "total")
@@ -153,7 +156,7 @@ def hosts_of(catalogue: Mapping[str, Definition], environment: Mapping[str, str]
 
 def _rank(priority: Priority, caught_up: bool = False) -> int:
     """Who goes first at a limit: the higher priority, and inside it what is due now before what was missed."""
-    return 2 * list(Priority).index(priority) + caught_up
+    return 2 * _PLACES[priority] + caught_up
 
 
 def _window(due: Due, demand: Demand, found: Fit, rates: Mapping[str, float]) -> Window:

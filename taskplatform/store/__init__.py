@@ -34,6 +34,7 @@ from taskplatform.store.records import (
     SubscribeResult,
     Vitals,
     Worker,
+    commitment_of,
 )
 from taskplatform.store.store import Store
 
@@ -76,6 +77,7 @@ __all__ = [
     "Vitals",
     "Waiting",
     "Worker",
+    "commitment_of",
     "connect",
     "unavailable",
 ]
