@@ -41,6 +41,11 @@ class Resource:
         """The bins in which something had to wait for it."""
         self._had = 0.0
 
+    @property
+    def used_up(self) -> float:
+        """The part of what was free in this step that is taken."""
+        return 1 - self.free / self._had if self._had > 0 else 1.0
+
     def surely(self, span_ms: float) -> float:
         """What is free in the next span, at the least."""
         raise NotImplementedError
@@ -71,6 +76,8 @@ class Bucket(Resource):
         self.per_run = limit.tokens_per_start
         self.capacity = limit.capacity
         self.level = min(tokens, self.capacity)
+        self.left = array("d", [1.0]) * bins
+        """The part of it that is full at the end of each bin."""
 
     def surely(self, span_ms: float) -> float:
         return max(0.0, self.level + self.per_ms * span_ms) / self.per_run
@@ -86,6 +93,7 @@ class Bucket(Resource):
         taken = self._had - self.free
         self.used[bin_] += taken
         self.level = min(self.capacity, self.level - taken * self.per_run)
+        self.left[bin_] = self.level / self.capacity
 
 
 class Places(Resource):
@@ -171,7 +179,7 @@ class Stream:
 
     def __init__(
         self,
-        start_ms: int,
+        now_ms: int,
         end_ms: int,
         bin_ms: int,
         *,
@@ -183,9 +191,11 @@ class Stream:
         """`tokens`: what is in the buckets; they are full where nothing is said. `pools`: None is as many slots as are needed. `holds`:
         the hosts to which nothing goes until then.
         """
-        self.start_ms, self.end_ms, self.bin_ms = start_ms, end_ms, bin_ms
-        self.bins = math.ceil((end_ms - start_ms) / bin_ms)
-        self.now_ms = start_ms
+        self.begin_ms = self.now_ms = now_ms
+        # a bin of a minute is one of the clock
+        self.start_ms = now_ms // bin_ms * bin_ms
+        self.end_ms, self.bin_ms = end_ms, bin_ms
+        self.bins = math.ceil((end_ms - self.start_ms) / bin_ms)
         limits = limits or {}
         self.buckets = {
             name: Bucket(limit, (tokens or {}).get(name, math.inf), self.bins)
@@ -202,7 +212,7 @@ class Stream:
         }
         self._all: list[Resource] = [*self.buckets.values(), *self.places.values(), *self.slots]
         self.lanes: dict[tuple[str, Priority], Lane] = {}
-        self._holds: dict[str, int] = {host: until_ms for host, until_ms in (holds or {}).items() if until_ms > start_ms}
+        self._holds: dict[str, int] = {host: until_ms for host, until_ms in (holds or {}).items() if until_ms > now_ms}
         self._changes: list[tuple[int, int, Lane, float, float]] = []
         self._number = 0
         self._active: dict[Lane, None] = {}
@@ -368,9 +378,11 @@ class Stream:
                 part = min([of_slots, *(parts[one] for one in lane.under)])
                 cohort = lane.cohorts[0]
                 jobs = cohort[1] * part
-                if self.now_ms > cohort[0] and jobs > _NOTHING:
-                    lane.delay[bin_] = max(lane.delay[bin_], self.now_ms - cohort[0])
                 self._go(lane, jobs, bin_, span_ms)
+                if self.now_ms > cohort[0] and jobs > _NOTHING:
+                    # the last of them goes when so much of the step has been used up
+                    used = max(one.used_up for one in (*lane.under, *slots))
+                    lane.delay[bin_] = max(lane.delay[bin_], self.now_ms + used * span_ms - cohort[0])
                 cohort[1] -= jobs
                 lane.waits -= jobs
                 if part >= 1.0 or cohort[1] < _NOTHING:
