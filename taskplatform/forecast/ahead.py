@@ -116,7 +116,8 @@ class _Ahead:
             bin_ms=stream.bin_ms,
             enable=tuple(more.items()),
             set_limits=tuple((name, limit_text(limit)) for name, limit in limits.items()),
-            total=next(iter(tracks(stream, lambda _: "total", points=points)), _nothing("total")),
+            total_per_second=simulation.limits()["total"].sustained if "total" in simulation.limits() else None,
+            total=next(iter(tracks(stream, lambda _: "total")), _nothing("total")),
             priorities=tuple(
                 next((one for one in tracks(stream, lambda lane: lane.priority, points=points) if one.name == priority), _nothing(priority))
                 for priority in Priority

@@ -143,6 +143,8 @@ class Forecast:
     """What was asked: so many more subscribers of a definition."""
     set_limits: tuple[tuple[str, str], ...]
     """What was asked: other limits, as text."""
+    total_per_second: float | None
+    """The rate of the limit of all, where there is one."""
     total: Track
     priorities: tuple[Track, ...]
     definitions: tuple[Track, ...]
@@ -188,6 +190,7 @@ def read_forecast(found: Mapping[str, Any]) -> Forecast:
         bin_ms=int(one["bin_ms"]),
         enable=tuple((str(name), int(users)) for name, users in one["enable"]),
         set_limits=tuple((str(name), str(text)) for name, text in one["set_limits"]),
+        total_per_second=None if one["total_per_second"] is None else float(one["total_per_second"]),
         total=_track(one["total"]),
         priorities=tuple(map(_track, one["priorities"])),
         definitions=tuple(map(_track, one["definitions"])),
