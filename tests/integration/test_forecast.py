@@ -129,7 +129,7 @@ def simulated(platform: Platform, *, hours: float) -> Any:
     ahead = _Ahead(
         outlook, platform.catalogue, platform.settings, horizon=LONG, end_ms=outlook.now_ms + round(hours * HOUR), bin_ms=MINUTE
     )
-    return ahead._simulate({}, {}, ahead._pools(None))
+    return ahead._simulate((), {}, ahead._pools(None))
 
 
 def test_a_forecast_begins_in_the_midst_of_things(store: Store, clock: Clock) -> None:
