@@ -17,7 +17,22 @@ from typing import IO, Any, TextIO
 
 import click
 
-from taskplatform.cli import breakers, certs, dead, doctor, jobs, keys, limits, log_level, operations, subscriptions, tasks, users, verify
+from taskplatform.cli import (
+    breakers,
+    certs,
+    dead,
+    doctor,
+    forecast,
+    jobs,
+    keys,
+    limits,
+    log_level,
+    operations,
+    subscriptions,
+    tasks,
+    users,
+    verify,
+)
 from taskplatform.cli.completion import completion
 from taskplatform.cli.output import complain, counted, remark
 from taskplatform.cli.remote import keep_options, remote_options
@@ -113,6 +128,7 @@ for command in (
     log_level.log_level,
     *operations.COMMANDS,
     doctor.doctor,
+    forecast.forecast,
     keys.keys,
     keys.audit,
     certs.certs,

@@ -8,6 +8,7 @@ from taskplatform.store.connection import LockLost, connect, unavailable
 from taskplatform.store.figures import DefinitionCounts, Figures, Histogram
 from taskplatform.store.keys import BOUNDS_MS
 from taskplatform.store.levels import LOG_LEVELS, LogLevel, LogLevels
+from taskplatform.store.outlook import KnownDefinition, KnownGroup, OpenOccurrence, Outlook, Waiting
 from taskplatform.store.records import (
     Beat,
     Breaker,
@@ -33,6 +34,7 @@ from taskplatform.store.records import (
     SubscribeResult,
     Vitals,
     Worker,
+    commitment_of,
 )
 from taskplatform.store.store import Store
 
@@ -52,14 +54,18 @@ __all__ = [
     "Garbage",
     "Group",
     "Histogram",
+    "KnownDefinition",
+    "KnownGroup",
     "LimitState",
     "LockLost",
     "LogLevel",
     "LogLevels",
     "Newer",
     "Occurrence",
+    "OpenOccurrence",
     "Opening",
     "Orders",
+    "Outlook",
     "Page",
     "PublishedDefinition",
     "Renewal",
@@ -69,7 +75,9 @@ __all__ = [
     "Subscribe",
     "SubscribeResult",
     "Vitals",
+    "Waiting",
     "Worker",
+    "commitment_of",
     "connect",
     "unavailable",
 ]
