@@ -173,7 +173,7 @@ def test_release_goes_as_it_was_foreseen(store: Store, clock: Clock) -> None:
     for number in range(150):
         enqueue(store, "first", "u0", f"m{number}")
         enqueue(store, "second", "u0", f"m{number}")
-    offer(store, "w1", slots=10)
+    offer(store, "celery@host#1a2b", slots=10)
     found = platform(store, high, low).forecast(hours=0.1)
 
     starts: Counter[tuple[str, int]] = Counter()
