@@ -9,6 +9,7 @@ options, its environment or a `flowerconfig.py`:
 - It keeps `flower_max_tasks` tasks at the most, and its table of tasks has arguments, where the user stands, and retries, unless
   --tasks_columns says what it has.
 - `/metrics` and `/healthcheck` need no login, and nobody else's page may read an answer.
+- Its pages link to the dashboard, and that of a task to the job's, where `dashboard_url` says where that is.
 - A Redis whose certificate is not accepted, or that does not let it in, ends it at once.
 """
 
@@ -19,10 +20,12 @@ import ipaddress
 import os
 from collections.abc import Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import flower.events
 import flower.views
+import tornado.template
 import tornado.web
 from celery.events.receiver import EventReceiver
 from flower.app import Flower
@@ -34,6 +37,11 @@ from taskplatform.store import connect
 _LOOPBACK = "127.0.0.1"
 #: What Flower's own pages send with POST to read.
 _READ_BY_POST = "/tasks/datatable"
+#: Of Flower's templates: where our links go in, and what goes in there.
+_LINKS = {
+    "navbar.html": ("</ul>", '<li class="nav-item"><a class="nav-link" href="{url}/" rel="noreferrer">Dashboard</a></li>'),
+    "task.html": ("</header>", '<a href="{url}/jobs/{{{{ url_escape(task.uuid, plus=False) }}}}" rel="noreferrer">Its whole history</a>'),
+}
 _FLOWERS_COLUMNS = "name,uuid,state,received,runtime,worker"
 _COLUMNS = "name,uuid,state,kwargs,retries,received,runtime,worker"
 
@@ -64,6 +72,8 @@ class PlatformFlower(Flower):  # type: ignore[misc]
         _require_redis(chosen)
         if chosen.sentinel is not None:
             flower.views.Broker = partial(_Queues, chosen)
+        if chosen.dashboard_url is not None:
+            arguments["template_loader"] = _Linked(arguments["template_path"], chosen.dashboard_url)
         super().__init__(options=options, **arguments)
 
     def find_handler(self, request: Any, **arguments: Any) -> Any:
@@ -75,6 +85,22 @@ class PlatformFlower(Flower):  # type: ignore[misc]
     def _path(self, path: str) -> str:
         prefix = f"/{self.options.url_prefix.strip('/')}" if self.options.url_prefix else ""
         return path.removeprefix(prefix)
+
+
+class _Linked(tornado.template.Loader):
+    """Flower's templates, with links to the dashboard; one that has no place for it stays as it is."""
+
+    def __init__(self, folder: str, url: str) -> None:
+        super().__init__(folder)
+        self._url = url
+
+    def _create_template(self, name: str) -> tornado.template.Template:
+        path = Path(self.root, name)
+        text = path.read_text(encoding="utf-8")
+        if name in _LINKS:
+            place, link = _LINKS[name]
+            text = text.replace(place, link.format(url=self._url) + place, 1)
+        return tornado.template.Template(text, name=name, loader=self)
 
 
 class _Listener(EventReceiver):  # type: ignore[misc]

@@ -395,7 +395,12 @@ class Stack:
         ]
         trusted = f"   CA {self.api_ca}; `taskplatform keys create` makes a key" if self.api_ca else ""
         lines.append(f"API       {self.api_url}{trusted}")
+        lines.append(f"Dashboard {self._dashboard_url}   sign in with a key: `taskplatform keys create me --scope admin`")
         return [*lines, f"Flower    {self.flower_url}"] if self.flower_url else lines
+
+    @property
+    def _dashboard_url(self) -> str:
+        return f"{self._settings.dashboard_url or f'{self.api_url}/ui'}/"
 
     def _certify(self) -> Path:
         """The CA of the API's certificate, which is made where there is none, and anew when it will not do for much longer."""
@@ -437,6 +442,9 @@ class Stack:
         own |= {"http_allow": ",".join(allowed)}
         # what `up` writes is for people, unless it is told otherwise
         own |= {"log_format": "json" if self._settings.log_format == "json" else "console"}
+        own |= {"dashboard_url": self._dashboard_url}
+        if self.flower_url:
+            own |= {"flower_url": self._settings.flower_url or self.flower_url}
         own |= {
             "verify_target": self.verify_target,
             "redis_url": self.redis_url,

@@ -102,6 +102,25 @@ _Walls = Callable[[int, int], Iterable[int]]
 """Wall times of a schedule in a span of the wall clock, ascending, as if the clock never changed."""
 
 
+def in_words(schedule: Schedule) -> str:
+    """A schedule for people: `every day at 09:00 Europe/Berlin`."""
+    if isinstance(schedule, Cron):
+        return f"cron {schedule.expression} {schedule.timezone}"
+    unit = {"minutely": "minute", "hourly": "hour", "daily": "day", "weekly": "week", "monthly": "month"}[schedule.type]
+    every = f"every {unit}" if schedule.value == 1 else f"every {schedule.value} {unit}s"
+    at, zone = schedule.at_time, schedule.timezone
+    match schedule.type:
+        case IntervalType.MINUTELY:
+            return every
+        case IntervalType.HOURLY if schedule.value == 1:
+            return f"{every} at :{at.minute:02} {zone}"
+        case IntervalType.WEEKLY:
+            every += f" on {schedule.weekday or 'monday'}"
+        case IntervalType.MONTHLY:
+            every += f" on day {schedule.day_of_month or 1}"
+    return f"{every} at {at.hour:02}:{at.minute:02} {zone}"
+
+
 def _half_open(after_ms: int, until_ms: int) -> tuple[int, int]:
     return after_ms // 1000 + 1, until_ms // 1000 + 1
 

@@ -63,6 +63,7 @@ _MOST_YAML_BYTES = 256 * 1024
 #: More is no file of settings, and its faults could not be read.
 _MOST_YAML_NAMES = 200
 _MOST_FAULTS = 50
+_LINK = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:\d{1,5})?(/[A-Za-z0-9._~/-]*)?", re.ASCII)
 _TLS_FILES = ("redis_ca", "redis_cert", "redis_key")
 _WITH_TLS = ("rediss:", "sentinels:")
 
@@ -179,6 +180,16 @@ class Settings(BaseSettings):
     )
     idempotency_retention: PositiveDuration = Field(
         default=timedelta(days=1), description="answers to API calls with an Idempotency-Key are kept this long"
+    )
+
+    dashboard_session: PositiveDuration = Field(
+        default=timedelta(hours=12), le=timedelta(days=31), description="who signs in to the dashboard stays so for this long"
+    )
+    dashboard_url: str | None = Field(
+        default=None, description="where people reach the dashboard, such as https://ops.example.com/ui/; Flower links to it"
+    )
+    flower_url: str | None = Field(
+        default=None, description="where people reach Flower, such as https://flower.example.com; the dashboard links to it"
     )
 
     ops_host: str = Field(default="127.0.0.1", description="address where each process serves /health, /ready and /metrics; 0.0.0.0: all")
@@ -307,6 +318,14 @@ class Settings(BaseSettings):
         if login is not None and not (user and colon and len(password) >= 8 and login.isascii() and login.isprintable()):
             raise ValueError("takes user:password in ASCII characters, and a password of 8 characters or more")
         return login
+
+    @field_validator("dashboard_url", "flower_url")
+    @classmethod
+    def _check_link(cls, url: str | None) -> str | None:
+        # it becomes a link: javascript: would run in the page, and a password would stand in it for all to read
+        if url is not None and not _LINK.fullmatch(url):
+            raise ValueError(f"got {url[:80]!r}; it takes an http:// or https:// URL without user, password, query and fragment")
+        return None if url is None else url.rstrip("/")
 
     @model_validator(mode="after")
     def _check_tls(self) -> Settings:

@@ -1,4 +1,4 @@
-"""The application: all routes, with what they share.
+"""The application: all routes, with what they share; beside those of the API the dashboard's pages.
 
 Only security's OPEN_PATHS answer without a key; `make_app` refuses to make one in which another route says no scope.
 """
@@ -16,10 +16,12 @@ import anyio.to_thread
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import Response
 
-from taskplatform.api import backfills, jobs, operations, people, problem, security
+from taskplatform.api import backfills, forecast, jobs, operations, people, problem, security
 from taskplatform.api.call import JSON, Reads
+from taskplatform.api.growth import Growth
 from taskplatform.api.guard import Guard
 from taskplatform.api.metrics import MEDIA_TYPE as METRICS
+from taskplatform.api.pages.routes import pages
 from taskplatform.api.records import Alive, Readiness
 from taskplatform.api.routing import ALWAYS, WITHOUT_BODY, document, problem_response
 from taskplatform.api.telling import Telling
@@ -42,6 +44,7 @@ _ROUTES = (
     operations.nodes,
     operations.state,
     backfills.backfills,
+    forecast.forecasts,
 )
 
 _DESCRIPTION = """\
@@ -81,10 +84,11 @@ def make_app(platform: Platform, telling: Telling | None = None) -> FastAPI:
     )
     app.state.platform = platform
     app.state.telling = telling
+    app.state.growth = Growth()
     problem.install(app)
     routers = [_process_routes(app, telling), *(routes.router for routes in _ROUTES)]
     app.state.routes = [route for router in routers for route in router.routes]
-    for router in routers:
+    for router in (*routers, pages.router):
         app.include_router(router)
     security.install(app, platform)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]

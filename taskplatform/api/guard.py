@@ -157,7 +157,10 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.started = True
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), *_HEADERS, (b"x-request-id", request_id(self._scope).encode())]
+            given = list(message.get("headers", ()))
+            # a page says itself what it may load
+            own = [(name, value) for name, value in _HEADERS if name not in dict(given)]
+            message["headers"] = [*given, *own, (b"x-request-id", request_id(self._scope).encode())]
         await self._send(message)
 
     async def refuse(self, problem: Problem) -> None:

@@ -48,7 +48,7 @@ UserFilter = Annotated[str | None, Query(description="of this user")]
 DefinitionFilter = Annotated[str | None, Query(description="of this definition")]
 
 
-def _known(job_id: str) -> str:
+def known_job(job_id: str) -> str:
     """What has not the form of an id is none of a job."""
     if not _JOB_ID.fullmatch(job_id):
         raise UnknownJob(f"no job {job_id!r}: it never was, or its record is past the retention")
@@ -156,7 +156,7 @@ def list_jobs(
 @jobs("GET", "/jobs/{job_id}", JobRecord, faults=(404,))
 def get_job(call: Reads, job_id: JobId) -> Response:
     """Get a job."""
-    return _answer(call, call.platform.job(_known(job_id)))
+    return _answer(call, call.platform.job(known_job(job_id)))
 
 
 @jobs("GET", "/jobs/{job_id}/history", History, faults=(404,))
@@ -168,20 +168,20 @@ def get_history(call: Reads, job_id: JobId) -> Response:
 @jobs("GET", "/jobs/{job_id}/held-back", HeldBack, faults=(404,))
 def get_held_back(call: Reads, job_id: JobId) -> Response:
     """Get the host for which a due job waits, where that is held back."""
-    breaker = call.platform.held_back(call.platform.job(_known(job_id)))
+    breaker = call.platform.held_back(call.platform.job(known_job(job_id)))
     return call.answer(HeldBack(breaker=None if breaker is None else BreakerRecord.model_validate(breaker)))
 
 
 @jobs("POST", "/jobs/{job_id}/cancel", JobRecord, faults=(404,))
 def cancel_job(call: Submits, job_id: JobId) -> Response:
     """Cancel a job that has not ended. One that waits never starts; one that runs is stopped, or its result discarded."""
-    return call.once(lambda: _answer(call, call.platform.cancel(_known(job_id))))
+    return call.once(lambda: _answer(call, call.platform.cancel(known_job(job_id))))
 
 
 @jobs("POST", "/jobs/{job_id}/retry", JobRecord, faults=(404,))
 def retry_job(call: Submits, job_id: JobId) -> Response:
     """Run a job again that failed, timed out, was rejected or canceled."""
-    return call.once(lambda: _answer(call, call.platform.retry(_known(job_id))))
+    return call.once(lambda: _answer(call, call.platform.retry(known_job(job_id))))
 
 
 @jobs("PUT", "/jobs/{job_id}/priority", JobRecord, takes=NewPriority, faults=(404, 409))
@@ -189,7 +189,7 @@ def set_priority(call: Submits, job_id: JobId) -> Response:
     """Give a job that waits another priority. It keeps its place among those of its time."""
     priority = call.read(NewPriority).priority
     call.note(priority=priority)
-    return _answer(call, call.platform.set_priority(_known(job_id), priority))
+    return _answer(call, call.platform.set_priority(known_job(job_id), priority))
 
 
 def _answer(call: Call, job: Job) -> Response:
@@ -197,7 +197,7 @@ def _answer(call: Call, job: Job) -> Response:
 
 
 def _history(call: Call, job_id: str) -> list[TransitionRecord]:
-    return [TransitionRecord.model_validate(line) for line in call.platform.history(_known(job_id))]
+    return [TransitionRecord.model_validate(line) for line in call.platform.history(known_job(job_id))]
 
 
 # --- dead letters ----------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def list_dead_letters(
 @dead("GET", "/dead-letters/{job_id}", DeadLetter, faults=(404,))
 def get_dead_letter(call: Reads, job_id: JobId) -> Response:
     """Get a dead letter and its history."""
-    job = call.platform.job(_known(job_id))
+    job = call.platform.job(known_job(job_id))
     if job.state not in (JobState.FAILED, JobState.TIMED_OUT):
         raise UnknownJob(f"job {job_id} is {job.state} and no dead letter")
     record = JobRecord.model_validate(job)
@@ -233,13 +233,13 @@ def get_dead_letter(call: Reads, job_id: JobId) -> Response:
 @dead("POST", "/dead-letters/{job_id}/redrive", JobRecord, faults=(404,))
 def redrive(call: Submits, job_id: JobId) -> Response:
     """Run a dead letter again, with a fresh budget of retries. It keeps its id, and so its Idempotency-Key at the target."""
-    return call.once(lambda: _answer(call, call.platform.redrive(_known(job_id))))
+    return call.once(lambda: _answer(call, call.platform.redrive(known_job(job_id))))
 
 
 @dead("DELETE", "/dead-letters/{job_id}", None, faults=(404, 409))
 def discard(call: Administers, job_id: JobId) -> Response:
     """Forget a dead letter and its history; nothing, where there is none any more. The change log keeps that it was done."""
-    call.platform.discard(_known(job_id))
+    call.platform.discard(known_job(job_id))
     return call.answer(None)
 
 

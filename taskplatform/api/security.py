@@ -8,6 +8,8 @@
 The gate stands before everything else: before a route is looked for, and before a byte of a body is read. Without a valid key every path,
 also one that does not exist, is answered the same. Only OPEN_PATHS are answered to anybody. A route that says with no `requires` which
 scope it takes keeps the application from starting.
+
+Under /ui a browser shows the cookie of a session in place of a key (`sessions`), and who has none is led to the page that takes a key.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from fastapi import FastAPI, Request, Security
 from fastapi.routing import APIRoute, iter_route_contexts
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from taskplatform.api.pages import frame
 from taskplatform.api.problem import RETRY_SECONDS, Problem
+from taskplatform.api.sessions import OPEN_PAGES, Session, Sessions, is_page
 from taskplatform.errors import StoreError
 from taskplatform.keys import BOOTSTRAP, TOKEN, ApiKey, KeyRefused, Scope, digest
 from taskplatform.platform import Platform
@@ -49,7 +53,7 @@ _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 #: wait for those of the routes, nor take them when Redis does not answer.
 _THREADS = 16
 #: What the gate and those around it say of a request to each other.
-_REQUEST_ID, _ACTOR, _KEY, _ABOUT = (f"taskplatform.{name}" for name in ("request_id", "actor", "key", "about"))
+_REQUEST_ID, _ACTOR, _KEY, _ABOUT, _SESSION = (f"taskplatform.{name}" for name in ("request_id", "actor", "key", "about", "session"))
 _CREDENTIALS = re.compile(r"bearer +([!-~]+)", re.IGNORECASE | re.ASCII)
 _LONGEST_TOKEN = 256
 _NOBODY = "0" * 64
@@ -66,7 +70,8 @@ def install(app: FastAPI, platform: Platform) -> None:
     ValueError for a route that is there already and says no scope; one that is added later keeps the application from starting.
     """
     _check_routes(app)
-    app.add_middleware(cast("Any", _Gate), api=app, platform=platform)
+    app.state.door = door = Door(platform)
+    app.add_middleware(cast("Any", _Gate), api=app, door=door)
 
 
 @lru_cache(maxsize=len(Scope))
@@ -103,6 +108,14 @@ def note(request: Request, **about: str) -> None:
     request.scope.setdefault(_ABOUT, {}).update(about)
 
 
+def session_of(request: Request) -> Session:
+    """The session with which a page is asked for. Raises Problem where it is not."""
+    session = request.scope.get(_SESSION)
+    if not isinstance(session, Session):
+        raise _refused()
+    return session
+
+
 def source_of(address: str) -> str:
     """What wrong keys are counted by: an IPv4 address, or the /64 of an IPv6 one, which is what one customer has."""
     try:
@@ -119,18 +132,12 @@ def source_of(address: str) -> str:
 
 
 class _Gate:
-    def __init__(self, app: ASGIApp, *, api: FastAPI, platform: Platform) -> None:
+    def __init__(self, app: ASGIApp, *, api: FastAPI, door: Door) -> None:
         self._app = app
         self._api = api
-        self._access = platform.store.access
-        self._settings = platform.settings
-        given = platform.settings.api_key
-        self._bootstrap_secret = given.get_secret_value() if given is not None else ""
-        self._bootstrap = digest(self._bootstrap_secret) if self._bootstrap_secret else _NOBODY
-        self._bootstrap_key = ApiKey(BOOTSTRAP, BOOTSTRAP, (Scope.ADMIN,), time.time_ns() // 1_000_000, "TASKPLATFORM_API_KEY")
+        self._door = door
         self._threads = anyio.CapacityLimiter(_THREADS)
         self._checked = False
-        self._complained = float("-inf")
 
     async def __call__(self, connection: Connection, receive: Receive, send: Send) -> None:
         if not self._checked:
@@ -158,11 +165,33 @@ class _Gate:
         if connection["path"] in OPEN_PATHS and connection["method"] in ("GET", "HEAD"):
             await self._app(connection, receive, send)
             return
+        if is_page(connection["path"]):
+            await self._show(connection, receive, send)
+            return
         try:
-            key = await self._in_thread(partial(self._admit, connection))
+            key = await self._in_thread(partial(self._door.admit, connection))
         except Problem as problem:
             await problem.response(connection, receive, send)
             return
+        await self._let_in(key, connection, receive, send)
+
+    async def _show(self, connection: Connection, receive: Receive, send: Send) -> None:
+        """A page, to who has a session."""
+        if connection["path"] in OPEN_PAGES:
+            await self._app(connection, receive, send)
+            return
+        try:
+            session = await self._in_thread(partial(self._door.session, connection))
+        except Problem as problem:
+            await frame.of_problem(problem)(connection, receive, send)
+            return
+        if session is None:
+            await frame.to_sign_in(connection)(connection, receive, send)
+            return
+        connection[_SESSION] = session
+        await self._let_in(session.key, connection, receive, send)
+
+    async def _let_in(self, key: ApiKey, connection: Connection, receive: Receive, send: Send) -> None:
         connection[_KEY], connection[_ACTOR] = key, key.name
         if connection["method"] in _READING:
             await self._app(connection, receive, send)
@@ -176,7 +205,7 @@ class _Gate:
         async def record(status: int) -> None:
             nonlocal answered
             answered = True
-            await self._in_thread(partial(self._record, connection, key, status))
+            await self._in_thread(partial(self._door.record, connection, key, status))
 
         async def send_recorded(message: Message) -> None:
             if message["type"] == "http.response.start" and not answered:
@@ -193,37 +222,78 @@ class _Gate:
     async def _in_thread(self, call: Callable[[], Any]) -> Any:
         return await anyio.to_thread.run_sync(call, limiter=self._threads)
 
-    # in a thread
 
-    def _admit(self, connection: Connection) -> ApiKey:
-        """The key that the request shows. Raises Problem."""
+class Door:
+    """Who is let in, and what is kept of it. Its methods ask Redis: they are for threads."""
+
+    def __init__(self, platform: Platform) -> None:
+        self._access = platform.store.access
+        self._settings = platform.settings
+        given = platform.settings.api_key
+        self._bootstrap_secret = given.get_secret_value() if given is not None else ""
+        self._bootstrap = digest(self._bootstrap_secret) if self._bootstrap_secret else _NOBODY
+        self._bootstrap_key = ApiKey(BOOTSTRAP, BOOTSTRAP, (Scope.ADMIN,), time.time_ns() // 1_000_000, "TASKPLATFORM_API_KEY")
+        self._complained = float("-inf")
+        self.sessions = Sessions(self._access, self._settings, self._bootstrap_key, self._bootstrap_secret)
+
+    def admit(self, connection: Connection) -> ApiKey:
+        """The key that the request shows in its header. Raises Problem."""
         shown = [value for name, value in connection["headers"] if name == b"authorization"]
+        return self._known(connection, partial(self._key_of, shown), guesses=bool(shown))
+
+    def admit_token(self, connection: Connection, token: str) -> ApiKey:
+        """The key that somebody who signs in shows; who shows wrong ones is told to wait as by `admit`. Raises Problem."""
+        return self._known(connection, partial(self._key_of, [f"Bearer {token.strip()}".encode("utf-8", "replace")]), guesses=True)
+
+    def session(self, connection: Connection) -> Session | None:
+        """That of the request's cookie. None: there is none, or its key has ended, of which the audit log is told. Raises Problem."""
         try:
-            return self._key_of(shown)
+            return self.sessions.find(connection)
         except KeyRefused as refused:
-            address = _address(connection)
-            # who shows nothing does not guess, and is not kept from it; its lines in the log are bounded all the same
-            source = source_of(address) if shown else f"{source_of(address)} none"
-            entry = AuditEntry(
-                at_ms=0,
-                kind="refused",
-                action=self._action(connection),
-                key=refused.key.name if refused.key else "",
-                key_id=refused.key.id if refused.key else "",
-                address=address,
-                about=refused.why,
-                request=connection[_REQUEST_ID],
-            )
-            wait_ms = self._count(source, entry)
+            # nobody guesses here: the session was right
+            self._refuse(connection, refused, guesses=False)
+            return None
         except StoreError as fault:
             raise self._away(fault) from fault
-        if wait_ms and shown:
+
+    def sign_in(self, key: ApiKey) -> Session:
+        """A new session. Raises Problem."""
+        try:
+            return self.sessions.open(key)
+        except StoreError as fault:
+            raise self._away(fault) from fault
+
+    def _known(self, connection: Connection, look: Callable[[], ApiKey], *, guesses: bool) -> ApiKey:
+        try:
+            return look()
+        except KeyRefused as refused:
+            wait_ms = self._refuse(connection, refused, guesses=guesses)
+        except StoreError as fault:
+            raise self._away(fault) from fault
+        if wait_ms and guesses:
             seconds = -(-wait_ms // 1000)
             detail = (
                 f"{self._settings.api_wrong_keys} wrong keys in a minute are the most for one address; a right one is let in at any time"
             )
             raise Problem(429, "Too Many Requests", detail, headers={"Retry-After": str(seconds)})
         raise _refused()
+
+    def _refuse(self, connection: Connection, refused: KeyRefused, *, guesses: bool) -> int:
+        """For how many ms the address has to wait before it may show another wrong key."""
+        address = _address(connection)
+        # who shows nothing does not guess, and is not kept from it; its lines in the log are bounded all the same
+        source = source_of(address) if guesses else f"{source_of(address)} none"
+        entry = AuditEntry(
+            at_ms=0,
+            kind="refused",
+            action=self._action(connection),
+            key=refused.key.name if refused.key else "",
+            key_id=refused.key.id if refused.key else "",
+            address=address,
+            about=refused.why,
+            request=connection[_REQUEST_ID],
+        )
+        return self._count(source, entry)
 
     def _key_of(self, shown: list[bytes]) -> ApiKey:
         if len(shown) != 1:
@@ -248,7 +318,8 @@ class _Gate:
             log.error("API keys cannot be looked at, so nobody is let in: %s", fault)
         return Problem(503, "Service Unavailable", "keys cannot be looked at for now", headers={"Retry-After": str(RETRY_SECONDS)})
 
-    def _record(self, connection: Connection, key: ApiKey, status: int) -> None:
+    def record(self, connection: Connection, key: ApiKey, status: int) -> None:
+        """Tell the audit log what was answered to what somebody changed."""
         about = {**connection.get("path_params", {}), **connection.get(_ABOUT, {})}
         entry = AuditEntry(
             at_ms=0,
@@ -308,7 +379,7 @@ def _check_routes(app: FastAPI) -> None:
     faults = []
     for route in iter_route_contexts(app.routes):
         if isinstance(route.original_route, APIRoute):
-            fine = route.path in OPEN_PATHS or any(call in _REQUIREMENTS for call in _calls(route.dependant))
+            fine = route.path in OPEN_PATHS | OPEN_PAGES or any(call in _REQUIREMENTS for call in _calls(route.dependant))
         else:
             fine = route.path in documents
         if not fine:

@@ -139,23 +139,9 @@ def json_text(value: object) -> str:
 
 def schedule_text(schedule: Schedule) -> str:
     """A schedule in words."""
-    from taskplatform.model import Cron, IntervalType
+    from taskplatform.schedule import in_words
 
-    if isinstance(schedule, Cron):
-        return f"cron {schedule.expression} {schedule.timezone}"
-    unit = {"minutely": "minute", "hourly": "hour", "daily": "day", "weekly": "week", "monthly": "month"}[schedule.type]
-    every = f"every {unit}" if schedule.value == 1 else f"every {schedule.value} {unit}s"
-    at, zone = schedule.at_time, schedule.timezone
-    match schedule.type:
-        case IntervalType.MINUTELY:
-            return every
-        case IntervalType.HOURLY if schedule.value == 1:
-            return f"{every} at :{at.minute:02} {zone}"
-        case IntervalType.WEEKLY:
-            every += f" on {schedule.weekday or 'monday'}"
-        case IntervalType.MONTHLY:
-            every += f" on day {schedule.day_of_month or 1}"
-    return f"{every} at {at.hour:02}:{at.minute:02} {zone}"
+    return in_words(schedule)
 
 
 def plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from taskplatform.store.connection import LockLost, connect, unavailable
 from taskplatform.store.figures import DefinitionCounts, Figures, Histogram
 from taskplatform.store.keys import BOUNDS_MS
 from taskplatform.store.levels import LOG_LEVELS, LogLevel, LogLevels
+from taskplatform.store.outlook import KnownDefinition, KnownGroup, OpenOccurrence, Outlook, Waiting
 from taskplatform.store.records import (
     Beat,
     Breaker,
@@ -34,6 +35,7 @@ from taskplatform.store.records import (
     SubscribeResult,
     Vitals,
     Worker,
+    commitment_of,
 )
 from taskplatform.store.samples import EVERY as SAMPLE_EVERY
 from taskplatform.store.samples import Sample
@@ -59,14 +61,18 @@ __all__ = [
     "Garbage",
     "Group",
     "Histogram",
+    "KnownDefinition",
+    "KnownGroup",
     "LimitState",
     "LockLost",
     "LogLevel",
     "LogLevels",
     "Newer",
     "Occurrence",
+    "OpenOccurrence",
     "Opening",
     "Orders",
+    "Outlook",
     "Page",
     "PublishedDefinition",
     "Renewal",
@@ -77,7 +83,9 @@ __all__ = [
     "Subscribe",
     "SubscribeResult",
     "Vitals",
+    "Waiting",
     "Worker",
+    "commitment_of",
     "connect",
     "unavailable",
 ]

@@ -20,6 +20,8 @@ from taskplatform.store.scripts import Clock, Scripts
 KEY_RETENTION = timedelta(days=30)
 #: Keys that there can be, with those that ended and are still listed.
 MOST_KEYS = 1000
+#: Browsers that are signed in with one key at a time.
+MOST_SESSIONS = 50
 #: How exactly it is known when a key was used last. A key that is used all the time costs one write in this span.
 _USE_MS = 60_000
 #: Addresses that failed to come in and are remembered.
@@ -146,11 +148,13 @@ class Access:
             raise KeyRefused("no such key")
         if not right:
             raise KeyRefused("wrong secret")
-        key = _read_key(key_id, record)
+        return self._live(_read_key(key_id, record), now_ms)
+
+    def _live(self, key: ApiKey, now_ms: int) -> ApiKey:
         if (state := key.state(now_ms)) != "live":
             raise KeyRefused(f"the key is {state}", key)
         if key.last_used_ms is None or not 0 <= now_ms - key.last_used_ms < _USE_MS:
-            self._note_use(key_id)
+            self._note_use(key.id)
         return key
 
     def _note_use(self, key_id: str) -> None:
@@ -167,6 +171,41 @@ class Access:
         pipe.hgetall(self._key("api_key", key_id))
         (seconds, microseconds), record = pipe.execute()
         return seconds * 1000 + microseconds // 1000 if self._clock is None else self._clock(), record
+
+    # browsers that are signed in with a key
+
+    def open_session(self, key_id: str, session: str, *, lifetime: timedelta) -> None:
+        """Let who shows what `session` is the digest of in under a key, for so long, while the key is valid."""
+        self._scripts.run("open_session", key_id, session, _milliseconds(lifetime), MOST_SESSIONS)
+
+    def close_session(self, key_id: str, session: str) -> None:
+        """Let it in no longer."""
+        self._redis.zrem(self._key("sessions", key_id), session)
+
+    def has_session(self, key_id: str, session: str) -> bool:
+        """Whether it is let in: for a key that is not kept here."""
+        return self._look_for_session(key_id, session)[1]
+
+    def session_key(self, key_id: str, session: str) -> ApiKey | None:
+        """The key that is behind a session, in one call to Redis as `authenticate`; None: there is no such session, or it has ended.
+
+        Raises KeyRefused where the key is no longer valid, and StoreUnavailable.
+        """
+        now_ms, signed_in, record = self._look_for_session(key_id, session)
+        if not signed_in:
+            return None
+        if not record:
+            raise KeyRefused("no such key")
+        return self._live(_read_key(key_id, record), now_ms)
+
+    def _look_for_session(self, key_id: str, session: str) -> tuple[int, bool, dict[str, str]]:
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.time()
+        pipe.zscore(self._key("sessions", key_id), session)
+        pipe.hgetall(self._key("api_key", key_id))
+        (seconds, microseconds), until, record = pipe.execute()
+        now_ms = seconds * 1000 + microseconds // 1000 if self._clock is None else self._clock()
+        return now_ms, until is not None and until > now_ms, record
 
     # attempts to come in
 

@@ -94,6 +94,7 @@ NAMES = {
     # who may use the API, and what they did
     "api_keys": "apikeys",  # sorted set: id of an API key → when it was made
     "api_key": "apikey:",  # by id, hash: name, digest of its token, scopes, created, by, lifetime, expires, used, revoked
+    "sessions": "sessions:",  # by id of an API key, sorted set, bounded: digest of what a browser shows → until when; it expires
     "attempts": "attempts",  # sorted set, bounded: "<address>" or "<address> none" that failed to come in → until when that counts
     "attempts_beyond": "attempts_beyond",  # hash: the same → how often beyond what it may, and not told yet
     "audit": "audit:",  # by kind, stream, bounded

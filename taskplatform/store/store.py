@@ -45,6 +45,7 @@ from taskplatform.store.connection import connect
 from taskplatform.store.figures import Figures, read_figures
 from taskplatform.store.keys import key
 from taskplatform.store.levels import LogLevels
+from taskplatform.store.outlook import Outlook, read_outlook
 from taskplatform.store.records import (
     Beat,
     Breaker,
@@ -385,6 +386,20 @@ class Store:
                 if raw and '"params"' in raw:
                     found[pair] = json.loads(json.loads(raw)["params"])
         return found
+
+    def subscribed(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether each (user, definition) is subscribed."""
+        found: list[bool] = []
+        for batch in batches(pairs, 5000):
+            pipe = self._redis.pipeline(transaction=False)
+            for user, definition in batch:
+                pipe.hexists(self._key("user", user), definition)
+            found += map(bool, pipe.execute())
+        return found
+
+    def count_subscriptions(self) -> int:
+        """How many there are in all."""
+        return sum(map(int, cast("list[str]", self._redis.hvals(self._key("subscribers")))))
 
     def _schedules(self, groups: Iterable[str]) -> dict[str, Schedule]:
         ids = list(dict.fromkeys(groups))
@@ -1301,6 +1316,11 @@ class Store:
         self._redis.delete(self._key("answer", digest))
 
     # metrics
+
+    def outlook(self, *, horizon: timedelta, until_ms: int) -> Outlook:
+        """What a forecast up to `until_ms` begins with."""
+        limits = self.limit_states(of_users=False)
+        return read_outlook(self._redis, self._key, self.now_ms(), limits, horizon_ms=milliseconds(horizon), until_ms=until_ms)
 
     def figures(self) -> Figures:
         """What metrics are made of, in some ten round trips. Its cost grows with the definitions, the limits and the jobs that run."""

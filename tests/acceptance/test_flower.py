@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import requests
@@ -78,3 +79,14 @@ def test_its_metrics_count_by_definition(seen: str, site: Site, user: str) -> No
     site.wait_for(site.platform.enqueue("call", user=user).id)
     wanted = 'flower_events_total{task="call",type="task-succeeded"'
     eventually(lambda: wanted in requests.get(f"{seen}/metrics", timeout=5).text, "no metric of the definition")
+
+
+def test_it_links_to_the_dashboard(shared_site: Site, celery_setup: CeleryTestSetup, site: Site, user: str) -> None:
+    node = shared_site.flower(dashboard_url="https://ops.example.com/ui/")
+    node.ready()
+    wait_until(lambda: "Connected to" in node.logs(), seconds=20)
+    job = site.wait_for(site.platform.enqueue("returning", user=user).id)
+    assert '<a class="nav-link" href="https://ops.example.com/ui/"' in requests.get(f"{node.url}/workers", timeout=5).text
+    eventually(lambda: requests.get(f"{node.url}/task/{job.id}", timeout=5).status_code == 200, "Flower does not know the job")
+    assert f'href="https://ops.example.com/ui/jobs/{quote(job.id, safe="")}"' in requests.get(f"{node.url}/task/{job.id}", timeout=5).text
+    shared_site.remove(node)

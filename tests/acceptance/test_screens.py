@@ -1,11 +1,13 @@
-"""What people see on a platform with jobs of the shipped definitions: Flower in a real browser, tables in a terminal.
+"""What people see on a platform with jobs of the shipped definitions: dashboard and Flower in a real browser, tables in a terminal.
 
 The pictures in docs/images are made here, by the same code (`make screenshots`): where SCREENSHOTS names a folder, they go there.
 """
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import os
 import pty
 import re
@@ -24,6 +26,7 @@ from rich.text import Text
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 from taskplatform.catalogue import load
 from taskplatform.model import Job, JobState
@@ -47,6 +50,8 @@ JOBS = {
 }
 #: Of the jobs that do not complete.
 ENDS = {"finance_tax_rounding_check": (JobState.RETRYING, JobState.FAILED), "slot_drill": (JobState.FAILED,)}
+#: Of a phone, in CSS pixels.
+PHONE = (390, 844)
 #: How Flower shows each state, and then how many retries there were before.
 SHOWN = {"SUCCESS": "0", "RETRY": "0", "FAILURE": "01"}
 
@@ -69,6 +74,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
         pytest.skip("chromium or chromedriver is missing: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = str(found[0])
+    options.accept_insecure_certs = True  # `up` has a CA of its own
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     for word in ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--window-size=1760,840"):
         options.add_argument(word)
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
@@ -229,3 +236,182 @@ def _typed(up: UpNode, command: str) -> str:
             seen += data
     assert process.wait(SECONDS) == 0, seen
     return seen.decode().replace("\r\n", "\n")
+
+
+# --- the dashboard ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def key(platform: Platform) -> str:
+    return platform.store.access.create_key("ops", {"admin"}, actor="test", log_size=1000)[1]
+
+
+class Dashboard:
+    """The dashboard in the browser, in which somebody is signed in."""
+
+    def __init__(self, browser: webdriver.Chrome, url: str, key: str) -> None:
+        self.browser = browser
+        self.url = url.rstrip("/")
+        self._key = key
+
+    def open(self, path: str = "/") -> None:
+        """A page, with the key where it is asked for."""
+        self.browser.get(self.url + path)
+        if self.browser.find_elements(By.ID, "key"):
+            self.browser.find_element(By.ID, "key").send_keys(self._key, Keys.ENTER)
+            eventually(lambda: not self.browser.find_elements(By.ID, "key"), "nobody is signed in", seconds=SECONDS)
+        assert self.browser.current_url == self.url + path
+
+    def click(self, name: str) -> None:
+        """What people find under this name. The page that comes of it is there then."""
+        before = self.browser.find_element(By.TAG_NAME, "html")
+        found = self.browser.find_elements(By.CSS_SELECTOR, f'[aria-label="{name}"]') or self.browser.find_elements(
+            By.XPATH, f'//a[normalize-space()="{name}"]|//button[normalize-space()="{name}"]'
+        )
+        assert found, f"nothing is called {name!r} on\n{self.text}"
+        found[0].click()
+        eventually(lambda: self.browser.find_element(By.TAG_NAME, "html") != before, "no page comes", seconds=SECONDS)
+
+    @property
+    def text(self) -> str:
+        """What is to be read on the page."""
+        return str(self.browser.find_element(By.TAG_NAME, "body").text)
+
+    def size(self, width: int = 1280, height: int = 900, *, phone: bool = False) -> None:
+        """Show it on a screen of so many CSS pixels."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 2 if phone else 1, "mobile": phone}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    def picture(self, name: str, tmp_path: Path, *, height: int) -> None:
+        """Of the page's upper part."""
+        clip = {"x": 0, "y": 0, "width": self.browser.execute_script("return innerWidth"), "height": height, "scale": 1}
+        taken = self.browser.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
+        data = base64.b64decode(taken["data"])
+        assert 10_000 < len(data) < MOST_BYTES, f"{name} has {len(data)} bytes"
+        _at(name, tmp_path).write_bytes(data)
+
+    def faults(self) -> list[str]:
+        """What the browser complained of since it was asked last, and what it asked others for."""
+        said = [one["message"] for one in self.browser.get_log("browser") if one["level"] in ("SEVERE", "WARNING")]
+        events = [json.loads(one["message"])["message"] for one in self.browser.get_log("performance")]
+        asked = [one["params"]["request"]["url"] for one in events if one["method"] == "Network.requestWillBeSent"]
+        own = self.url.removesuffix("/ui")
+        return said + [url for url in asked if not url.startswith((f"{own}/ui", "data:"))]
+
+
+@pytest.fixture
+def dashboard(up: UpNode, browser: webdriver.Chrome, key: str) -> Iterator[Dashboard]:
+    made = Dashboard(browser, up.address("Dashboard"), key)
+    made.size()
+    made.open()
+    made.faults()  # of what was looked at before
+    yield made
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.fixture
+def busy(platform: Platform) -> Iterator[None]:
+    """While more is to be done than workers have slots for."""
+    slots = sum(worker.slots for worker in platform.workers())
+    made = [platform.enqueue("slot_drill", user="user1", params={"seconds": 300}, priority="high") for _ in range(slots + 2)]
+    made += [platform.enqueue("hourly_data_sync", user="user3", priority=one) for one in ("medium", "low") for _ in range(9)]
+    eventually(lambda: platform.store.running() >= slots, "not all slots are busy", seconds=SECONDS)
+    yield
+    for job in made:
+        platform.cancel(job.id)
+    eventually(lambda: platform.store.running() == 0, "they are not stopped", seconds=SECONDS)
+
+
+def test_the_dashboard_fits_a_desk_and_a_phone_and_loads_nothing(
+    dashboard: Dashboard, platform: Platform, jobs: list[Job], busy: None, tmp_path: Path
+) -> None:
+    platform.subscribe("user2", "daily_user_report", schedule={"timezone": "Europe/Berlin"})
+    failed = platform.job(jobs[-1].id)
+    pages = {
+        "/": ("Health", *(worker.id for worker in platform.workers()), "leads", "high", "medium", "low", "taskplatform limits list"),
+        "/definitions?q=daily_user": ("daily_user_report", "every day at"),
+        f"/definitions/{failed.definition}": (failed.reason, "Occurrences"),
+        "/users/user2": ("daily_user_report", "retrying", "taskplatform users show user2"),
+        "/users/user2/subscriptions/daily_user_report": ("daily_user_report for user2", "Europe/Berlin", "completed"),
+        f"/jobs/{failed.id}": (failed.id, "Timeline", "assigned", "running", failed.reason),
+        "/dead-letters": (failed.id.split(":")[2], "Redrive"),
+        "/forecast": ("Forecast",),
+        "/users/nobody": ("no user 'nobody'",),
+    }
+    for phone in (False, True):
+        dashboard.size(*(PHONE if phone else (1280, 900)), phone=phone)
+        for path, wanted in pages.items():
+            dashboard.open(path)
+            shown = dashboard.text
+            assert all(one in shown for one in wanted), f"{path} lacks one of {wanted}:\n{shown}"
+            inner, content = dashboard.browser.execute_script("return [innerWidth, document.documentElement.scrollWidth]")
+            assert inner == (PHONE[0] if phone else 1280), path
+            assert content <= inner, f"{path} is {content} pixels wide on {inner}"
+            if path == "/":
+                dashboard.picture(f"dashboard{'-phone' if phone else ''}.png", tmp_path, height=1000 if phone else 900)
+            faults = [one for one in dashboard.faults() if "/users/nobody" not in one]  # that is a 404, which it complains of
+            assert faults == [], path
+
+
+def test_why_a_users_report_did_not_run_is_two_steps_away(dashboard: Dashboard, platform: Platform, jobs: list[Job]) -> None:
+    platform.create_user("4711")
+    platform.subscribe("4711", "daily_user_report")
+    dashboard.browser.find_element(By.ID, "find-user").send_keys("4711")
+    dashboard.browser.find_element(By.ID, "find-definition").send_keys("daily_user_report")
+    dashboard.click("Why, and when")
+    assert "It runs every day at" in dashboard.text
+    dashboard.click("Pause daily_user_report")
+    assert platform.subscription("4711", "daily_user_report").paused
+    assert "The subscription is paused." in dashboard.text
+    dashboard.click("Resume daily_user_report")
+    assert not platform.subscription("4711", "daily_user_report").paused
+    assert {one.actor for one in platform.changes(about=["4711"], limit=2)} == {"ui:ops"}
+    assert dashboard.faults() == []
+
+
+def test_a_dead_letter_is_redriven_and_another_discarded(dashboard: Dashboard, platform: Platform, jobs: list[Job]) -> None:
+    made = [platform.enqueue("slot_drill", user="user4", params={"seconds": "not a number"}) for _ in range(2)]
+    eventually(lambda: all(platform.job(one.id).state is JobState.FAILED for one in made), "they do not fail", seconds=SECONDS)
+    again, gone = (one.id for one in made)
+    dashboard.open("/dead-letters?user=user4")
+    dashboard.click(f"Redrive {again}")
+    assert "Redriven" in dashboard.text
+    assert "redriven by ui:ops" in [line.reason for line in platform.history(again)]
+    dashboard.browser.find_element(By.CSS_SELECTOR, f'summary[aria-label="Discard {gone}"]').click()
+    dashboard.browser.find_element(By.CSS_SELECTOR, "details[open] button").click()
+    eventually(lambda: platform.store.jobs_by_id([gone]) == [], "it is still there", seconds=SECONDS)
+    assert dashboard.faults() == []
+
+
+def test_the_first_page_keeps_up_and_works_without_scripts(dashboard: Dashboard, platform: Platform) -> None:
+    platform.pause_definition("monthly_cleanup", why="a test wants it")
+    eventually(lambda: "a test wants it" in dashboard.text, "the page stays as it was", seconds=SECONDS)
+    try:
+        dashboard.browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+        dashboard.open("/definitions/monthly_cleanup")
+        assert "a test wants it" in dashboard.text
+        dashboard.click("Resume monthly_cleanup")
+        assert platform.store.definition_pauses() == {}
+    finally:
+        dashboard.browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+        platform.resume_definition("monthly_cleanup")
+    assert dashboard.faults() == []
+
+
+def test_flower_and_the_dashboard_link_to_each_other(dashboard: Dashboard, flower: str, jobs: list[Job]) -> None:
+    """Flower is another site, and a strict cookie does not come along over a link: who is signed in stays so all the same."""
+    dashboard.browser.get(f"{flower}/task/{jobs[0].id}")
+    dashboard.browser.find_element(By.LINK_TEXT, "Its whole history").click()
+    eventually(lambda: "Timeline" in dashboard.text, "it does not lead to the job", seconds=SECONDS)
+    assert dashboard.browser.current_url == f"{dashboard.url}/jobs/{quote(jobs[0].id, safe='')}"
+    dashboard.click("what Celery saw of it")
+    assert dashboard.browser.current_url == f"{flower}/task/{jobs[0].id}"
+
+
+def test_who_signs_out_sees_nothing_more(dashboard: Dashboard) -> None:
+    dashboard.click("Sign out")
+    dashboard.browser.get(f"{dashboard.url}/dead-letters")
+    assert dashboard.browser.find_elements(By.ID, "key")
+    for _ in range(3):  # to where the pages were
+        dashboard.browser.back()
+        eventually(lambda: bool(dashboard.browser.find_elements(By.ID, "key")), "a page is still shown", seconds=SECONDS)

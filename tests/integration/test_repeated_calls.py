@@ -302,6 +302,7 @@ class Story:
             ("another restart", lambda: arrive(self.client, clock, "server two")),
             ("a key is made", lambda: self.make_key(lambda: access.create_key("ci", {"read"}, lifetime=HORIZON, **by))),
             ("it is used", lambda: (clock.advance(1), access.authenticate(self.token))),
+            ("somebody signs in with it", lambda: access.open_session("0123456789ab", "d" * 64, lifetime=HORIZON)),
             ("it is rotated", lambda: (clock.advance(1), self.make_key(lambda: access.rotate_key("ci", overlap=SECOND, **by)))),
             ("the next is used", lambda: access.authenticate(self.token)),
             ("a wrong one is shown", lambda: access.refuse("192.0.2.1", entry, per_minute=10, log_size=100)),

@@ -1,0 +1,340 @@
+"""The pages, and what their forms do."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from functools import partial
+from typing import Annotated
+from urllib.parse import quote
+
+import anyio.to_thread
+from fastapi import Path, Query, Request
+from fastapi.responses import Response
+
+from taskplatform.api.jobs import known_job
+from taskplatform.api.pages import bridge, frame, views
+from taskplatform.api.pages.visit import Administers, Leaves, Looks, Pages, Submits, Visit, check_origin, read_form
+from taskplatform.api.problem import Problem, with_status
+from taskplatform.api.routing import MOST_LOOKED_AT, cursor_of, token_of
+from taskplatform.api.security import Door
+from taskplatform.api.sessions import ROOT, SIGN_IN
+from taskplatform.errors import InvalidInput, UnknownDefinition, UnknownSubscription
+from taskplatform.keys import Scope
+from taskplatform.model import check_definition_id, check_user_id
+from taskplatform.schedule import next_occurrence
+
+pages = Pages()
+
+#: Occurrences of which a subscription's page says what became, and moments that it tells ahead.
+WHY_LAST, NEXT_COUNT = 10, 5
+#: Seconds after which a page that shows the present is fetched again.
+FRESH_SECONDS = 5
+
+Text = Annotated[str, Query(max_length=200)]
+Token = Annotated[str, Query(max_length=1000)]
+Name = Annotated[str, Path(max_length=300)]
+
+
+# --- coming in, and going --------------------------------------------------------------------------------------------
+
+
+@pages.get("/sign-in")
+def show_sign_in(request: Request, next: Annotated[str, Query(max_length=2000)] = "", ended: Text = "") -> Response:
+    """The form in which a key is shown."""
+    return _sign_in_form(request, next, "You are not signed in any more, and nothing was done." if ended else "")
+
+
+def _sign_in_form(request: Request, then: str, wrong: str, problem: Problem | None = None) -> Response:
+    sessions = _door(request).sessions
+    token = sessions.visitor(request.scope)
+    headers = {"Set-Cookie": sessions.visitor_cookie(token, request.scope)}
+    if problem is not None:
+        headers |= {name: value for name, value in problem.headers.items() if name == "Retry-After"}
+    return frame.page(
+        "sign_in.html", problem.status if problem else 200, headers=headers, token=token, next=frame.own_path(then), wrong=wrong
+    )
+
+
+def _door(request: Request) -> Door:
+    door: Door = request.app.state.door
+    return door
+
+
+@pages.post("/sign-in")
+async def sign_in(request: Request) -> Response:
+    """Let a browser in that shows a key which may read."""
+    check_origin(request)
+    form = await read_form(request)
+    return await anyio.to_thread.run_sync(partial(_sign_in, request, form))
+
+
+def _sign_in(request: Request, form: dict[str, str]) -> Response:
+    door, then = _door(request), form.get("next", "")
+    if not door.sessions.is_visitor(form.get("token", ""), request.scope):
+        problem = with_status(403, "the form was too old, or the browser takes no cookies from here")
+        return _sign_in_form(request, then, "That form was too old, or this browser takes no cookies from here. Try again.", problem)
+    try:
+        key = door.admit_token(request.scope, form.get("key", ""))
+    except Problem as problem:
+        if problem.status == 503:
+            raise
+        wrong = "This is no key, or one that is expired or revoked." if problem.status == 401 else f"Not now: {problem.detail}."
+        return _sign_in_form(request, then, wrong, problem)
+    if not key.allows(Scope.READ):
+        door.record(request.scope, key, 403)
+        wrong = f"The key {key.name} has the scope {', '.join(key.scopes)}; to look at pages takes read."
+        return _sign_in_form(request, then, wrong, with_status(403, wrong))
+    session = door.sign_in(key)
+    door.record(request.scope, key, 303)
+    answer = frame.to(frame.own_path(then))
+    answer.headers["Set-Cookie"] = door.sessions.cookie(session, request.scope)
+    return answer
+
+
+@pages.post("/sign-out")
+def sign_out(visit: Leaves) -> Response:
+    """End the session, here and in Redis."""
+    sessions = _door(visit.request).sessions
+    sessions.close(visit.session)
+    answer = frame.to(SIGN_IN)
+    answer.headers["Set-Cookie"] = sessions.cookie(None, visit.request.scope)
+    return answer
+
+
+# --- now -------------------------------------------------------------------------------------------------------------
+
+
+@pages.get("")
+def show_root(visit: Looks) -> Response:  # noqa: ARG001
+    """The first page has a slash at its end."""
+    return frame.to(f"{ROOT}/")
+
+
+@pages.get("/")
+def show_now(visit: Looks) -> Response:
+    """How the platform is."""
+    return visit.page("now.html", now=views.now(visit.platform), most=views.MOST_LISTED, refresh=FRESH_SECONDS)
+
+
+@pages.get("/search")
+def search(visit: Looks, user: Text = "", definition: Text = "") -> Response:
+    """Lead from the box on each page to what it names."""
+    user, definition = user.strip(), definition.strip()
+    like = [name for name in visit.platform.catalogue if definition in name] if definition else []
+    if definition not in like and len(like) == 1:
+        (definition,) = like
+    if user and definition:
+        return frame.to(_subscription_path(check_user_id(user), check_definition_id(definition)))
+    if user:
+        # a job's id has the user in it
+        return frame.to(f"{ROOT}/jobs/{_part(user)}" if ":" in user else f"{ROOT}/users/{_part(check_user_id(user))}")
+    if definition in visit.platform.catalogue:
+        return frame.to(f"{ROOT}/definitions/{_part(definition)}")
+    return frame.to(f"{ROOT}/definitions", q=definition) if definition else frame.to(f"{ROOT}/")
+
+
+def _part(text: str) -> str:
+    return quote(text, safe="@:")
+
+
+def _subscription_path(user: str, definition: str) -> str:
+    return f"{ROOT}/users/{_part(user)}/subscriptions/{_part(definition)}"
+
+
+# --- definitions -----------------------------------------------------------------------------------------------------
+
+
+@pages.get("/definitions")
+def list_definitions(visit: Looks, q: Text = "", show: Text = "", after: Text = "") -> Response:
+    """Which there are, and how their jobs fare."""
+    now_ms, rows, more, total = views.definitions(visit.platform, like=q, trouble=show == "trouble", after=after)
+    return visit.page("definitions.html", now_ms=now_ms, rows=rows, more=more, total=total, q=q, show=show)
+
+
+@pages.get("/definitions/{definition}")
+def show_definition(visit: Looks, definition: Name, cursor: Token = "") -> Response:
+    """One of them."""
+    found = views.definition(visit.platform, definition, cursor=cursor_of(cursor or None))
+    return visit.page("definition.html", found=found, next=token_of(found.jobs.cursor))
+
+
+@pages.post("/definitions/{definition}/pause")
+def pause_definition(visit: Administers, definition: Name) -> Response:
+    """Plan and release nothing of it."""
+    why = visit.form.get("why", "").strip()[:500]
+    return visit.done("paused" if visit.platform.pause_definition(definition, why=why) else "unchanged")
+
+
+@pages.post("/definitions/{definition}/resume")
+def resume_definition(visit: Administers, definition: Name) -> Response:
+    """End its pause."""
+    return visit.done("resumed" if visit.platform.resume_definition(definition) else "unchanged")
+
+
+# --- users -----------------------------------------------------------------------------------------------------------
+
+
+@pages.get("/users/{user}")
+def show_user(visit: Looks, user: Name, cursor: Token = "") -> Response:
+    """A user, what is subscribed to, and what became of it."""
+    found = views.user(visit.platform, user, cursor=cursor_of(cursor or None))
+    upcoming = bridge.upcoming(visit.platform, user)
+    moments = None if upcoming is None else {one.definition: one for one in reversed(upcoming)}
+    return visit.page("user.html", found=found, moments=moments, next=token_of(found.jobs.cursor))
+
+
+@pages.post("/users/{user}/pause")
+def pause_user(visit: Submits, user: Name) -> Response:
+    """Plan and release nothing for this user."""
+    return visit.done("paused" if visit.platform.pause_user(user) else "unchanged")
+
+
+@pages.post("/users/{user}/resume")
+def resume_user(visit: Submits, user: Name) -> Response:
+    """End the user's pause."""
+    return visit.done("resumed" if visit.platform.resume_user(user) else "unchanged")
+
+
+@pages.get("/users/{user}/subscriptions/{definition}")
+def show_subscription(visit: Looks, user: Name, definition: Name, at: Text = "", cursor: Token = "") -> Response:
+    """Why a user's jobs of a definition ran or did not, and when the next ones will."""
+    platform = visit.platform
+    owner = platform.user(user)
+    try:
+        subscription = platform.subscription(user, definition)
+    except UnknownSubscription:
+        subscription = None
+    known = platform.catalogue.get(definition)
+    if known is None and subscription is None:
+        raise UnknownDefinition(f"no definition {definition!r}")
+    moment = _moment(at)
+    answers = bridge.why(platform, user, definition, at=moment, last=1 if moment else WHY_LAST)
+    schedule = (subscription.schedule if subscription else None) or (known.schedule if known else None)
+    now_ms = platform.now_ms()
+    why_paused = platform.store.definition_pauses().get(definition, "")
+    jobs = platform.jobs(
+        user=user, definition=definition if known else None, cursor=cursor_of(cursor or None), limit=views.ROWS, scan=MOST_LOOKED_AT
+    )
+    return visit.page(
+        "subscription.html",
+        now_ms=now_ms,
+        user=owner,
+        definition=definition,
+        known=known,
+        subscription=subscription,
+        how=views.how(subscription, owner, bool(why_paused)) if subscription else "not_subscribed",
+        why_paused=why_paused,
+        schedule=schedule,
+        next_ms=next_occurrence(schedule, now_ms) if schedule else None,
+        answers=answers,
+        moments=bridge.upcoming(platform, user, definition, count=NEXT_COUNT) if subscription else [],
+        items=jobs.items,
+        next=token_of(jobs.cursor),
+        at=at,
+    )
+
+
+def _moment(text: str) -> datetime | None:
+    """What a field of a form says of an instant: `2026-11-22T09:00`, in UTC unless it says otherwise. Raises InvalidInput."""
+    if not text:
+        return None
+    try:
+        found = datetime.fromisoformat(text)
+        return found if found.tzinfo else datetime.fromisoformat(f"{text}+00:00")
+    except ValueError:
+        raise InvalidInput(f"{text!r} is no time: 2026-11-22T09:00 is, in UTC", field="at") from None
+
+
+@pages.post("/users/{user}/subscriptions/{definition}/pause")
+def pause_subscription(visit: Submits, user: Name, definition: Name) -> Response:
+    """Plan and release nothing of it."""
+    return visit.done("paused" if visit.platform.pause_subscription(user, definition) else "unchanged")
+
+
+@pages.post("/users/{user}/subscriptions/{definition}/resume")
+def resume_subscription(visit: Submits, user: Name, definition: Name) -> Response:
+    """End its pause."""
+    return visit.done("resumed" if visit.platform.resume_subscription(user, definition) else "unchanged")
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+@pages.get("/jobs/{job_id}")
+def show_job(visit: Looks, job_id: Name) -> Response:
+    """A job's way, as a timeline."""
+    found = views.job(visit.platform, known_job(job_id))
+    return visit.page("job.html", found=found, refresh=0 if found.job.state.terminal else FRESH_SECONDS)
+
+
+@pages.post("/jobs/{job_id}/cancel")
+def cancel_job(visit: Submits, job_id: Name) -> Response:
+    """It never starts, or is stopped."""
+    visit.platform.cancel(known_job(job_id))
+    return visit.done("canceled")
+
+
+@pages.get("/dead-letters")
+def list_dead_letters(visit: Looks, definition: Text = "", user: Text = "", reason: Text = "", cursor: Token = "") -> Response:
+    """Jobs that failed for good."""
+    found = visit.platform.dead_letters(
+        definition=definition.strip() or None,
+        user=user.strip() or None,
+        reason=reason.strip(),
+        cursor=cursor_of(cursor or None),
+        limit=views.ROWS,
+        scan=MOST_LOOKED_AT,
+    )
+    filters = {"definition": definition, "user": user, "reason": reason}
+    return visit.page(
+        "dead.html", now_ms=visit.platform.now_ms(), jobs=found.items, next=token_of(found.cursor), filters=filters, cursor=cursor
+    )
+
+
+@pages.post("/dead-letters/{job_id}/redrive")
+def redrive(visit: Submits, job_id: Name) -> Response:
+    """Run it again."""
+    visit.platform.redrive(known_job(job_id))
+    return visit.done("redriven")
+
+
+@pages.post("/dead-letters/{job_id}/discard")
+def discard(visit: Administers, job_id: Name) -> Response:
+    """Forget it."""
+    visit.platform.discard(known_job(job_id))
+    return visit.done("discarded")
+
+
+# --- what is to come -------------------------------------------------------------------------------------------------
+
+
+@pages.get("/forecast")
+def show_forecast(visit: Looks, hours: Text = "24", enable: Text = "", users: Text = "") -> Response:
+    """How much there will be to do, and what limits make of it."""
+    asked = _forecast_asked(visit, hours, enable, users)
+    found = bridge.forecast(visit.platform, hours=asked[0], enable=asked[1])
+    query = {"hours": hours, "enable": enable, "users": users}
+    return visit.page("forecast.html", found=found, query=query)
+
+
+def _forecast_asked(visit: Visit, hours: str, enable: str, users: str) -> tuple[float, list[tuple[str, int]]]:
+    try:
+        span = float(hours)
+    except ValueError:
+        span = 0.0
+    if not 0 < span <= 168:
+        raise InvalidInput(f"hours {hours!r} is not accepted: up to 168 are", field="hours")
+    if not enable.strip():
+        return span, []
+    if not users.isascii() or not users.isdigit() or not 0 < int(users) <= 100_000_000:
+        raise InvalidInput(f"users {users!r} is not accepted: a number of users is", field="users")
+    return span, [(visit.platform.definition(enable.strip()).id, int(users))]
+
+
+# --- anything else ---------------------------------------------------------------------------------------------------
+
+
+@pages.get("/{rest:path}")
+def nothing(visit: Looks, rest: str) -> Response:  # noqa: ARG001
+    """There is no such page."""
+    raise with_status(404, "there is no such page")
