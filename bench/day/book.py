@@ -140,8 +140,11 @@ class Book:
     ticks: list[int] = field(default_factory=list)
     runs: defaultdict[str, list[Run]] = field(default_factory=lambda: defaultdict(list))
     losses: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    poison: dict[str, int] = field(default_factory=dict)
+    """By job, when its last loss made it a poison pill."""
     made: dict[str, int] = field(default_factory=dict)
     """Jobs that were seen, and when they were made."""
+    made_of: defaultdict[Pair, list[str]] = field(default_factory=lambda: defaultdict(list))
     seen: defaultdict[str, dict[str, Seen]] = field(default_factory=lambda: defaultdict(dict))
     """By definition and id, the occurrences of which there is a record."""
 
@@ -174,9 +177,18 @@ class Book:
     def ended(self, run: Run) -> None:
         """A run ended, or was lost: the run says so itself."""
 
-    def lost(self, job_id: str, at_ms: int, worker: str) -> None:
+    def job_seen(self, job_id: str, made_ms: int) -> None:
+        """The platform has this job."""
+        if job_id not in self.made:
+            self.made[job_id] = made_ms
+            definition, user, _ = job_id.split(":", 2)
+            self.made_of[user, definition].append(job_id)
+
+    def lost(self, job_id: str, at_ms: int, most_losses: int) -> None:
         """A job was taken from a worker that died."""
         self.losses[job_id].append(at_ms)
+        if len(self.losses[job_id]) >= most_losses:
+            self.poison[job_id] = at_ms
 
     # --- reading
 
@@ -273,18 +285,24 @@ class Book:
     def occurrences(self, pair: Pair, until_ms: int) -> list[int]:
         """The due times that were this user's, by the moments that they give without limits."""
         kind = self.kinds[pair[1]]
-        offset = math.floor(place_of(pair) * kind.window_ms)
+        widened = {one.at_ms: one.window_ms for one in self.seen[pair[1]].values() if one.window_ms > kind.window_ms}
+        widest = max([kind.window_ms, *widened.values()])
+        place = place_of(pair)
         found: set[int] = set()
         for after, until, own in self.spans(pair):
-            first, last = after - offset, min(until - offset, until_ms)
             if own is not None:
-                found.update(due_times(own, first, last))
-                continue
-            ends = [*(since for since, _ in kind.rules[1:]), 1 << 60]
-            for (since, rule), end in zip(kind.rules, ends, strict=True):
-                if rule is not None and max(first, since) < min(last, end):
-                    found.update(due_times(rule, max(first, since), min(last, end)))
+                candidates = due_times(own, after - widest, min(until, until_ms))
+            else:
+                candidates = self._default_times(kind, after - widest, min(until, until_ms))
+            found.update(at for at in candidates if after < at + math.floor(place * widened.get(at, kind.window_ms)) <= until)
         return sorted(found)
+
+    @staticmethod
+    def _default_times(kind: Kind, after_ms: int, until_ms: int) -> Iterator[int]:
+        ends = [*(since for since, _ in kind.rules[1:]), 1 << 60]
+        for (since, rule), end in zip(kind.rules, ends, strict=True):
+            if rule is not None and max(after_ms, since) < min(until_ms, end):
+                yield from due_times(rule, max(after_ms, since), min(until_ms, end))
 
     def record_of(self, pair: Pair, at_ms: int) -> Seen | None:
         """The record of an occurrence in the group that the user was in; of a range that was skipped, where it lies in one."""
@@ -366,6 +384,10 @@ class Book:
         if ended and ended[-1].state.terminal:
             fates = {JobState.COMPLETED: Fate.COMPLETED, JobState.FAILED: Fate.FAILED, JobState.TIMED_OUT: Fate.TIMED_OUT}
             return Verdict(fates[ended[-1].state], None)
+        if self.poison.get(job_id, now_ms + 1) <= now_ms:
+            return Verdict(Fate.POISON, None)
+        if not runs and self.kinds[pair[1]].overlap and self._overlaps(job_id, pair, self.made[job_id]):
+            return Verdict(Fate.OVERLAP, None)
         canceled = [deed for deed in deeds if deed.what is What.CANCELED]
         # who ends or switches off a subscription cancels what waits of it
         made_ms = self.made[job_id]
@@ -379,8 +401,6 @@ class Book:
             return Verdict(Fate.CANCELED, None, tuple(canceled))
         if running:
             return Verdict(Fate.RUNNING, None)
-        if not runs and self.kinds[pair[1]].overlap and self._overlaps(job_id, pair, made_ms):
-            return Verdict(Fate.OVERLAP, None)
         removed = [deed for deed in self.of_definition[pair[1]] if deed.what is What.REMOVED and made_ms <= deed.at_ms <= now_ms]
         if removed:
             return Verdict(Fate.REJECTED, None, tuple(removed))
@@ -388,9 +408,8 @@ class Book:
 
     def _overlaps(self, job_id: str, pair: Pair, made_ms: int) -> bool:
         """Whether another job of the pair was unfinished when this one was made."""
-        prefix = f"{pair[1]}:{pair[0]}:"
-        for other, since in self.made.items():
-            if other.startswith(prefix) and other != job_id and since <= made_ms:
+        for other in self.made_of[pair]:
+            if other != job_id and self.made[other] <= made_ms:
                 runs = self.runs[other]
                 if not runs:
                     # rejected itself, or canceled, or it had not started yet

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from bench.day.judge import Report, check_book
 from bench.day.people import People
 from bench.day.town import found
 from bench.processes import server
@@ -28,9 +29,14 @@ def main(arguments: Sequence[str]) -> int:
         began = time.monotonic()
         hour = 3_600_000
         end = town.start_ms + 30 * hour
-        People(town, town.rng).live(town.start_ms + 8 * hour, end - hour, events=given.events)
+        People(town, town.rng).live(town.start_ms + 6 * hour, end - hour, events=given.events)
         town.world.run_until(end)
         town.look()
+        report = Report()
+        check_book(town, report)
+        for line in report.disagreements[:40]:
+            print(line)
+        print(len(report.disagreements), "disagreements", dict(report.compared))
         print(f"30 h in {time.monotonic() - began:.1f} s", dict(town.world.steps), len(town.book.made), "jobs")
     return 0
 

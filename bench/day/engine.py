@@ -89,8 +89,8 @@ class Watcher(Protocol):
     def ended(self, run: Run) -> None:
         """Its end was told, or its worker died."""
 
-    def lost(self, job_id: str, at_ms: int, worker: str) -> None:
-        """A job was taken from a worker that is lost."""
+    def lost(self, job_id: str, at_ms: int, most_losses: int) -> None:
+        """A job was taken from a worker that is lost; with so many losses it is a poison pill."""
 
 
 class Together:
@@ -154,6 +154,8 @@ class Pace:
     """What happens in so long is done together, each at its own instant; 0: from instant to instant."""
     tick_ms: int = 1000
     """The planner looks again after this at the earliest."""
+    look_ms: int = 200
+    """So often, inside what is done together, workers look for what may be released."""
     heartbeat_ms: int = 300_000
     sweep_ms: int = 3_600_000
 
@@ -228,8 +230,11 @@ class World:
             heappush(self._free, (self.clock.now_ms, self._count, worker))
         self._beat(worker)
 
-    def die(self, worker: str) -> None:
-        """A worker ends without a word: what it runs is lost, and found when its heartbeat is missed."""
+    def die(self, worker: str, *, most_losses: int | None = None) -> None:
+        """A worker ends without a word: what it runs is lost, and found when its heartbeat is missed.
+
+        With `most_losses`, what is lost for the so-manieth time is a poison pill.
+        """
         self._alive.discard(worker)
         self._free = [slot for slot in self._free if slot[2] != worker]
         heapify(self._free)
@@ -240,7 +245,7 @@ class World:
         self._runs = [entry for entry in self._runs if entry[2].lost_ms is None]
         heapify(self._runs)
         silence_ms = 2 * self.pace.heartbeat_ms + 60_000
-        self.at(self.clock.now_ms + silence_ms, lambda: self._recover(worker))
+        self.at(self.clock.now_ms + silence_ms, lambda: self._recover(worker, most_losses or self.settings.max_losses))
 
     def leave(self) -> None:
         """All workers end in good order."""
@@ -321,7 +326,7 @@ class World:
     def _release(self, until_ms: int) -> None:
         assert self._release_ms is not None
         first = min(max(self._release_ms, self.clock.now_ms), until_ms)
-        instants = [*range(first, until_ms, 4 * LOOK_MS), until_ms]
+        instants = [*range(first, until_ms, self.pace.look_ms), until_ms]
         self.steps["releases"] += len(instants)
         answers = self._together([(instant, lambda store: store.release(limit=1000)) for instant in instants])
         _, wait_ms = answers[-1]
@@ -342,7 +347,7 @@ class World:
         pipe = self.client.pipeline(transaction=False)
         for job_id, _, queue in messages:
             pipe.zscore(self._queued[queue], job_id)
-        calls, plans = [], []
+        calls, plans, begun = [], [], 0
         for (job_id, delivery, _), released in zip(messages, pipe.execute(), strict=True):
             free_ms, _, worker = heappop(self._free)
             at_ms = min(until_ms, max(free_ms, int(released or 0) + LATENCY_MS)) if self.pace.grid_ms else until_ms
@@ -358,8 +363,9 @@ class World:
             self._count += 1
             heappush(self._runs, (run.ends_ms, self._count, run))
             self.watcher.started(run)
-        self.steps["starts"] += len(messages)
-        return len(messages)
+            begun += 1
+        self.steps["starts"] += begun
+        return begun
 
     def _room(self, until_ms: int) -> int:
         return sum(free_ms <= until_ms for free_ms, _, _ in self._free)
@@ -433,7 +439,7 @@ class World:
         self.platform.sweep()
         self.at(self.clock.now_ms + self.pace.sweep_ms, self._sweep)
 
-    def _recover(self, worker: str) -> None:
+    def _recover(self, worker: str, most_losses: int) -> None:
         """What the other workers do when they miss its heartbeat."""
         seen_ms = self.store.heartbeats().get(worker)
         if worker in self._alive or seen_ms is None:
@@ -443,13 +449,13 @@ class World:
             worker,
             seen_ms=seen_ms,
             how=f"silent for {silence.total_seconds():g}s",
-            max_losses=self.settings.max_losses,
+            max_losses=most_losses,
             backoff=_LOSS_BACKOFF,
             limit=10_000,
         )
         for kind, name in taken:
             if kind == "job":
-                self.watcher.lost(name, self.clock.now_ms, worker)
+                self.watcher.lost(name, self.clock.now_ms, most_losses)
 
 
 def _starting(job_id: str, delivery: int, worker: str) -> Callable[[Store], Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from bench.day.book import Deed, Pair, What
+from bench.day.book import Deed, Pair, What, place_of
 from bench.day.rules import Rule
 from bench.day.town import ZONES, Town
 from taskplatform.catalogue import Catalogue
@@ -60,7 +60,9 @@ class People:
         for number, name in enumerate(("hour_all", "report", "bulk")):
             self._at(since_ms + span * (number + 1) // 5 + 421_137, _bound(self.pause_definition, name))
         self._at(since_ms + span // 6, self.planner_outage)
-        self._at(since_ms + span // 3, self.worker_outage)
+        self._at(since_ms + span // 3, lambda: self.worker_outage("celery@worker0", most_losses=3))
+        # while what takes long runs
+        self._at(since_ms + 5 * span // 6, lambda: self.worker_outage("celery@worker1", most_losses=1))
         self._at(since_ms + span // 2, self.hold_host)
         self._at(since_ms + span // 4, self.change_limit)
         self._at(since_ms + 2 * span // 3, self.trigger)
@@ -149,11 +151,10 @@ class People:
 
     def just_before(self, pair: Pair) -> None:
         """A change some seconds before the moment: of the pause, of the schedule, or the end of it."""
-        upcoming = self.town.book.occurrences(pair, self._now_ms + 30 * _HOUR_MS)
-        upcoming = [at for at in upcoming if at > self._now_ms + 60_000]
-        if upcoming:
+        upcoming = self._upcoming(pair)
+        if upcoming is not None:
             act = self.rng.choice((self.pause_user, self.pause_subscription, self.disable, self.own_schedule, self.leave_and_return))
-            self._at(upcoming[0] + self.rng.randrange(-12_000, 4_000), _bound(act, pair))
+            self._at(upcoming + self.rng.randrange(-12_000, 4_000), _bound(act, pair))
 
     def _set_schedule(self, pair: Pair, rule: Rule | None) -> None:
         actor = self.rng.choice(ACTORS)
@@ -164,12 +165,24 @@ class People:
                 self._did(What.SCHEDULE, actor, *pair, rule=rule)
 
     def cancel_one(self, pair: Pair) -> None:
-        """A job of the user's that has not ended, if there is one."""
-        waiting = self._as("dev").jobs(user=pair[0], state=[JobState.PENDING, JobState.RETRYING, JobState.QUEUED], limit=5).items
-        if waiting:
+        """The user's next job, as soon as it is made, or a little later."""
+        upcoming = self._upcoming(pair)
+        if upcoming is not None:
+            self._at(upcoming - self.rng.choice((800, 300, -60, -400)), lambda: self._cancel(pair[0]))
+
+    def _cancel(self, user: str) -> None:
+        states = (JobState.PENDING, JobState.QUEUED, JobState.RETRYING, JobState.RUNNING)
+        for job in self._as("dev").jobs(user=user, state=states, limit=1).items:
             actor = self.rng.choice(ACTORS)
-            self._as(actor).cancel(waiting[0].id)
-            self._did(What.CANCELED, actor, pair[0], waiting[0].definition, waiting[0].id)
+            self._as(actor).cancel(job.id)
+            self._did(What.CANCELED, actor, user, job.definition, job.id)
+
+    def _upcoming(self, pair: Pair) -> int | None:
+        """The next moment, without limits."""
+        book = self.town.book
+        offset = int(place_of(pair) * book.kinds[pair[1]].window_ms)
+        times = book.occurrences(pair, self._now_ms + 30 * _HOUR_MS)
+        return next((at + offset for at in times if at + offset > self._now_ms + 60_000), None)
 
     def _is_subscribed(self, pair: Pair) -> bool:
         return self.town.book.causes_at(pair, self._now_ms)[0]
@@ -204,11 +217,11 @@ class People:
         self._did(What.PLANNER_UP, "")
         self.town.world.lead()
 
-    def worker_outage(self) -> None:
-        """One of them dies, and another comes in its place an hour later."""
+    def worker_outage(self, worker: str, *, most_losses: int) -> None:
+        """It dies, and another comes in its place an hour later."""
         self._did(What.WORKER_DOWN, "")
-        self.town.world.die("celery@worker0")
-        self._at(self._now_ms + _HOUR_MS, lambda: self.town.world.arrive("celery@worker9"))
+        self.town.world.die(worker, most_losses=most_losses)
+        self._at(self._now_ms + _HOUR_MS, lambda: self.town.world.arrive(f"{worker}b"))
 
     def hold_host(self) -> None:
         """Somebody holds a host back by hand."""

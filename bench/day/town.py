@@ -58,18 +58,18 @@ def plans() -> list[Plan]:
         Plan("report", Rule("daily", hour=9, zone="Europe/Berlin"), 900, 1.0, zones=True),
         Plan("invoice", Rule("daily", hour=10), 60, 1.0, more={"rate_limit": {"rate": "60/m", "burst": 5}}),
         Plan("night", Rule("daily", hour=2, minute=30, zone="Europe/Berlin"), 120, 1.0, zones=True, catch_up="all"),
-        Plan("urgent", Rule("daily", hour=9), 0, 0.6, more={"priority": "high"}),
+        Plan("urgent", Rule("daily", hour=9), 0, 0.6, profile=Profile(fails=0.04, times_out=0.03), more={"priority": "high", "retries": 0}),
         Plan("bulk", Rule("daily", hour=11), 60, 1.0, profile=Profile(mean_s=40, sigma=0.3), more={"priority": "low"}),
         Plan("weekly", Rule("weekly", weekday=6, hour=8), 600, 1.0, zones=True),
         Plan("monthly", Rule("monthly", day=1, hour=6), 3600, 1.0),
-        Plan("hour_all", Rule("hourly", minute=20), 300, 0.1, catch_up="all", catch_up_h=3),
-        Plan("hour_latest", Rule("hourly", minute=40), 240, 0.1),
-        Plan("hour_skip", Rule("hourly", minute=5), 120, 0.1, catch_up="skip"),
-        Plan("rebuild", Rule("minutely", every=30), 120, 0.05, profile=slow, more={"overlap": "skip", "timeout": "3h", "retries": 1}),
+        Plan("hour_all", Rule("hourly", minute=20), 300, 0.06, catch_up="all", catch_up_h=3),
+        Plan("hour_latest", Rule("hourly", minute=40), 240, 0.06),
+        Plan("hour_skip", Rule("hourly", minute=5), 120, 0.06, catch_up="skip"),
+        Plan("rebuild", Rule("minutely", every=30), 120, 0.03, profile=slow, more={"overlap": "skip", "timeout": "3h", "retries": 1}),
         Plan("clock", Rule("clock", hours=(1, 2, 3), minutes=(0, 30), zone="Europe/Berlin"), 60, 0.2),
         Plan("six_hours", Rule("hourly", every=6, hour=1, zone="America/New_York"), 300, 0.3, host="steady"),
-        Plan("shaky", Rule("hourly", minute=10), 180, 0.12, host="shaky", profile=Profile(fails=0.1, calls="shaky.example")),
-        Plan("fickle", Rule("hourly", minute=50), 120, 0.1, catch_up="all", catch_up_h=12),
+        Plan("shaky", Rule("hourly", minute=10), 180, 0.06, host="shaky", profile=Profile(fails=0.1, calls="shaky.example")),
+        Plan("fickle", Rule("hourly", minute=50), 120, 0.06, catch_up="all", catch_up_h=12),
     ]
 
 
@@ -99,7 +99,8 @@ class Town:
             pipe.zrange(key(namespace, "occurrences", name), 0, -1)
         answers = pipe.execute()
         for name, jobs, oids in zip(self.plans, answers[::2], answers[1::2], strict=True):
-            self.book.made.update((job_id, int(made)) for job_id, made in jobs)
+            for job_id, made in jobs:
+                self.book.job_seen(job_id, int(made))
             known = self.book.seen[name]
             wanted = [oid for oid in oids if oid not in known or known[oid].state == "open"]
             for oid in wanted:
@@ -127,10 +128,10 @@ def _seen(fields: dict[str, str]) -> Seen:
 
 
 def found(client: redis.Redis, *, seed: int, users: int, workers: int = 4, slots: int = 8) -> Town:
-    """A town at 04:00 UTC of the day before the clocks change, its users subscribed and its beat leading."""
+    """A town at 06:00 UTC of the day before the clocks change, its users subscribed and its beat leading."""
     rng = random.Random(seed)
     year, month, day = NIGHTS[seed % len(NIGHTS)]
-    start = datetime(year, month, day, 4, tzinfo=UTC) - timedelta(days=1)
+    start = datetime(year, month, day, 6, tzinfo=UTC) - timedelta(days=1)
     start_ms = int(start.timestamp() * 1000)
     clock = Clock(start_ms)
     all_plans = {plan.name: plan for plan in plans()}
@@ -150,7 +151,7 @@ def found(client: redis.Redis, *, seed: int, users: int, workers: int = 4, slots
         profiles={plan.name: plan.profile for plan in all_plans.values()},
         workers=workers,
         slots=slots,
-        pace=Pace(),
+        pace=Pace(grid_ms=2000, tick_ms=4000, look_ms=1000),
     )
     world.lead()
     names = [f"user{number:04d}" for number in range(users)]
