@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from bench.day import past
 from bench.day.judge import Report, check_book
 from bench.day.people import People
 from bench.day.town import found
@@ -16,6 +17,8 @@ from taskplatform.store import connect
 
 def main(arguments: Sequence[str]) -> int:
     """Run a day and report all disagreements. Returns 1 when there are any."""
+    if arguments[:1] == ["past"]:
+        return past.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m bench day")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--users", type=int, default=300)

@@ -61,8 +61,8 @@ class People:
             self._at(since_ms + span * (number + 1) // 5 + 421_137, _bound(self.pause_definition, name))
         self._at(since_ms + span // 6, self.planner_outage)
         self._at(since_ms + span // 3, lambda: self.worker_outage("celery@worker0", most_losses=3))
-        # while what takes long runs
-        self._at(since_ms + 5 * span // 6, lambda: self.worker_outage("celery@worker1", most_losses=1))
+        # while much runs that takes long
+        self._at(until_ms + 90_000, lambda: self.worker_outage("celery@worker1", most_losses=1))
         self._at(since_ms + span // 2, self.hold_host)
         self._at(since_ms + span // 4, self.change_limit)
         self._at(since_ms + 2 * span // 3, self.trigger)
