@@ -1006,14 +1006,16 @@ class Store:
         for name, limit in limits.items():
             self._limit(name, write_limit(limit), actor, True, term)
 
-    def set_options(self, *, fairness: bool, share: float, term: int | None = None) -> None:
+    def set_options(self, *, fairness: bool, share: float, term: int | None = None, retention: timedelta | None = None) -> None:
         """How jobs are released: with turns for the users inside a priority, and what part of all releases each lower one gets.
 
-        With `term`, raises Conflict as `publish` does.
+        `retention` is how long finished jobs are kept, for the scripts that keep changes as long; None leaves it as it is. With
+        `term`, raises Conflict as `publish` does.
         """
         moved, since = _BATCH, "" if term is None else term
+        kept = "" if retention is None else milliseconds(retention)
         while moved == _BATCH:
-            moved = self._scripts.run("options", int(fairness), repr(share), _BATCH, since)
+            moved = self._scripts.run("options", int(fairness), repr(share), _BATCH, since, kept)
             self._led(moved)
 
     # hosts
