@@ -40,6 +40,7 @@ from taskplatform.model import (
 )
 from taskplatform.store.access import Access
 from taskplatform.store.connection import connect
+from taskplatform.store.evidence import Evidence
 from taskplatform.store.figures import Figures, read_figures
 from taskplatform.store.keys import key
 from taskplatform.store.levels import LogLevels
@@ -123,6 +124,7 @@ class Store:
         self._scripts = Scripts(client, namespace, clock)
         self.access = Access(client, self._scripts, self._key, clock)
         self.log_levels = LogLevels(client, self._scripts, self._key, clock)
+        self.evidence = Evidence(client, self._key, clock)
 
     @classmethod
     def connect(cls, url: str, *, tls: Mapping[str, Any] | None = None, namespace: str = "tp", change_log_size: int = 100_000) -> Store:
