@@ -5,6 +5,7 @@ never disagree, whatever dies between two calls. Times are milliseconds since th
 """
 
 from taskplatform.store.connection import LockLost, connect, unavailable
+from taskplatform.store.evidence import Background, Entry, Evidence, Forgotten, Membership, Outage, Seen, Standing
 from taskplatform.store.figures import DefinitionCounts, Figures, Histogram
 from taskplatform.store.keys import BOUNDS_MS
 from taskplatform.store.levels import LOG_LEVELS, LogLevel, LogLevels
@@ -39,6 +40,7 @@ from taskplatform.store.store import Store
 __all__ = [
     "BOUNDS_MS",
     "LOG_LEVELS",
+    "Background",
     "Beat",
     "Breaker",
     "BreakerState",
@@ -48,7 +50,10 @@ __all__ = [
     "DefinitionCounts",
     "DueItem",
     "Enqueue",
+    "Entry",
+    "Evidence",
     "Figures",
+    "Forgotten",
     "Garbage",
     "Group",
     "Histogram",
@@ -56,13 +61,17 @@ __all__ = [
     "LockLost",
     "LogLevel",
     "LogLevels",
+    "Membership",
     "Newer",
     "Occurrence",
     "Opening",
     "Orders",
+    "Outage",
     "Page",
     "PublishedDefinition",
     "Renewal",
+    "Seen",
+    "Standing",
     "Start",
     "Stop",
     "Store",
