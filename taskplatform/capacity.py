@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 #: The longest window, 366 days: what the model accepts for a duration.
 LONGEST_MS = 366 * 86_400_000
@@ -67,13 +67,19 @@ def fit(rates: Mapping[str, float], loads: Sequence[Load], demands: Sequence[Dem
     one rank that do not fit with their own windows end together; one whose own window is longer keeps it, if it fits so.
     A window begins later only where the limit has next to nothing left before.
     """
-    pending = [_Pending(demand) for demand in demands]
+    # what is alike but for its jobs gets one window: of the thousands of groups that a few definitions have, a few are left
+    alike: defaultdict[tuple[object, ...], list[Demand]] = defaultdict(list)
+    for demand in demands:
+        alike[_kind(demand)].append(demand)
+    pending = {kind: _Pending(replace(some[0], jobs=sum(one.jobs for one in some))) for kind, some in alike.items()}
     members: defaultdict[str, list[_Pending]] = defaultdict(list)
-    for one in pending:
+    counts: Counter[str] = Counter()
+    for kind, one in pending.items():
         for name in one.demand.limits:
             members[name].append(one)
+            counts[name] += len(alike[kind])
     # the narrower first: what its limit stretches is less at once for those that it shares a wider limit with
-    narrow_first = sorted((name for name in members if name in rates), key=lambda name: (len(members[name]), name))
+    narrow_first = sorted((name for name in members if name in rates), key=lambda name: (counts[name], name))
     committed: defaultdict[str, list[Load]] = defaultdict(list)
     for load in loads:
         for name in load.limits:
@@ -84,7 +90,12 @@ def fit(rates: Mapping[str, float], loads: Sequence[Load], demands: Sequence[Dem
             changed |= _apply(name, rates[name] / 1000, committed[name], members[name])
         if not changed:
             break
-    return [Fit(one.start_ms, one.window_ms, one.limit, one.together) for one in pending]
+    fits = {kind: Fit(one.start_ms, one.window_ms, one.limit, one.together) for kind, one in pending.items()}
+    return [fits[_kind(demand)] for demand in demands]
+
+
+def _kind(demand: Demand) -> tuple[object, ...]:
+    return demand.start_ms, demand.window_ms, demand.rank, demand.limits
 
 
 class _Pending:

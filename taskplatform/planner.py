@@ -10,36 +10,27 @@ An occurrence's window is decided when it is opened, and kept in its record: it 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 
 from taskplatform import tracing
-from taskplatform.capacity import Demand, Fit, Load, fit
 from taskplatform.errors import StoreError, StoreUnavailable
 from taskplatform.message import message_template
-from taskplatform.model import CatchUpPolicy, Definition, Limit, Priority, format_duration
-from taskplatform.schedule import latest_occurrence, next_occurrence, occurrences
-from taskplatform.store import Commitment, DueItem, Group, Opening, Outage, PublishedDefinition, Store
+from taskplatform.model import Definition, Limit, format_duration
+from taskplatform.store import DueItem, Outage, PublishedDefinition, Store
+from taskplatform.windows import GRACE, TOGETHER, Round, Windows, hosts_of, warning
 
 log = logging.getLogger(__name__)
 
-#: An occurrence is missed when this long, or its window if that is longer, has passed.
-_GRACE = timedelta(seconds=60)
-#: So many missed occurrences of a group are caught up at the most, the newest ones.
-_MOST_CAUGHT_UP = 1000
 #: What cannot be planned, or is another catalogue's, is looked at again after this.
 _PUT_OFF = timedelta(seconds=10)
 #: A clock that shows so much less than before was set back.
 _SET_BACK_MS = 1000
 #: Outages are kept for so much longer than the occurrences that were missed in them.
 _EVIDENCE_BEYOND = timedelta(hours=1)
-#: So many groups that are due are opened together at the most, each in about a millisecond.
-_TOGETHER = 1000
 #: Planning as a whole, among what can fail.
 _WHOLE = "what is due"
 _ERROR_CHARACTERS = 300
@@ -65,111 +56,6 @@ def published(definition: Definition, environment: Mapping[str, str] | None = No
         host=host,
         timeout=definition.timeout,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Due:
-    """Occurrences of a definition that come due: `count` windows, one after the other, with `jobs` each."""
-
-    definition: Definition
-    jobs: int
-    start_ms: int
-    """When the first window would begin without limits."""
-    window_ms: int
-    """How long each would be."""
-    count: int = 1
-    caught_up: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """What becomes of the window of a `Due`; for more than one, of each."""
-
-    window_ms: int
-    delay_ms: int = 0
-    """How much after `Due.start_ms` the first begins."""
-    note: str = ""
-    """Why it is not as it was asked for: empty where it is."""
-    limit: str = ""
-    per_second: float = math.inf
-
-
-class Windows:
-    """Decides how wide windows are, so that the limits can carry what comes due in them."""
-
-    def __init__(
-        self, store: Store, catalogue: Mapping[str, Definition], *, horizon: timedelta, environment: Mapping[str, str] | None = None
-    ) -> None:
-        self._store = store
-        self._catalogue = catalogue
-        self._horizon = horizon
-        self._environment = environment
-
-    def rates(self) -> dict[str, float]:
-        """Jobs per second that each limit allows, where it allows any: no window is wide enough for none."""
-        return {name: limit.sustained for name, limit in self._store.limits().items() if limit.sustained}
-
-    def fit(self, due: Sequence[Due], rates: Mapping[str, float]) -> list[Window]:
-        """The windows of what comes due together, in this order. Without a limit that applies they are what was asked for."""
-        limits = [self._limits(one.definition.id, rates) if rates else () for one in due]
-        if not any(limits):
-            return [Window(one.window_ms) for one in due]
-        demands = [
-            Demand(one.start_ms, one.window_ms * one.count, one.jobs * one.count, _rank(one.definition.priority, one.caught_up), names)
-            for one, names in zip(due, limits, strict=True)
-        ]
-        commitments = self._store.commitments(horizon=self._horizon)
-        # what waits of a definition that is no more is rejected, and takes nothing of a limit
-        loads = [self._load(one, rates) for one in commitments if one.definition in self._catalogue]
-        fits = fit(rates, loads, demands)
-        return [_window(one, demand, found, rates) for one, demand, found in zip(due, demands, fits, strict=True)]
-
-    def _load(self, one: Commitment, rates: Mapping[str, float]) -> Load:
-        rank = _rank(one.priority or self._catalogue[one.definition].priority)
-        return Load(one.start_ms, one.end_ms, one.jobs, rank, self._limits(one.definition, rates))
-
-    def _limits(self, definition: str, rates: Mapping[str, float]) -> tuple[str, ...]:
-        names = (f"definition:{definition}", f"host:{self._hosts[definition]}", "total")
-        return tuple(name for name in names if name in rates)
-
-    @cached_property
-    def _hosts(self) -> dict[str, str]:
-        calls = ((name, definition.config) for name, definition in self._catalogue.items())
-        return {name: (config.host(self._environment or {}) or "") if config else "" for name, config in calls}
-
-
-def _rank(priority: Priority, caught_up: bool = False) -> int:
-    """Who goes first at a limit: the higher priority, and inside it what is due now before what was missed."""
-    return 2 * list(Priority).index(priority) + caught_up
-
-
-def _window(due: Due, demand: Demand, found: Fit, rates: Mapping[str, float]) -> Window:
-    window_ms = due.window_ms if found.window_ms == demand.window_ms else math.ceil(found.window_ms / due.count)
-    delay_ms = found.start_ms - due.start_ms
-    if window_ms == due.window_ms and delay_ms == 0:
-        return Window(window_ms)
-    changes = []
-    if window_ms != due.window_ms:
-        changes.append(f"widened from {_text(due.window_ms)} to {_text(window_ms)}")
-    if delay_ms:
-        changes.append(f"put off by {_text(delay_ms)}")
-    jobs = f"{due.jobs} jobs" if found.together == due.jobs else f"{due.jobs} of {found.together} jobs that go together"
-    note = f"window {' and '.join(changes)}: limit {found.limit} {rates[found.limit]:g}/s, {jobs}"
-    return Window(window_ms, delay_ms, note, found.limit, rates[found.limit])
-
-
-@dataclass(slots=True)
-class _Round:
-    """A group that is due, and what is about to become of its occurrences."""
-
-    item: DueItem
-    group: Group
-    definition: Definition
-    openings: list[Opening]
-    cursor_ms: int
-    following_ms: int | None
-    """The first occurrence after the cursor."""
-    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -234,7 +120,7 @@ class Planner:
         self._batch = batch
         self._name = name
         self._environment = environment
-        self._windows = Windows(store, catalogue, horizon=horizon, environment=environment)
+        self._windows = Windows(store, catalogue, horizon=horizon, hosts=hosts_of(catalogue, environment))
         #: What the server's clock last showed to a planner.
         self._seen_ms = 0
         #: When all that was due had been looked at last, by this planner or the one before.
@@ -301,7 +187,7 @@ class Planner:
             planned += sum(self._plan(item) for item in due if item.kind == "occurrence")
             if any(item.kind == "group" for item in due):
                 # with the others that are due, because they share the limits
-                self._open(self._due_groups()[:_TOGETHER])
+                self._open(self._due_groups()[:TOGETHER])
             due = self._store.due(self._store.now_ms())
         self._troubles.over(_WHOLE)
         self._store.planner_tick(planned=planned)
@@ -318,7 +204,7 @@ class Planner:
 
     def _absent(self, from_ms: int, to_ms: int, what: str = "", error: str = "") -> None:
         """Keep it for `why`, where nothing, or something, was not planned for so long that its occurrences may have been missed."""
-        if to_ms - from_ms > _ms(_GRACE):
+        if to_ms - from_ms > _ms(GRACE):
             evidence = self._store.evidence
             evidence.outage(Outage(from_ms, to_ms, what, error[:_ERROR_CHARACTERS]), kept=evidence.retention() + _EVIDENCE_BEYOND)
 
@@ -340,8 +226,8 @@ class Planner:
         seen: set[str] = set()
         while due := [item for item in self._due_groups() if item.id not in seen]:
             seen.update(item.id for item in due)
-            for start in range(0, len(due), _TOGETHER):
-                self._open(due[start : start + _TOGETHER])
+            for start in range(0, len(due), TOGETHER):
+                self._open(due[start : start + TOGETHER])
 
     def _due_groups(self) -> list[DueItem]:
         return [item for item in self._store.due(self._store.now_ms(), limit=10_000) if item.kind == "group"]
@@ -369,7 +255,7 @@ class Planner:
     def _open(self, items: Sequence[DueItem]) -> None:
         """Open what is due of these groups, so that it shares what the limits can carry."""
         now_ms = self._store.now_ms()
-        rounds = []
+        rounds: list[tuple[DueItem, Round]] = []
         planned = self._planned()
         for item in items:
             with self._postponed_if_broken(item):
@@ -378,15 +264,15 @@ class Planner:
                 if group is None or definition is None:
                     self._store.postpone(item, by=_PUT_OFF)
                 else:
-                    rounds.append(self._round(item, group, definition, now_ms))
-        self._widen(rounds, now_ms)
+                    rounds.append((item, self._windows.round(group, definition, now_ms)))
+        self._windows.widen([one for _, one in rounds], now_ms)
         warnings: list[str] = []
-        for one in rounds:
-            with self._postponed_if_broken(one.item):
+        for item, one in rounds:
+            with self._postponed_if_broken(item):
                 if self._open_one(one) is not None:
-                    warnings += one.warnings
-                if failed := self._troubles.over(f"{one.item.kind} {one.item.id}"):
-                    self._absent(failed[0], now_ms, one.item.id, failed[1])
+                    warnings += [warning(one.group, *widened) for widened in one.widened]
+                if failed := self._troubles.over(f"{item.kind} {item.id}"):
+                    self._absent(failed[0], now_ms, item.id, failed[1])
         for line in warnings[:_LOGGED]:
             log.warning("%s", line)
         if len(warnings) > _LOGGED:
@@ -400,12 +286,7 @@ class Planner:
         pairs = zip(self._catalogue.items(), versions, strict=True)
         return {name: definition for (name, definition), version in pairs if definition.version == version}
 
-    def _round(self, item: DueItem, group: Group, definition: Definition, now_ms: int) -> _Round:
-        until_ms = max(now_ms + _ms(self._horizon), group.cursor_ms)
-        openings = self._openings(group, definition, now_ms, until_ms)
-        return _Round(item, group, definition, openings, until_ms, next_occurrence(group.schedule, until_ms))
-
-    def _open_one(self, one: _Round) -> int | None:
+    def _open_one(self, one: Round) -> int | None:
         for opening in one.openings:
             if opening.source != "schedule":
                 log.warning("%s: occurrence %d: %s, %s", one.group.id, opening.at_ms, opening.source, opening.reason)
@@ -417,101 +298,6 @@ class Planner:
             window_ms=_ms(one.definition.window),
             horizon=self._horizon,
         )
-
-    def _widen(self, rounds: Sequence[_Round], now_ms: int) -> None:
-        """Give the openings the windows that the limits can carry."""
-        opening = [one for one in rounds if any(each.source != "skip" for each in one.openings)]
-        rates = self._windows.rates() if opening else {}
-        if not rates:
-            return
-        sizes = self._store.sizes([(one.group.id, one.definition.id) for one in opening])
-        due: list[Due] = []
-        places: list[tuple[_Round, list[int]]] = []
-        for one, jobs in zip(opening, sizes, strict=True):
-            window_ms = _ms(one.definition.window)
-            for number, each in enumerate(one.openings):
-                if each.source == "schedule":
-                    due.append(Due(one.definition, jobs, max(each.at_ms, now_ms), window_ms))
-                    places.append((one, [number]))
-            caught_up = [number for number, each in enumerate(one.openings) if each.source == "catch_up"]
-            if caught_up:
-                due.append(Due(one.definition, jobs, now_ms, window_ms, len(caught_up), caught_up=True))
-                places.append((one, caught_up))
-        for (one, numbers), asked, window in zip(places, due, self._windows.fit(due, rates), strict=True):
-            if window.note:
-                for number in numbers:
-                    one.openings[number] = _widened(one.openings[number], asked, window)
-                    one.warnings.append(_warning(one.group, one.openings[number], asked, window))
-
-    def _openings(self, group: Group, definition: Definition, now_ms: int, until_ms: int) -> list[Opening]:
-        """What becomes of each occurrence between the cursor and the horizon."""
-        missed_before = now_ms - max(_ms(definition.window), _ms(_GRACE))
-        current = [
-            Opening(at_ms, "schedule", "due") for at_ms in occurrences(group.schedule, max(group.cursor_ms, missed_before), until_ms)
-        ]
-        if group.cursor_ms >= missed_before:
-            return current
-        caught_up_from = _caught_up_from(group, definition, now_ms, missed_before, superseded=bool(current))
-        caught_up = [
-            Opening(at_ms, "catch_up", f"caught up: missed while no planner ran, policy {definition.catch_up.policy}")
-            for at_ms in occurrences(group.schedule, caught_up_from, missed_before)
-        ]
-        if len(caught_up) > _MOST_CAUGHT_UP:
-            caught_up = caught_up[-_MOST_CAUGHT_UP:]
-            caught_up_from = caught_up[0].at_ms - 1
-        return [*_skipped(group, definition, caught_up_from), *caught_up, *current]
-
-
-def _caught_up_from(group: Group, definition: Definition, now_ms: int, missed_before: int, *, superseded: bool) -> int:
-    """The instant after which missed occurrences are caught up, by the definition's policy.
-
-    `superseded`: an occurrence is due that is not missed, which for the policy `latest` is the latest.
-    """
-    policy = definition.catch_up.policy
-    if policy is CatchUpPolicy.SKIP or (policy is CatchUpPolicy.LATEST and superseded):
-        return missed_before
-    # what is not missed yet is not skipped either, should it be older than what may be caught up
-    oldest = min(missed_before, max(group.cursor_ms, now_ms - _ms(definition.catch_up.window) - 1))
-    if policy is CatchUpPolicy.ALL:
-        return oldest
-    latest = latest_occurrence(group.schedule, oldest, missed_before)
-    return missed_before if latest is None else latest[0] - 1
-
-
-def _skipped(group: Group, definition: Definition, until_ms: int) -> list[Opening]:
-    """One record for all missed occurrences up to `until_ms`."""
-    latest = latest_occurrence(group.schedule, group.cursor_ms, until_ms)
-    if latest is None:
-        return []
-    last_ms, count = latest
-    first_ms = next_occurrence(group.schedule, group.cursor_ms)
-    assert first_ms is not None
-    reason = f"{count} missed while no planner ran, policy {definition.catch_up.policy}"
-    return [Opening(first_ms, "skip", reason, last_ms)]
-
-
-def _widened(opening: Opening, asked: Due, window: Window) -> Opening:
-    delay_ms = window.delay_ms
-    if delay_ms and opening.source == "schedule":
-        # one that is opened late begins to be late when it would begin now
-        delay_ms += asked.start_ms - opening.at_ms
-    return replace(opening, reason=f"{opening.reason}; {window.note}", window_ms=window.window_ms, delay_ms=delay_ms)
-
-
-def _warning(group: Group, opening: Opening, asked: Due, window: Window) -> str:
-    """The line of the log about a widened window."""
-    line = f"{group.id}: occurrence {opening.at_ms}: {window.note}"
-    following_ms = next_occurrence(group.schedule, opening.at_ms) if opening.source == "schedule" else None
-    end_ms = asked.start_ms + window.delay_ms + window.window_ms
-    if following_ms is None or end_ms <= following_ms:
-        return line
-    between_ms = following_ms - opening.at_ms
-    carried = math.floor(window.per_second * between_ms / 1000)
-    line += f". It ends {_text(end_ms - following_ms)} after the next occurrence is due: "
-    line += f"{asked.jobs} jobs are asked for every {_text(between_ms)}, and {window.limit} can carry {carried}"
-    if asked.jobs > carried:
-        return f"{line}, {asked.jobs - carried} less. While that stays so, each occurrence is later than the last"
-    return f"{line}, which others use as well"
 
 
 def _text(span_ms: int) -> str:

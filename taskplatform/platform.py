@@ -34,6 +34,7 @@ from taskplatform.answers import Answer, Coming, Moment, coming, why
 from taskplatform.catalogue import Catalogue, deployed
 from taskplatform.errors import Conflict, InvalidInput, TaskPlatformError, UnknownDefinition, UnknownUser
 from taskplatform.faults import did_you_mean, explain
+from taskplatform.forecast import Forecast, look_ahead
 from taskplatform.health import Health, check
 from taskplatform.model import (
     MAX_PARAMS_BYTES,
@@ -53,7 +54,7 @@ from taskplatform.model import (
     check_user_id,
     format_duration,
 )
-from taskplatform.planner import Due, Window, Windows, published
+from taskplatform.planner import published
 from taskplatform.settings import Settings, environment, settings
 from taskplatform.store import (
     LOG_LEVELS,
@@ -72,6 +73,7 @@ from taskplatform.store import (
     SubscribeResult,
     Worker,
 )
+from taskplatform.windows import Due, Window, Windows, hosts_of
 
 log = logging.getLogger(__name__)
 
@@ -520,7 +522,7 @@ class Platform:
         return datetime.fromtimestamp(at_ms / 1000, UTC), subscribers
 
     def _window(self, definition: Definition, asked: timedelta) -> Window:
-        windows = Windows(self.store, self.catalogue, horizon=self.settings.plan_horizon, environment=environment())
+        windows = Windows(self.store, self.catalogue, horizon=self.settings.plan_horizon, hosts=hosts_of(self.catalogue, environment()))
         rates = windows.rates()
         jobs = self.store.count_subscribers(definition.id) if rates and definition.id not in self.store.definition_pauses() else 0
         return windows.fit([Due(definition, jobs, self.store.now_ms(), round(asked / timedelta(milliseconds=1)))], rates)[0]
@@ -601,11 +603,15 @@ class Platform:
         `reset_limit`, over restarts and whatever settings and definitions say. With neither rate nor concurrency there is no
         limit under this name. Raises InvalidInput, UnknownDefinition.
         """
+        return self.store.set_limit(name, self.limit_of(name, rate, burst=burst, concurrency=concurrency), actor=self._actor)
+
+    def limit_of(self, name: str, rate: str | None = None, *, burst: int | None = None, concurrency: int | None = None) -> Limit:
+        """What `set_limit` would set. Raises as that does."""
         kind, of = _limit_name(name)
         if kind == "definition":
             self.catalogue.require(of)
         if rate is None and concurrency is None and burst is None:
-            return self.store.set_limit(name, Limit(), actor=self._actor)
+            return Limit()
         given = {"rate": rate, "burst": burst, "concurrency": concurrency}
         try:
             rule = LimitRule.model_validate({field: value for field, value in given.items() if value is not None})
@@ -616,7 +622,7 @@ class Platform:
             raise InvalidInput(f"limit {name}: takes concurrency; a rate goes with total, definition:… and host:…")
         if kind == "total" and concurrency is not None:
             raise InvalidInput(f"limit {name}: takes rate and burst; how many run at a time is what the workers' slots say")
-        return self.store.set_limit(name, rule.limit, actor=self._actor)
+        return rule.limit
 
     def reset_limit(self, name: str) -> bool:
         """Take back what `set_limit` set: what settings and definitions say is in force again.
@@ -896,6 +902,26 @@ class Platform:
             horizon=self.settings.plan_horizon,
             environment=environment(),
         )
+
+    # what comes
+
+    def forecast(
+        self,
+        *,
+        hours: float = 24,
+        enable: Sequence[tuple[str, int]] = (),
+        limits: Mapping[str, Limit] | None = None,
+        slots: int | None = None,
+    ) -> Forecast:
+        """What the next hours bring: jobs and requests, what limits and workers can carry, and what waits.
+
+        `enable` are definitions with so many more subscribers in their default group, `limits` go before those in force, each as a whole
+        (`limit_of` makes them), and `slots` is how many places workers have, in place of those of the workers that live. With any of them
+        `Forecast.before` is the same without. It changes nothing. Raises InvalidInput, StoreError.
+        """
+        for name in limits or {}:
+            _limit_name(name)
+        return look_ahead(self.store, self.catalogue, self.settings, hours=hours, enable=enable, limits=limits, slots=slots)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from taskplatform.answers.values import Answer, Coming, Moment, span
 from taskplatform.answers.waiting import waiting
 from taskplatform.errors import InvalidInput, UnknownDefinition, UnknownUser
 from taskplatform.model import Definition, Job, JobState, Transition
-from taskplatform.planner import Due, Windows
 from taskplatform.store import Background, Seen, Store
+from taskplatform.windows import Due, Windows, hosts_of
 
 #: Occurrences that are explained in one go, and moments of a definition.
 MOST_ANSWERS = 200
@@ -132,7 +132,7 @@ class _Certainty:
     ) -> None:
         self._store = store
         self._catalogue = catalogue
-        self._windows = Windows(store, catalogue, horizon=horizon, environment=environment)
+        self._windows = Windows(store, catalogue, horizon=horizon, hosts=hosts_of(catalogue, environment))
         self._rates: dict[str, float] | None = None
         self._together: dict[str, int] = {}
 

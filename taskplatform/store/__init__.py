@@ -9,6 +9,7 @@ from taskplatform.store.evidence import Background, Entry, Evidence, Forgotten, 
 from taskplatform.store.figures import DefinitionCounts, Figures, Histogram
 from taskplatform.store.keys import BOUNDS_MS
 from taskplatform.store.levels import LOG_LEVELS, LogLevel, LogLevels
+from taskplatform.store.outlook import KnownDefinition, KnownGroup, OpenOccurrence, Outlook, Waiting
 from taskplatform.store.records import (
     Beat,
     Breaker,
@@ -34,6 +35,7 @@ from taskplatform.store.records import (
     SubscribeResult,
     Vitals,
     Worker,
+    commitment_of,
 )
 from taskplatform.store.store import Store
 
@@ -57,6 +59,8 @@ __all__ = [
     "Garbage",
     "Group",
     "Histogram",
+    "KnownDefinition",
+    "KnownGroup",
     "LimitState",
     "LockLost",
     "LogLevel",
@@ -64,9 +68,11 @@ __all__ = [
     "Membership",
     "Newer",
     "Occurrence",
+    "OpenOccurrence",
     "Opening",
     "Orders",
     "Outage",
+    "Outlook",
     "Page",
     "PublishedDefinition",
     "Renewal",
@@ -78,7 +84,9 @@ __all__ = [
     "Subscribe",
     "SubscribeResult",
     "Vitals",
+    "Waiting",
     "Worker",
+    "commitment_of",
     "connect",
     "unavailable",
 ]

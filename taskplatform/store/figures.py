@@ -165,7 +165,7 @@ def read_figures(
         paused=frozenset(definition for definition, ((why, _, _), _) in of_definitions.items() if why),
         definitions=tuple(definitions),
         lags={priority: _read_lags(rows[1]) for priority, rows in of_priority.items()},
-        counts={definition: _read_counts(fields) for definition, (_, fields) in of_definitions.items()},
+        counts={definition: read_definition_counts(fields) for definition, (_, fields) in of_definitions.items()},
         workers=tuple(read_worker(worker, int(beat), fields, ()) for (worker, beat), (fields, _) in of_workers),
         running_on={worker: count for (worker, _), (_, count) in of_workers},
         beats=tuple(read_beat(name, line) for name, line in beats.items()),
@@ -183,7 +183,7 @@ def _read_lags(fields: Mapping[str, str]) -> Histogram:
     return _histogram([(bound, int(times)) for bound, times in fields.items() if bound != "ms"], int(fields.get("ms", 0)))
 
 
-def _read_counts(fields: Mapping[str, str]) -> DefinitionCounts:
+def read_definition_counts(fields: Mapping[str, str]) -> DefinitionCounts:
     """What a definition's hash in "stats" says."""
     ended: Counter[tuple[Priority, JobState]] = Counter()
     retried: Counter[Priority] = Counter()

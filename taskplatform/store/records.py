@@ -532,12 +532,18 @@ def read_commitment(oid: str, committed: str, *, now_ms: int, next_ms: float | N
     no planner was there, what is left will be spread from now on.
     """
     start, window, jobs = map(int, committed.split())
-    end = start + window
     late = 0.0 if next_ms is None or next_ms >= now_ms - patience_ms else now_ms - next_ms
-    left_from = max(start, now_ms - late)
-    left = jobs * max(0.0, end - left_from) / window if window else jobs * (start >= left_from)
     definition = oid.partition("|")[0].partition("~")[0]
-    return Commitment(definition, None, round(left_from + late), max(round(left_from + late), round(end + late)), left)
+    return commitment_of(definition, start, window, jobs, now_ms=now_ms, late_ms=late)
+
+
+def commitment_of(definition: str, start_ms: int, window_ms: int, jobs: int, *, now_ms: int, late_ms: float = 0.0) -> Commitment:
+    """What is still to come of `jobs` that come evenly over a window, of which what is left begins `late_ms` later than it should."""
+    end = start_ms + window_ms
+    left_from = max(start_ms, now_ms - late_ms)
+    left = jobs * max(0.0, end - left_from) / window_ms if window_ms else jobs * (start_ms >= left_from)
+    begin = round(left_from + late_ms)
+    return Commitment(definition, None, begin, max(begin, round(end + late_ms)), left)
 
 
 def read_beat(name: str, line: str, told: str | None = None) -> Beat:

@@ -44,6 +44,7 @@ from taskplatform.store.evidence import Evidence
 from taskplatform.store.figures import Figures, read_figures
 from taskplatform.store.keys import key
 from taskplatform.store.levels import LogLevels
+from taskplatform.store.outlook import Outlook, read_outlook
 from taskplatform.store.records import (
     Beat,
     Breaker,
@@ -1291,6 +1292,11 @@ class Store:
         self._redis.delete(self._key("answer", digest))
 
     # metrics
+
+    def outlook(self, *, horizon: timedelta, until_ms: int) -> Outlook:
+        """What a forecast up to `until_ms` begins with."""
+        limits = self.limit_states(of_users=False)
+        return read_outlook(self._redis, self._key, self.now_ms(), limits, horizon_ms=milliseconds(horizon), until_ms=until_ms)
 
     def figures(self) -> Figures:
         """What metrics are made of, in some ten round trips. Its cost grows with the definitions, the limits and the jobs that run."""

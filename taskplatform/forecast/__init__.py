@@ -1,0 +1,24 @@
+"""What the hours to come bring: jobs and requests, where a limit saturates, what waits, how many workers it takes.
+
+`look_ahead` simulates them with the platform's own code (`simulation`); what it found is a `Forecast` (`result`), which `plot` draws.
+"""
+
+from taskplatform.forecast.ahead import MOST_HOURS, look_ahead
+from taskplatform.forecast.evaluation import limit_text
+from taskplatform.forecast.result import Backlog, Cost, Forecast, LimitUse, Point, Slots, Span, Track, Widening, read_forecast
+
+__all__ = [
+    "MOST_HOURS",
+    "Backlog",
+    "Cost",
+    "Forecast",
+    "LimitUse",
+    "Point",
+    "Slots",
+    "Span",
+    "Track",
+    "Widening",
+    "limit_text",
+    "look_ahead",
+    "read_forecast",
+]
