@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from bench.day import past
-from bench.day.judge import Report, check_book
+from bench.day.judge import Report, check_book, check_why
 from bench.day.people import People
 from bench.day.town import found
 from bench.processes import server
@@ -37,6 +37,9 @@ def main(arguments: Sequence[str]) -> int:
         town.look()
         report = Report()
         check_book(town, report)
+        began_why = time.monotonic()
+        check_why(town, report)
+        print(f"why in {time.monotonic() - began_why:.1f} s")
         for line in report.disagreements[:40]:
             print(line)
         print(len(report.disagreements), "disagreements", dict(report.compared))

@@ -31,8 +31,14 @@ ZONES = ("Europe/Berlin", "America/New_York", "Asia/Kolkata", "Australia/Sydney"
 #: What the shipped definitions take from the environment, where it is not set: as the README has it.
 ENVIRONMENT = {"API_BASE_URL": "http://127.0.0.1:8000/anything", "API_TOKEN": "demo-token"}
 #: How many subscribers a definition has, beside one that is due daily.
-_POPULAR = {IntervalType.DAILY: 1.0, IntervalType.WEEKLY: 0.6, IntervalType.MONTHLY: 0.5, IntervalType.HOURLY: 0.05, IntervalType.MINUTELY: 0.004}
-_PACE = Pace(grid_ms=10_000, tick_ms=25_000, look_ms=200, heartbeat_ms=600_000, sweep_ms=24 * 3_600_000)
+_POPULAR = {
+    IntervalType.DAILY: 1.0,
+    IntervalType.WEEKLY: 0.6,
+    IntervalType.MONTHLY: 0.5,
+    IntervalType.HOURLY: 0.04,
+    IntervalType.MINUTELY: 0.0005,
+}
+_PACE = Pace(grid_ms=10_000, tick_ms=25_000, look_ms=500, heartbeat_ms=600_000, sweep_ms=24 * 3_600_000)
 _HORIZON = timedelta(seconds=30)
 _CHUNK = 2000
 _MINUTE_MS, _HOUR_MS = 60_000, 3_600_000
@@ -242,7 +248,8 @@ def _say(text: str) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Fill a Redis. Returns 0."""
-    parser = argparse.ArgumentParser(prog="python -m bench day past", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m bench day past", description=__doc__, formatter_class=form)
     parser.add_argument("--url", default="redis://127.0.0.1:6380/0", help="of the Redis; default that of `taskplatform up`")
     parser.add_argument("--namespace", default="tp", help="one in which there are no users yet; default tp")
     parser.add_argument("--users", type=int, default=20_000)
