@@ -1,6 +1,6 @@
 """`python -m bench` runs all benchmarks and prints one table; `python -m bench NAME --json` runs one and ends with one JSON object.
 
-`chaos` and `soak` are runs of their own: `python -m bench chaos --help`.
+`chaos`, `day` and `soak` are runs of their own: `python -m bench chaos --help`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from bench.figures import BY_NAME, FIGURES, table
 
 #: These take arguments of their own, and say themselves how they ended.
-RUNS = ("chaos", "soak")
+RUNS = ("chaos", "day", "soak")
 
 
 def main() -> int:

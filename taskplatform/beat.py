@@ -292,7 +292,7 @@ class Scheduler(RedBeatScheduler):  # type: ignore[misc]
         settings, term = self._settings, self._term
         assert term is not None
         self._store.configure_limits(settings.limits, actor=self._name, term=term)
-        self._store.set_options(fairness=settings.fairness, share=settings.lower_share, term=term)
+        self._store.set_options(fairness=settings.fairness, share=settings.lower_share, term=term, retention=settings.retention)
         self._planner.publish(term, confirm=self._extend)
         self._extend()
         self._published = True

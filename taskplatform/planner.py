@@ -21,8 +21,8 @@ from taskplatform.backfill import Backfiller
 from taskplatform.errors import StoreError, StoreUnavailable
 from taskplatform.message import message_template
 from taskplatform.model import Definition, Limit, format_duration
-from taskplatform.store import DueItem, PublishedDefinition, Store
-from taskplatform.windows import TOGETHER, Round, Windows, hosts_of, warning
+from taskplatform.store import DueItem, Outage, PublishedDefinition, Store
+from taskplatform.windows import GRACE, TOGETHER, Round, Windows, hosts_of, warning
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 _PUT_OFF = timedelta(seconds=10)
 #: A clock that shows so much less than before was set back.
 _SET_BACK_MS = 1000
+#: Outages are kept for so much longer than the occurrences that were missed in them.
+_EVIDENCE_BEYOND = timedelta(hours=1)
 #: Planning as a whole, among what can fail.
 _WHOLE = "what is due"
 _ERROR_CHARACTERS = 300
@@ -84,9 +86,10 @@ class Troubles:
         logged_at = known.logged_at if known and told else now
         self._by_name[name] = _Trouble(known.since_ms if known else now_ms, error, now, logged_at)
 
-    def over(self, name: str) -> None:
-        """`name` went well."""
-        self._by_name.pop(name, None)
+    def over(self, name: str) -> tuple[int, str] | None:
+        """`name` went well. Since when (ms) it had failed, and why; None where it had not."""
+        known = self._by_name.pop(name, None)
+        return (known.since_ms, known.error) if known else None
 
     def worst(self) -> tuple[int, str] | None:
         """Since when (ms) something fails, and what, of those that were met in the last minute."""
@@ -122,6 +125,8 @@ class Planner:
         self._backfiller = Backfiller(store, batch=batch, actor=name)
         #: What the server's clock last showed to a planner.
         self._seen_ms = 0
+        #: When all that was due had been looked at last, by this planner or the one before.
+        self._looked_ms = 0
         self._troubles = Troubles()
         self._reports_trouble = False
         self._as_published = False
@@ -143,7 +148,7 @@ class Planner:
         """
         term = self._store.lead(horizon=self._horizon, leader=self._name)
         confirm()
-        self._seen_ms = int(self._store.planner().get("tick", 0))
+        self._seen_ms = self._looked_ms = int(self._store.planner().get("tick", 0))
         self._store.planner_is_well()
         self._as_published = True
         return term
@@ -190,6 +195,9 @@ class Planner:
             due = self._store.due(self._store.now_ms())
         self._troubles.over(_WHOLE)
         self._store.planner_tick(planned=planned)
+        if self._looked_ms:
+            self._absent(self._looked_ms, now_ms)
+        self._looked_ms = now_ms
         self._report()
         if due:
             return timedelta()
@@ -197,6 +205,12 @@ class Planner:
         if next_ms is None:
             return timedelta(days=1)
         return timedelta(milliseconds=max(0, next_ms - self._store.now_ms()))
+
+    def _absent(self, from_ms: int, to_ms: int, what: str = "", error: str = "") -> None:
+        """Keep it for `why`, where nothing, or something, was not planned for so long that its occurrences may have been missed."""
+        if to_ms - from_ms > _ms(GRACE):
+            evidence = self._store.evidence
+            evidence.outage(Outage(from_ms, to_ms, what, error[:_ERROR_CHARACTERS]), kept=evidence.retention() + _EVIDENCE_BEYOND)
 
     def failed(self, fault: Exception) -> None:
         """`advance` raised: let it be seen, as far as the store can be told."""
@@ -268,7 +282,8 @@ class Planner:
             with self._postponed_if_broken(item):
                 if self._open_one(one) is not None:
                     warnings += [warning(one.group, *widened) for widened in one.widened]
-                self._troubles.over(f"{item.kind} {item.id}")
+                if failed := self._troubles.over(f"{item.kind} {item.id}"):
+                    self._absent(failed[0], now_ms, item.id, failed[1])
         for line in warnings[:_LOGGED]:
             log.warning("%s", line)
         if len(warnings) > _LOGGED:

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from functools import cache
 from typing import Any
 
@@ -31,6 +31,7 @@ from pydantic import ValidationError
 
 from taskplatform import backfill as backfilling
 from taskplatform import tracing
+from taskplatform.answers import Answer, Coming, Moment, coming, why
 from taskplatform.catalogue import Catalogue, deployed
 from taskplatform.errors import Conflict, InvalidInput, TaskPlatformError, UnknownBackfill, UnknownDefinition, UnknownUser
 from taskplatform.faults import did_you_mean, explain
@@ -958,6 +959,32 @@ class Platform:
     def resume_backfill(self, backfill: str) -> bool:
         """The reverse. Raises UnknownBackfill, Conflict."""
         return self.store.backfills.resume(_backfill_id(backfill), actor=self._actor)
+
+    # why, and when
+
+    def why(self, user: str, definition: str, *, at: datetime | date | None = None, last: int = 1) -> list[Answer]:
+        """What became of a user's occurrences of a definition, the newest first: of the last so many, or of the one to which the time
+        `at` belongs, or of all of a day (a date, in the zone of the schedule).
+
+        Raises UnknownUser, which tells who deleted the user as far as that is known, UnknownDefinition, InvalidInput.
+        """
+        return why(self.store, self.catalogue, check_user_id(user), check_definition_id(definition), at=at, last=last)
+
+    def next(self, user: str, definition: str | None = None, *, count: int = 1) -> list[Moment]:
+        """The next `count` moments of each definition that a user subscribes to, or of one, in order of the moments. See `coming`."""
+        return list(self.coming(user, definition, count=count).moments)
+
+    def coming(self, user: str, definition: str | None = None, *, count: int = 1) -> Coming:
+        """The same, and of which definitions nothing comes, and why. Raises UnknownUser, UnknownDefinition, InvalidInput."""
+        return coming(
+            self.store,
+            self.catalogue,
+            check_user_id(user),
+            None if definition is None else check_definition_id(definition),
+            count=count,
+            horizon=self.settings.plan_horizon,
+            environment=environment(),
+        )
 
     # what comes
 

@@ -19,7 +19,7 @@ from taskplatform.schedule import latest_occurrence, next_occurrence, occurrence
 from taskplatform.store import Commitment, Group, Opening
 
 #: An occurrence is missed when this long, or its window if that is longer, has passed.
-_GRACE = timedelta(seconds=60)
+GRACE = timedelta(seconds=60)
 #: So many missed occurrences of a group are caught up at the most, the newest ones.
 _MOST_CAUGHT_UP = 1000
 #: So many groups that are due are opened together at the most, each in about a millisecond.
@@ -176,7 +176,7 @@ def _window(due: Due, demand: Demand, found: Fit, rates: Mapping[str, float]) ->
 
 def _openings(group: Group, definition: Definition, now_ms: int, until_ms: int) -> list[Opening]:
     """What becomes of each occurrence between the cursor and the horizon."""
-    missed_before = now_ms - max(_ms(definition.window), _ms(_GRACE))
+    missed_before = now_ms - max(_ms(definition.window), _ms(GRACE))
     current = [Opening(at_ms, "schedule", "due") for at_ms in occurrences(group.schedule, max(group.cursor_ms, missed_before), until_ms)]
     if group.cursor_ms >= missed_before:
         return current

@@ -6,6 +6,7 @@ never disagree, whatever dies between two calls. Times are milliseconds since th
 
 from taskplatform.store.backfills import BACKFILL_COUNTS, Backfill, BackfillState
 from taskplatform.store.connection import LockLost, connect, unavailable
+from taskplatform.store.evidence import Background, Entry, Evidence, Forgotten, Membership, Outage, Seen, Standing
 from taskplatform.store.figures import DefinitionCounts, Figures, Histogram
 from taskplatform.store.keys import BOUNDS_MS
 from taskplatform.store.levels import LOG_LEVELS, LogLevel, LogLevels
@@ -48,6 +49,7 @@ __all__ = [
     "SAMPLE_EVERY",
     "Backfill",
     "BackfillState",
+    "Background",
     "Beat",
     "Breaker",
     "BreakerState",
@@ -57,7 +59,10 @@ __all__ = [
     "DefinitionCounts",
     "DueItem",
     "Enqueue",
+    "Entry",
+    "Evidence",
     "Figures",
+    "Forgotten",
     "Garbage",
     "Group",
     "Histogram",
@@ -67,16 +72,20 @@ __all__ = [
     "LockLost",
     "LogLevel",
     "LogLevels",
+    "Membership",
     "Newer",
     "Occurrence",
     "OpenOccurrence",
     "Opening",
     "Orders",
+    "Outage",
     "Outlook",
     "Page",
     "PublishedDefinition",
     "Renewal",
     "Sample",
+    "Seen",
+    "Standing",
     "Start",
     "Stop",
     "Store",

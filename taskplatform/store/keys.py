@@ -78,7 +78,7 @@ NAMES = {
     "breakers": "breakers",  # hash: host that is held back → why, until when and who probes it, as JSON, see lib.lua
     "calls": "calls:",  # by host that failed of late: "<since> <half window> <calls> <failures> <calls before> <failures before>"
     "inflight": "inflight",  # hash: limit with a concurrency → jobs released and not ended
-    "options": "options",  # hash: fairness, share
+    "options": "options",  # hash: fairness, share, retention (ms)
     # delivery
     "queued": "queued:",  # by priority, sorted set: job id → when it was released
     "active": "active",  # sorted set: job id → when it started
@@ -107,6 +107,13 @@ NAMES = {
     "lags": "lags:",  # by priority, hash: how long after they were due jobs started, see `BOUNDS_MS`
     # what people changed
     "changes": "changes",  # stream, bounded
+    # what `why` is told from; each for as long as finished jobs are kept, see `trail` in lib.lua
+    "trail": "trail:",  # by user, hash: definition, or @ for the user → what changed; it expires
+    "definition_trails": "definitiontrails",  # hash: definition → what changed
+    "gone": "gone:",  # by user, sorted set: a dead letter that was forgotten before its time, as JSON → when; it expires
+    "skipped": "skipped:",  # by <gid>, sorted set: <oid> of a record for many occurrences → the time of the last
+    "triggered": "triggered:",  # by definition, sorted set: time of a trigger → the same; it expires
+    "outages": "outages",  # sorted set: a time in which nothing, or something, was not planned, as JSON → its end
 }
 
 #: The buckets of the histograms in "stats" and "lags": a span counts in the first whose upper bound in ms is not below it, else in "inf";

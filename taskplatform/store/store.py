@@ -42,6 +42,7 @@ from taskplatform.store import samples
 from taskplatform.store.access import Access
 from taskplatform.store.backfills import Backfills
 from taskplatform.store.connection import connect
+from taskplatform.store.evidence import Evidence
 from taskplatform.store.figures import Figures, read_figures
 from taskplatform.store.keys import key
 from taskplatform.store.levels import LogLevels
@@ -128,6 +129,7 @@ class Store:
         self.access = Access(client, self._scripts, self._key, clock)
         self.log_levels = LogLevels(client, self._scripts, self._key, clock)
         self.backfills = Backfills(client, self._scripts, self._key, clock, change_log_size)
+        self.evidence = Evidence(client, self._key, clock)
 
     @classmethod
     def connect(cls, url: str, *, tls: Mapping[str, Any] | None = None, namespace: str = "tp", change_log_size: int = 100_000) -> Store:
@@ -1027,14 +1029,16 @@ class Store:
         for name, limit in limits.items():
             self._limit(name, write_limit(limit), actor, True, term)
 
-    def set_options(self, *, fairness: bool, share: float, term: int | None = None) -> None:
+    def set_options(self, *, fairness: bool, share: float, term: int | None = None, retention: timedelta | None = None) -> None:
         """How jobs are released: with turns for the users inside a priority, and what part of all releases each lower one gets.
 
-        With `term`, raises Conflict as `publish` does.
+        `retention` is how long finished jobs are kept, for the scripts that keep changes as long; None leaves it as it is. With
+        `term`, raises Conflict as `publish` does.
         """
         moved, since = _BATCH, "" if term is None else term
+        kept = "" if retention is None else milliseconds(retention)
         while moved == _BATCH:
-            moved = self._scripts.run("options", int(fairness), repr(share), _BATCH, since)
+            moved = self._scripts.run("options", int(fairness), repr(share), _BATCH, since, kept)
             self._led(moved)
 
     # hosts

@@ -26,7 +26,7 @@ for _, id in ipairs(ids) do
     forget_job(id)
   end
 end
-call('DEL', key, K.held .. user, K.user_jobs .. user)
+call('DEL', key, K.held .. user, K.user_jobs .. user, K.trail .. user, K.gone .. user)
 call('SREM', K.capped_users, user)
 set_limit('user:' .. user, K.limits_live, '', now)
 call('ZREM', K.users, user)

@@ -9,6 +9,7 @@ for i = 6, #ARGV do
   local job = load_job(id)
   if job and job.died then
     forget_job(id)
+    trail.gone(id, job, now, 'discarded by ' .. ARGV[2])
     discarded = discarded + 1
   end
   answers[#answers + 1] = not job and 'unknown' or job.died and 'discarded' or 'not dead'

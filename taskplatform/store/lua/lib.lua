@@ -71,6 +71,89 @@ local function log_change(now, size, actor, kind, subject, detail)
   call('XADD', K.changes, 'MAXLEN', '~', size, '*', 'at', text(now), 'actor', actor, 'kind', kind, 'subject', subject, 'detail', detail)
 end
 
+-- Trail: what changed for a user or a definition, from which `why` tells how things were at a time. It is kept for as long as finished
+-- jobs, and written by the script that makes the change, so that it cannot disagree with it. A field of a hash is
+-- "<1: as it is now is unusual, as a pause> <when it changed last> <entries as JSON, the oldest first>". What never changed has none.
+-- An entry: a(t), k(ind), b(y), and what the kind needs:
+--   paused (w: why), resumed
+--   disabled, enabled      f: moments after this are in force again   s: they were after this
+--   schedule               f: moments after this belong to what is now   g: the group before, s: since then, c: its schedule
+--                          of a definition: c: the schedule before, f: occurrences after this are by the new one
+--   subscribed (f), unsubscribed (g, s, c)   published, retracted
+--   dropped                changes at and before this time were left out, because there were too many
+local trail = {
+  most = 60,
+  aspect = {
+    paused = 'pause', resumed = 'pause', disabled = 'on', enabled = 'on', schedule = 'group', subscribed = 'group',
+    unsubscribed = 'group', published = 'published', retracted = 'published', dropped = 'dropped',
+  },
+}
+
+-- How far back changes are told, in ms: somewhat longer than what they explain.
+function trail.span()
+  return tonumber(call('HGET', K.options, 'retention') or '259200000') + 3600000
+end
+
+-- Adds entries to a field of a trail. `unusual`: the state that they lead to must be explained for as long as it lasts. Where several
+-- changes of one kind are older than the span, the newest of them says how things were when the span began.
+function trail.add(key, field, now, unusual, lasts, ...)
+  local span = trail.span()
+  local before, value = now - span, call('HGET', key, field)
+  local entries = value and cjson.decode(string.match(value, '^%d %d+ (.*)$')) or {}
+  for _, entry in ipairs({ ... }) do
+    -- in order also where the clock was set back
+    entry.a = math.max(now, #entries > 0 and entries[#entries].a or 0)
+    entries[#entries + 1] = entry
+  end
+  local kept, seen, dropped = {}, {}, nil
+  for i = #entries, 1, -1 do
+    local entry = entries[i]
+    local aspect = trail.aspect[entry.k]
+    if aspect == 'dropped' then
+      if entry.a > before then dropped = dropped or entry.a end
+    elseif #kept < trail.most and entry.a > before then
+      kept[#kept + 1] = entry
+    elseif not seen[aspect] then
+      seen[aspect] = true
+      kept[#kept + 1] = entry
+    elseif entry.a > before then
+      dropped = dropped or entry.a
+    end
+  end
+  if dropped then kept[#kept + 1] = { a = dropped, k = 'dropped', b = '' } end
+  local ordered = {}
+  for i = #kept, 1, -1 do ordered[#ordered + 1] = kept[i] end
+  call('HSET', key, field, (unusual and '1 ' or '0 ') .. text(now) .. ' ' .. cjson.encode(ordered))
+  for other, told in pairs(pairs_to_table(call('HGETALL', key))) do
+    local is_unusual, at = string.match(told, '^(%d) (%d+) ')
+    if is_unusual == '1' then
+      lasts = true
+    elseif tonumber(at) <= before then
+      call('HDEL', key, other)
+    end
+  end
+  -- what lasts goes with its user
+  call('PEXPIRE', key, lasts and '3155760000000' or text(span))
+end
+
+-- The same, only where the field has something already: what is now is as usual, and needs an entry only after others.
+function trail.follow_up(key, field, now, lasts, entry)
+  if call('HEXISTS', key, field) == 1 then trail.add(key, field, now, false, lasts, entry) end
+end
+
+-- A dead letter is forgotten before its time; `what` says why, in words. Where its occurrence is past the retention, nobody asks.
+function trail.gone(id, job, now, what)
+  local definition, user, suffix = parts(id)
+  local span, at = trail.span(), tonumber(string.match(suffix, '^t?(%d+)$') or '0')
+  if at <= now - span or call('EXISTS', K.user .. user) == 0 then return end
+  local key = K.gone .. user
+  call('ZADD', key, text(now), cjson.encode({ definition .. ':' .. suffix, tonumber(job.finished), job.died, what }))
+  call('ZREMRANGEBYSCORE', key, '-inf', text(now - span))
+  -- the newest 1000
+  for _, oldest in ipairs(call('ZRANGE', key, 0, call('ZCARD', key) - 1001)) do call('ZREM', key, oldest) end
+  call('PEXPIRE', key, text(span))
+end
+
 -- Audit log: a stream for each kind, so that what many can make happen pushes out nothing of another kind.
 local function audit(now, kind, size, ...)
   call('XADD', K.audit .. kind, 'MAXLEN', '~', size, '*', 'at', text(now), ...)

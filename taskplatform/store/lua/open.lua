@@ -41,6 +41,11 @@ for i = 9, #ARGV, 6 do
     local state = source == 'skip' and 'skipped' or 'open'
     call('HSET', okey, 'definition', definition, 'group', gid, 'at', at, 'last', last, 'base', base, 'window', window,
       'asked', asked, 'cursor', '-1', 'suffix', at, 'source', source, 'state', state, 'reason', reason, 'opened', text(now))
+    if at ~= last then
+      -- a record of many is found by the time of the last, and the schedule tells which they are
+      call('HSET', okey, 'schedule', ARGV[8])
+      call('ZADD', K.skipped .. gid, last, oid)
+    end
     call('ZADD', K.occurrences .. definition, at, oid)
     if state == 'open' then
       opened = opened + 1

@@ -1,11 +1,13 @@
--- Sets how jobs are released: with turns for the users, and with which share for the lower priorities.
+-- Sets how jobs are released: with turns for the users, and with which share for the lower priorities; and how long changes are told.
 -- ARGV[1] now   ARGV[2] fairness: 1 or 0   ARGV[3] share, 0 none   ARGV[4] how many jobs to move at the most
 -- ARGV[5] the term of the leader that says so ('' whoever it is)
+-- ARGV[6] retention in ms ('' as it is)
 -- Returns how many jobs went back from their turns into their lanes; as many as ARGV[4]: there may be more. -1 when another leads by now.
 
 local now, fair, most, moved = clock(ARGV[1]), ARGV[2] == '1', tonumber(ARGV[4]), 0
 if not leads(ARGV[5]) then return -1 end
 call('HSET', K.options, 'share', ARGV[3])
+if ARGV[6] ~= '' then call('HSET', K.options, 'retention', ARGV[6]) end
 local switched = fair ~= (option('fairness') ~= nil)
 for _, priority in ipairs(switched and PRIORITIES or {}) do
   -- out of the line of its host: the places there are of the other stage

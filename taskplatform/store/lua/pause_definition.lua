@@ -16,5 +16,6 @@ else
   for _, priority in ipairs(PRIORITIES) do unblock_lane(priority, definition) end
   release(now, 100)
 end
+trail.add(K.definition_trails, definition, now, why ~= '', true, { k = why ~= '' and 'paused' or 'resumed', b = ARGV[4], w = why ~= '' and why or nil })
 log_change(now, ARGV[5], ARGV[4], why ~= '' and 'definition paused' or 'definition resumed', definition, why)
 return 1

@@ -11,6 +11,7 @@ local subscription = cjson.decode(raw)
 if (subscription.paused ~= nil) == pause then return 0 end
 subscription.paused = pause and 1 or nil
 call('HSET', key, definition, encode_subscription(subscription))
+trail.add(K.trail .. user, definition, now, pause or subscription.off ~= nil, false, { k = pause and 'paused' or 'resumed', b = ARGV[5] })
 if not pause then unhold(user, now) end
 log_change(now, ARGV[6], ARGV[5], pause and 'subscription paused' or 'subscription resumed', user .. ' ' .. definition, '')
 return 1

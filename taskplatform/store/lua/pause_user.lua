@@ -10,7 +10,8 @@ if pause == '1' then
   call('HSET', key, '@paused', '1')
 else
   call('HDEL', key, '@paused')
-  unhold(user, now)
 end
+trail.add(K.trail .. user, '@', now, pause == '1', false, { k = pause == '1' and 'paused' or 'resumed', b = ARGV[4] })
+if pause == '0' then unhold(user, now) end
 log_change(now, ARGV[5], ARGV[4], pause == '1' and 'user paused' or 'user resumed', user, '')
 return 1

@@ -39,15 +39,22 @@ if ARGV[9] ~= 'keep' and ARGV[9] ~= host_of(definition) then
 end
 if set_limit('definition:' .. definition, K.limits_configured, ARGV[8], now) == 1 then changed[#changed + 1] = 'limit' end
 local group_key = K.group .. definition
-if call('HGET', key, 'schedule') ~= schedule then
+local told = call('HGET', key, 'schedule')
+if told ~= schedule then
   changed[#changed + 1] = 'schedule'
   call('HSET', key, 'schedule', schedule)
 end
+local planned_by, cursor = call('HGET', group_key, 'schedule') or told or schedule, now
+if is_new then trail.follow_up(K.definition_trails, definition, now, true, { k = 'published', b = ARGV[5] }) end
 if call('EXISTS', group_key) == 1 and call('HGET', group_key, 'schedule') ~= schedule then
   -- the planner has done what the old schedule made due; the new one counts from now
-  local cursor = math.max(now, tonumber(call('HGET', group_key, 'cursor')))
+  cursor = math.max(now, tonumber(call('HGET', group_key, 'cursor')))
   call('HSET', group_key, 'schedule', schedule, 'cursor', text(cursor))
   call('ZADD', K.due, text(now), 'g|' .. definition)
+end
+if planned_by ~= schedule then
+  local paused = call('HEXISTS', key, 'paused') == 1
+  trail.add(K.definition_trails, definition, now, paused, true, { k = 'schedule', b = ARGV[5], c = planned_by, f = cursor })
 end
 if is_new then
   call('SADD', K.unannounced, definition)

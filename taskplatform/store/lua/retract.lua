@@ -16,5 +16,6 @@ set_limit('definition:' .. definition, K.limits_configured, '', now)
 recount(now)
 drop_probe(host, definition)
 if host ~= '' then wake_host(host) end
+trail.add(K.definition_trails, definition, now, false, true, { k = 'retracted', b = ARGV[3] })
 log_change(now, ARGV[4], ARGV[3], 'definition removed', definition, '')
 return 1

@@ -29,10 +29,13 @@ for i = 5, #ARGV, 7 do
   else
     local raw = call('HGET', key, definition)
     local subscription, before
+    local was_since, was_off, was_schedule
     if raw then
       subscription = cjson.decode(raw)
       before = subscription.group or definition
+      was_since, was_off = subscription.since, subscription.off
       if gid == 'keep' then gid = before end
+      was_schedule = before ~= gid and before ~= definition and call('HGET', K.group .. before, 'schedule') or nil
       if before ~= gid then
         local prev = subscription.prev or {}
         if subscription.since < since then
@@ -70,6 +73,20 @@ for i = 5, #ARGV, 7 do
       call('HSET', key, definition, encoded)
       if not raw then call('HINCRBY', K.subscribers, definition, 1) end
       if before ~= gid then join_group(user, definition, gid, schedule, slot, now, horizon, since) end
+      if not raw then
+        -- a first subscription says itself since when it is; one that comes after another must be told from it
+        trail.follow_up(K.trail .. user, definition, now, false, { k = 'subscribed', b = actor, f = subscription.since })
+      else
+        local entries = {}
+        if before ~= gid then
+          entries[1] = { k = 'schedule', b = actor, g = before, s = was_since, c = was_schedule, f = subscription.since }
+        end
+        if was_off ~= subscription.off then
+          entries[#entries + 1] = { k = subscription.off and 'disabled' or 'enabled', b = actor, f = subscription.since, s = was_since }
+        end
+        local unusual = subscription.off ~= nil or subscription.paused ~= nil
+        if #entries > 0 then trail.add(K.trail .. user, definition, now, unusual, false, unpack(entries)) end
+      end
       if enabled == 'off' and raw then cancel_waiting(user, definition, now, 'subscription disabled by ' .. actor) end
       if size ~= '' then
         log_change(now, size, actor, raw and 'subscription changed' or 'subscribed', user .. ' ' .. definition,

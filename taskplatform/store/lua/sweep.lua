@@ -8,17 +8,24 @@ local before = text(now - tonumber(ARGV[2]))
 local jobs = call('ZRANGEBYSCORE', K.finished, '-inf', before, 'LIMIT', 0, most)
 for _, id in ipairs(jobs) do forget_job(id) end
 
+local function forget_dead(id, what)
+  local job = load_job(id)
+  forget_job(id)
+  if job then trail.gone(id, job, now, what) end
+end
+
 local dead = call('ZRANGEBYSCORE', K.dead, '-inf', text(now - tonumber(ARGV[3])), 'LIMIT', 0, most)
-for _, id in ipairs(dead) do forget_job(id) end
+for _, id in ipairs(dead) do forget_dead(id, 'dropped at the end of the setting dead_retention') end
 local over = math.min(call('ZCARD', K.dead) - most_dead, most - #dead)
 local too_many = over > 0 and call('ZRANGE', K.dead, 0, over - 1) or {}
-for _, id in ipairs(too_many) do forget_job(id) end
+for _, id in ipairs(too_many) do forget_dead(id, 'dropped, because more than dead_max dead letters were kept') end
 if #too_many > 0 then count('dead_letters_dropped', #too_many) end
 
 local occurrences = call('ZRANGEBYSCORE', K.closed, '-inf', before, 'LIMIT', 0, most)
 for _, oid in ipairs(occurrences) do
-  local definition = call('HGET', K.occurrence .. oid, 'definition')
-  if definition then call('ZREM', K.occurrences .. definition, oid) end
+  local values = call('HMGET', K.occurrence .. oid, 'definition', 'group')
+  if values[1] then call('ZREM', K.occurrences .. values[1], oid) end
+  if values[2] then call('ZREM', K.skipped .. values[2], oid) end
   call('DEL', K.occurrence .. oid)
   call('ZREM', K.closed, oid)
 end

@@ -23,5 +23,11 @@ for _, gid in ipairs(call('SMEMBERS', K.groups .. definition)) do
     open_occurrence(oid, gid, at, base, window, window - asked + delay)
   end
 end
+if opened > 0 then
+  local span = trail.span()
+  call('ZADD', K.triggered .. definition, at, at)
+  call('ZREMRANGEBYSCORE', K.triggered .. definition, '-inf', text(now - span))
+  call('PEXPIRE', K.triggered .. definition, text(span))
+end
 if opened > 0 then log_change(now, ARGV[5], ARGV[4], 'trigger', definition, '') end
 return { tonumber(at), subscribers }

@@ -7,8 +7,12 @@ local key = K.user .. user
 if call('EXISTS', key) == 0 then return -1 end
 local raw = call('HGET', key, definition)
 if not raw then return -2 end
-leave_groups(user, definition, cjson.decode(raw))
+local subscription = cjson.decode(raw)
+local schedule = subscription.group and call('HGET', K.group .. subscription.group, 'schedule') or nil
+leave_groups(user, definition, subscription)
 call('HDEL', key, definition)
+trail.add(K.trail .. user, definition, now, false, false,
+  { k = 'unsubscribed', b = ARGV[4], g = subscription.group or definition, s = subscription.since, c = schedule })
 local canceled = cancel_waiting(user, definition, now, 'unsubscribed by ' .. ARGV[4])
 -- a pause of the subscription ends with it; what was submitted by hand may have been held for that
 unhold(user, now)
