@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from taskplatform.model import TRANSITIONS, JobState, Priority
-from taskplatform.store import Store, access, backfills, evidence, levels, scripts, store
+from taskplatform.store import Store, access, backfills, evidence, levels, samples, scripts, store
 from taskplatform.store.keys import NAMES, UNACKED, UNACKED_INDEX, key, lua_table
 from taskplatform.store.scripts import names, source
 from tests.conftest import Clock
@@ -105,7 +105,7 @@ def test_no_key_name_is_written_in_a_script(name: str) -> None:
 def test_every_name_is_used() -> None:
     everything = "".join(source(name) for name in [*VERBS, "lib"])
     by_scripts = set(re.findall(r"\bK\.(\w+)", everything))
-    by_store = set(re.findall(r'_key\("(\w+)"', "".join(map(inspect.getsource, (*CALLERS, evidence)))))
+    by_store = set(re.findall(r'key\("(\w+)"', "".join(map(inspect.getsource, (*CALLERS, evidence, samples)))))
     assert NAMES.keys() <= by_scripts | by_store
     assert by_store <= NAMES.keys()
 
@@ -131,7 +131,7 @@ def _runs() -> Iterator[tuple[str, list[ast.expr]]]:
 
 def test_store_calls_every_script_and_nothing_else_does() -> None:
     assert {name for name, _ in _runs()} == set(VERBS) - {GREETING}
-    assert f'source("{GREETING}")' in inspect.getsource(scripts.greeting)
+    assert f'"{GREETING}")' in inspect.getsource(scripts.greeting)
     package = Path(inspect.getfile(store)).parent
     others = [
         path
