@@ -395,7 +395,11 @@ class Stack:
         ]
         trusted = f"   CA {self.api_ca}; `taskplatform keys create` makes a key" if self.api_ca else ""
         lines.append(f"API       {self.api_url}{trusted}")
-        return [*lines, f"Flower    {self.flower_url}"] if self.flower_url else lines
+        if self.flower_url:
+            lines.append(f"Flower    {self.flower_url}")
+        if self.embedded:
+            lines.append(f"Commands  export {PREFIX}REDIS_URL={self.redis_url}   in another terminal, then `taskplatform health`")
+        return lines
 
     def _certify(self) -> Path:
         """The CA of the API's certificate, which is made where there is none, and anew when it will not do for much longer."""
