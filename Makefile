@@ -11,6 +11,9 @@ FAULTS := $(addprefix tests/acceptance/test_,$(addsuffix .py,beat beat_faults ch
 	redis_faults stop threads time_limits two_catalogues upkeep worker_loss)) \
 	$(addprefix tests/integration/test_,$(addsuffix .py,beats bounds dead_letters health life_model recovery redis_outages redis_server repeated_calls))
 
+# Compiled once and not by each of some hundred processes; here, because some environments turn that off.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help venv demo up test faults check format bench screenshots docs clean
 
 help: ## this list

@@ -396,7 +396,11 @@ class Stack:
         trusted = f"   CA {self.api_ca}; `taskplatform keys create` makes a key" if self.api_ca else ""
         lines.append(f"API       {self.api_url}{trusted}")
         lines.append(f"Dashboard {self._dashboard_url}   sign in with a key: `taskplatform keys create me --scope admin`")
-        return [*lines, f"Flower    {self.flower_url}"] if self.flower_url else lines
+        if self.flower_url:
+            lines.append(f"Flower    {self.flower_url}")
+        if self.embedded:
+            lines.append(f"Commands  export {PREFIX}REDIS_URL={self.redis_url}   in another terminal, then `taskplatform health`")
+        return lines
 
     @property
     def _dashboard_url(self) -> str:

@@ -19,6 +19,46 @@ for name in [name for name in os.environ if name.startswith("TASKPLATFORM_")]:
     del os.environ[name]
 
 
+#: The modules that take longest, the longest first. One of them that began last would keep a whole run waiting for it alone.
+LONGEST = (
+    "test_stop",
+    "test_redis_faults",
+    "test_demo",
+    "test_docs_commands",
+    "test_planning",
+    "test_verify",
+    "test_clock_steps",
+    "test_start",
+    "test_life_model",
+    "test_ops",
+    "test_planning_model",
+    "test_local",
+    "test_sentinel",
+    "test_secure_redis",
+    "test_beat",
+    "test_worker_loss",
+    "test_cuts",
+    "test_api_schema",
+    "test_secrets",
+    "test_two_catalogues",
+    "test_fault_points",
+    "test_planning_scale",
+    "test_telemetry",
+    "test_upkeep",
+    "test_recovery",
+    "test_deaf",
+    "test_beat_faults",
+    "test_chaos",
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest modules first; all others stay in the order that they have been given, a random one."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 class Clock:
     """Milliseconds since the epoch, that pass only when the test says so."""
 

@@ -177,4 +177,5 @@ def _is_text(word: str) -> bool:
 def _redis_hint() -> str:
     from taskplatform.settings import settings, shown_url
 
-    return f"TASKPLATFORM_REDIS_URL is {shown_url(settings().redis_url)}: start that server, or the whole platform with `taskplatform up`"
+    where = f"TASKPLATFORM_REDIS_URL is {shown_url(settings().redis_url)}"
+    return f"{where}: start that server, or the whole platform with `taskplatform up`, which says where its own is"

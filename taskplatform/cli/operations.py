@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ import click
 from taskplatform.cli.arguments import connected, definition_argument, duration, example, json_option, limit_option
 from taskplatform.cli.completion import workers as worker_ids
 from taskplatform.cli.output import Columns, counted, moment_text, plain, remark, seconds_text, show_json, show_rows
+from taskplatform.errors import TaskPlatformError
 
 # the same as Role, without its module's imports
 ROLES = ("platform", "observer")
@@ -35,6 +38,10 @@ def trigger(definition: str, window: timedelta | None, key: str | None, *, as_js
         found = platform.occurrences(definition, since=at)
         opened = [one for one in found if (one.at_ms, one.source) == (at_ms, "trigger")]
         asked = platform.definition(definition).window if window is None else window
+        with suppress(TaskPlatformError):  # an API key that may trigger need not be one that may ask
+            for one in platform.health().problems:
+                if (one.code, one.subject) == ("definition_paused", definition):
+                    remark(f"this occurrence is skipped: {one.text}")
     over = _window_text(opened[0]) if opened else _span_text(round(asked / timedelta(milliseconds=1)))
     if as_json:
         show_json({"definition": definition, "at": moment_text(at_ms), "subscribers": subscribers, "over": over})
@@ -83,9 +90,20 @@ _CHANGES: Columns[Change] = {
     "at": lambda one: moment_text(one.at_ms),
     "who": lambda one: one.actor,
     "what": lambda one: one.kind,
-    "subject": lambda one: one.subject,
+    "subject": lambda one: one.subject,  # see _subject_text
     "detail": lambda one: one.detail,
 }
+#: More names in one entry than these are of a deployment, and counted.
+_NAMED = 5
+
+
+def _subject_text(one: Change, about: Sequence[str]) -> str:
+    """Whom it names; of very many those who were asked for."""
+    named = one.subject.split()
+    if len(named) <= _NAMED:
+        return one.subject
+    shown = [name for name in named if name in about] or named[:2]
+    return f"{' '.join(shown)} and {len(named) - len(shown)} more"
 
 
 @click.command(epilog=example("changes u1 daily_user_report"))
@@ -95,10 +113,11 @@ _CHANGES: Columns[Change] = {
 def changes(about: tuple[str, ...], limit: int, *, as_json: bool) -> None:
     """List who changed what, the newest first.
 
-    With users or definitions, what names all of them.
+    With users or definitions, what names all of them. An entry that names very many is shortened; --json has all of them.
     """
+    columns: Columns[Change] = {**_CHANGES, "subject": lambda one: _subject_text(one, about)}
     with connected(definitions=False) as platform:
-        show_rows(platform.changes(about=about, limit=limit), _CHANGES, as_json=as_json)
+        show_rows(platform.changes(about=about, limit=limit), columns, as_json=as_json)
 
 
 @click.command(epilog=example("occurrences daily_user_report"))

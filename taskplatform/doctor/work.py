@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
@@ -29,7 +30,7 @@ def files(visit: Visit) -> Iterator[Finding]:
             subject=fault.partition(" ")[0].rstrip(":"),
             what=fault,
             why="A worker or beat that starts here, with this environment, ends at once.",
-            mend="taskplatform tasks check",
+            mend=_mend(fault),
         )
     if len(faults) > _SHOWN_FAULTS:
         yield Finding(
@@ -40,6 +41,11 @@ def files(visit: Visit) -> Iterator[Finding]:
             why="A worker or beat that starts here, with this environment, ends at once.",
             mend="taskplatform tasks check",
         )
+
+
+def _mend(fault: str) -> str:
+    variable = re.search(r"\$\{(\w+)\} is not in the environment", fault)
+    return f"put {variable[1]}=… into .env or the environment; taskplatform tasks check" if variable else "taskplatform tasks check"
 
 
 # --- hosts -----------------------------------------------------------------------------------------------------------

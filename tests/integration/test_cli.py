@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -678,6 +679,11 @@ def test_trigger(platform: Platform) -> None:
     assert run("trigger clean --key tuesday").stdout != keyed
     assert "a text of 1 to 255 characters is" in fails("trigger clean --key ''")
     assert "is not a duration" in fails("trigger daily_report --window wide", code=2)
+    platform.pause_definition("clean", why="the API is down")
+    said = run("trigger clean")
+    assert said.stdout.endswith("for 0 subscribers, over 1m\n")
+    assert "this occurrence is skipped: Definition clean is paused (the API is down)" in said.stderr
+    assert run("trigger daily_report").stderr == ""
 
 
 def test_trigger_says_what_the_limits_need(platform: Platform) -> None:
@@ -718,6 +724,20 @@ def test_changes(platform: Platform) -> None:
     (newest,) = run_json("changes --limit 1")
     assert ISO.fullmatch(newest.pop("at"))
     assert newest == {"actor": "tests", "kind": "definition paused", "subject": "clean", "detail": "a\tb"}
+
+
+def test_changes_that_name_very_many_are_shortened(platform: Platform) -> None:
+    for name in "abcdefg":
+        platform.store.publish(replace(published(platform.definition("clean")), id=name), actor="tests")
+    platform.store.announce(actor="tests")
+
+    def subject(command: str) -> str:
+        cells = dict(zip(*rows(run(command).stdout)[:2], strict=True))
+        return cells["subject"]
+
+    assert subject("changes b e") == "b e and 5 more"
+    assert subject("changes") == "a b and 5 more"
+    assert run_json("changes b --limit 1")[0]["subject"] == "a b c d e f g"
 
 
 def test_changes_about_somebody(platform: Platform) -> None:

@@ -617,7 +617,10 @@ def write(folder: Path, text: str = "", *, endpoint: str = "", **definition: obj
 def test_definitions_that_do_not_load(server: EmbeddedServer, tmp_path: Path) -> None:
     def codes(tasks: Path, **environment: str) -> list[str]:
         report = look(server.url, "work.definitions", tasks_dir=tasks, environment=environment)
-        return [one.what for one in result(report, "work.definitions").findings]
+        findings = result(report, "work.definitions").findings
+        for one in findings:
+            assert one.mend.startswith("put HOST_OF_IT=… into .env") == ("is not in the environment" in one.what)
+        return [one.what for one in findings]
 
     assert codes(write(tmp_path, endpoint="http://127.0.0.1:9/")) == []
     assert "${HOST_OF_IT} is not in the environment" in codes(write(tmp_path, endpoint="${HOST_OF_IT}/"))[0]
@@ -1060,7 +1063,7 @@ def test_redis_takes_each_command_that_mends(server: EmbeddedServer, client: red
             continue  # only with the allocator that Redis brings along
         client.execute_command(*words)  # type: ignore[no-untyped-call]
         for name, value in before.items():
-            client.config_set(name, value)
+            client.config_set(str(name), str(value))
 
 
 def test_help_says_what_the_exit_codes_are() -> None:

@@ -614,8 +614,9 @@ def test_up_runs_the_whole_platform(tmp_path: Path, drive: Drive, taken_port: in
     )
     driver.wait_for("all is ready", seconds=60)
     assert any(re.search(rf"│ port {taken_port} is taken; Valkey uses \d+$", line) for line in driver.lines)
-    for what in ("Redis     redis://127.0.0.1:", "Mock API  http://127.0.0.1:", "Flower    http://127.0.0.1:"):
-        assert any(f"up       │ {what}" in line for line in driver.lines)
+    shown = {"Redis": "redis", "Mock API": "http", "Flower": "http", "Commands": "export TASKPLATFORM_REDIS_URL=redis"}
+    for name, what in shown.items():
+        assert any(f"up       │ {name:8}  {what}://127.0.0.1:" in line for line in driver.lines)
     driver.popen.terminate()
     assert driver.popen.wait(30) == 0
     driver.read_all()
