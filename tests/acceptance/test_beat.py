@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
+import sys
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from pytest_celery import CeleryTestSetup
 
 from taskplatform.model import JobState, moment, planned_job_id, slot
-from tests.acceptance.nodes import BeatNode
+from tests.acceptance.nodes import ROOT, BeatNode
 from tests.acceptance.site import BEAT_LOCK_SECONDS, Site, eventually
 from tests.acceptance.target import Target
 from tests.support import wait_until
@@ -154,6 +158,40 @@ def test_a_frozen_leader_does_no_harm_when_it_wakes(worker: None, beats: list[Be
     assert not leader.leads
     assert "Traceback" not in leader.logs()
     _end(site, users)
+
+
+def _command(site: Site, *words: str) -> Any:
+    """What a command says, as JSON."""
+    argv = [sys.executable, "-c", "from taskplatform.cli import main; raise SystemExit(main())", *words, "--json"]
+    ran = subprocess.run(argv, cwd=ROOT, env=site.environment, capture_output=True, text=True, check=False, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def test_a_backfill_goes_on_when_its_leader_is_killed(worker: None, beats: list[BeatNode], site: Site, target: Target) -> None:
+    leader, standby = _standby(site, beats)
+    users, platform = _subscribers(site, "minutely", 2), site.platform
+    until_ms = platform.store.now_ms() // 60_000 * 60_000 - 120_000
+    span = [datetime.fromtimestamp(at_ms / 1000, UTC).isoformat() for at_ms in (until_ms - 360_000, until_ms)]
+    asked = ("backfill", "minutely", "--from", span[0], "--to", span[1], "--users", ",".join(users), "--rate", "3/s")
+    assert _command(site, *asked, "--dry-run")["made"] == 12
+    begun = _command(site, *asked)
+    wait_until(lambda: platform.backfill_status(begun["id"]).made > 2, message="nothing is made")
+    leader.kill("SIGKILL")
+    assert platform.backfill_status(begun["id"]).made < 12, "all was made already"
+    wait_until(lambda: standby.leads, seconds=TAKE_OVER_SECONDS, message="the standby does not lead")
+    wait_until(lambda: platform.backfill_status(begun["id"]).completed == 12, message="not all of them completed")
+    found = _command(site, "backfills", "show", begun["id"])
+    assert (found["state"], found["made"], found["existing"], found["unfinished"]) == ("done", 12, 0, 0)
+    ids = {planned_job_id("minutely", user, until_ms - minute * 60_000) for user in users for minute in range(1, 7)}
+    jobs = platform.store.jobs_by_id(sorted(ids))
+    assert {(job.source, job.state, job.priority.value) for job in jobs} == {("backfill", JobState.COMPLETED, "low")}
+    calls = [call for user in users for call in target.calls(user=user) if call.job in ids]
+    assert sorted(call.job for call in calls) == sorted(ids), "each was called once"
+    for call in calls:
+        assert call.at_ms >= platform.job(call.job).execute_after_ms
+    for user in users:
+        platform.unsubscribe(user, "minutely")
 
 
 def test_a_leader_that_is_asked_to_stop_hands_over_at_once(beats: list[BeatNode], site: Site) -> None:

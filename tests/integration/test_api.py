@@ -24,6 +24,7 @@ from tests.support import wait_until
 JOB = {"definition": "sync", "user": "u1"}
 #: What is not there, for each parameter of a path.
 PLACES = {"job_id": "sync:u1:m0", "user": "none", "definition": "none", "name": "none", "node": "none", "host": "none:0", "whom": "none"}
+PLACES |= {"backfill": "none"}
 WORKER = "w1"
 
 
