@@ -173,20 +173,20 @@ def test_release_goes_as_it_was_foreseen(store: Store, clock: Clock) -> None:
     for number in range(150):
         enqueue(store, "first", "u0", f"m{number}")
         enqueue(store, "second", "u0", f"m{number}")
-    offer(store, "w1", slots=10)
+    offer(store, "celery@host#1a2b", slots=10)
     found = platform(store, high, low).forecast(hours=0.1)
 
     starts: Counter[tuple[str, int]] = Counter()
     done: dict[str, int] = {}
     while clock.now_ms < NINE + 6 * MINUTE:
-        offer(store, "w1", slots=10)
+        offer(store, "celery@host#1a2b", slots=10)
         store.release()
         while True:
             try:
                 message = take(store._redis)
             except LookupError:
                 break
-            start = store.start(message.job_id, delivery=message.delivery, worker="w1")
+            start = store.start(message.job_id, delivery=message.delivery, worker="celery@host#1a2b")
             if not start.go:
                 continue
             name = message.job_id.partition(":")[0]
@@ -210,4 +210,4 @@ def test_release_goes_as_it_was_foreseen(store: Store, clock: Clock) -> None:
 
 
 def finish(store: Store, job_id: str, delivery: int) -> None:
-    store.finish(job_id, delivery=delivery, worker="w1", state=JobState.COMPLETED, reason="done")
+    store.finish(job_id, delivery=delivery, worker="celery@host#1a2b", state=JobState.COMPLETED, reason="done")
