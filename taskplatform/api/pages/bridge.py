@@ -23,8 +23,3 @@ def upcoming(platform: Platform, user: str, definition: str | None = None, *, co
     ask = getattr(platform, "next", None)
     return None if ask is None else ask(user, definition, count=count)
 
-
-def forecast(platform: Platform, *, hours: float, enable: Sequence[tuple[str, int]]) -> Any | None:
-    """What is to come: `taskplatform.forecast.Forecast`."""
-    ask = getattr(platform, "forecast", None)
-    return None if ask is None else ask(hours=hours, enable=enable)

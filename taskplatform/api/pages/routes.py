@@ -13,12 +13,13 @@ from fastapi.responses import Response
 
 from taskplatform.api.jobs import known_job
 from taskplatform.api.pages import bridge, frame, views
-from taskplatform.api.pages.visit import Administers, Leaves, Looks, Pages, Submits, Visit, check_origin, read_form
+from taskplatform.api.pages.visit import Administers, Leaves, Looks, Pages, Submits, check_origin, read_form
 from taskplatform.api.problem import Problem, with_status
 from taskplatform.api.routing import MOST_LOOKED_AT, cursor_of, token_of
 from taskplatform.api.security import Door
 from taskplatform.api.sessions import ROOT, SIGN_IN
 from taskplatform.errors import InvalidInput, UnknownDefinition, UnknownSubscription
+from taskplatform.forecast import MOST_HOURS, asked_limit
 from taskplatform.keys import Scope
 from taskplatform.model import check_definition_id, check_user_id
 from taskplatform.schedule import next_occurrence
@@ -27,6 +28,8 @@ pages = Pages()
 
 #: Occurrences of which a subscription's page says what became, and moments that it tells ahead.
 WHY_LAST, NEXT_COUNT = 10, 5
+#: What a forecast may be asked for at the most.
+MOST_USERS, MOST_SLOTS = 100_000_000, 1_000_000
 #: Seconds after which a page that shows the present is fetched again.
 FRESH_SECONDS = 5
 
@@ -308,27 +311,30 @@ def discard(visit: Administers, job_id: Name) -> Response:
 # --- what is to come -------------------------------------------------------------------------------------------------
 
 
+_forecasts = views.Forecasts()
+
+
 @pages.get("/forecast")
-def show_forecast(visit: Looks, hours: Text = "24", enable: Text = "", users: Text = "") -> Response:
-    """How much there will be to do, and what limits make of it."""
-    asked = _forecast_asked(visit, hours, enable, users)
-    found = bridge.forecast(visit.platform, hours=asked[0], enable=asked[1])
-    query = {"hours": hours, "enable": enable, "users": users}
-    return visit.page("forecast.html", found=found, query=query)
+def show_forecast(visit: Looks, hours: Text = "24", enable: Text = "", users: Text = "", limit: Text = "", slots: Text = "") -> Response:
+    """How much there will be to do, and what limits and workers make of it."""
+    asked = views.Asked(
+        hours=_number(hours, "hours", most=MOST_HOURS),
+        enable=((visit.platform.definition(enable.strip()).id, int(_number(users, "users", most=MOST_USERS))),) if enable.strip() else (),
+        limits=(asked_limit(limit.strip()),) if limit.strip() else (),
+        slots=int(_number(slots, "slots", most=MOST_SLOTS)) if slots.strip() else None,
+    )
+    fields = {"hours": hours, "enable": enable, "users": users, "limit": limit, "slots": slots}
+    return visit.page("forecast.html", found=_forecasts.get(visit.platform, asked), fields=fields, most=views.MOST_LISTED)
 
 
-def _forecast_asked(visit: Visit, hours: str, enable: str, users: str) -> tuple[float, list[tuple[str, int]]]:
+def _number(text: str, name: str, *, most: float) -> float:
     try:
-        span = float(hours)
+        found = float(text)
     except ValueError:
-        span = 0.0
-    if not 0 < span <= 168:
-        raise InvalidInput(f"hours {hours!r} is not accepted: up to 168 are", field="hours")
-    if not enable.strip():
-        return span, []
-    if not users.isascii() or not users.isdigit() or not 0 < int(users) <= 100_000_000:
-        raise InvalidInput(f"users {users!r} is not accepted: a number of users is", field="users")
-    return span, [(visit.platform.definition(enable.strip()).id, int(users))]
+        found = 0.0
+    if not 0 < found <= most:
+        raise InvalidInput(f"{name} {text!r} is not accepted: a number up to {most:,.0f} is", field=name)
+    return found
 
 
 # --- anything else ---------------------------------------------------------------------------------------------------
