@@ -395,7 +395,8 @@ class Stack:
         ]
         trusted = f"   CA {self.api_ca}; `taskplatform keys create` makes a key" if self.api_ca else ""
         lines.append(f"API       {self.api_url}{trusted}")
-        lines.append(f"Dashboard {self._dashboard_url}   sign in with a key: `taskplatform keys create me --scope admin`")
+        here = f"{PREFIX}REDIS_URL={self.redis_url} " if self.embedded else ""
+        lines.append(f"Dashboard {self._dashboard_url}   sign in with a key: `{here}taskplatform keys create me --scope admin`")
         return [*lines, f"Flower    {self.flower_url}"] if self.flower_url else lines
 
     @property

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from taskplatform.api.growth import ONE_AT_A_TIME
 from taskplatform.api.problem import RETRY_SECONDS, with_status
@@ -28,6 +29,7 @@ _MOST_RUNNING = 500
 #: A definition is in trouble when a job waits this long after it is due, or fewer of its jobs end well.
 _LATE = timedelta(minutes=1)
 _WELL = 0.99
+_SAID_ONCE = ("not_subscribed", "forgotten")
 _ENDED_WELL, _ENDED_BADLY = JobState.COMPLETED, (JobState.FAILED, JobState.TIMED_OUT)
 
 
@@ -113,7 +115,7 @@ def _oldest(figures: Figures, *, priority: Priority | None = None, definition: s
 def _used(state: LimitState) -> float:
     """Which part of a limit is, and 2 for that of all jobs, which is always of interest."""
     rule = state.limit
-    rate = 0.0 if state.tokens is None or not rule.burst else 1 - state.tokens / rule.burst
+    rate = 0.0 if state.tokens is None else 1 - state.tokens * rule.tokens_per_start / rule.capacity
     running = 0.0 if not rule.concurrency or state.in_flight is None else state.in_flight / rule.concurrency
     return 2.0 if state.name == "total" else max(round(rate, 2), running)
 
@@ -239,6 +241,14 @@ def user(platform: Platform, name: str, *, cursor: str | None) -> UserPage:
         subscriptions=[(one, how(one, found, one.definition in pauses)) for one in platform.subscriptions(name)],
         jobs=platform.jobs(user=name, cursor=cursor, limit=ROWS),
     )
+
+
+def told_once(answers: Sequence[Any] | None) -> Sequence[Any] | None:
+    """Answers without those that only say again that nobody was subscribed, or that it is too long ago."""
+    if answers is None:
+        return None
+    before = [None, *(one.outcome for one in answers)]
+    return [one for one, last in zip(answers, before, strict=False) if one.outcome != last or one.outcome not in _SAID_ONCE]
 
 
 def how(subscription: Subscription, owner: User, definition_paused: bool) -> str:
