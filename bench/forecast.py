@@ -1,9 +1,9 @@
 """How long a forecast of 24 hours takes, and what memory, however many users there are.
 
-300 definitions with schedules of every kind under a total limit and those of 30 hosts, 10,000,000 subscriptions at scale 1, and besides 9,600
-groups with own schedules: 400 time zones × 24 hours. A process that does nothing else forecasts it: as it is, and with one definition enabled
-for 200,000 more, beside the same without. The members of the groups are written by a script, because a forecast looks at no user. Processor
-time says more than the clock where the machine does other things too.
+300 definitions with schedules of every kind under a total limit and those of 30 hosts, 10,000,000 subscriptions at scale 1, and besides
+9,600 groups with own schedules: 400 time zones × 24 hours. A process that does nothing else forecasts it: as it is, and with one definition
+enabled for 200,000 more, beside the same without. The members of the groups are written by a script, because a forecast looks at no user.
+Processor time says more than the clock where the machine does other things too.
 """
 
 from __future__ import annotations
