@@ -282,9 +282,10 @@ class Dashboard:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 2 if phone else 1, "mobile": phone}
         self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
-    def picture(self, name: str, tmp_path: Path, *, height: int) -> None:
-        """Of the page's upper part."""
-        clip = {"x": 0, "y": 0, "width": self.browser.execute_script("return innerWidth"), "height": height, "scale": 1}
+    def picture(self, name: str, tmp_path: Path, *, scale: float) -> None:
+        """Of the page's upper part, with so many pixels for each of the screen's."""
+        width, height = self.browser.execute_script("return [innerWidth, innerHeight]")
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": scale}
         taken = self.browser.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
         data = base64.b64decode(taken["data"])
         assert 10_000 < len(data) < MOST_BYTES, f"{name} has {len(data)} bytes"
@@ -348,7 +349,7 @@ def test_the_dashboard_fits_a_desk_and_a_phone_and_loads_nothing(
             assert inner == (PHONE[0] if phone else 1280), path
             assert content <= inner, f"{path} is {content} pixels wide on {inner}"
             if path == "/":
-                dashboard.picture(f"dashboard{'-phone' if phone else ''}.png", tmp_path, height=1000 if phone else 900)
+                dashboard.picture(f"dashboard{'-phone' if phone else ''}.png", tmp_path, scale=0.75 if phone else 1)
             faults = [one for one in dashboard.faults() if "/users/nobody" not in one]  # that is a 404, which it complains of
             assert faults == [], path
 

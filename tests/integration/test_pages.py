@@ -579,7 +579,7 @@ def test_the_first_page_says_how_it_is(api: Api, platform: Platform) -> None:
         "w1 ✓ active 0 of 100",
         "high 1 0 – 0 0 – –",
         "total 10/s, bursts of 15 (live)",
-        "1 dead letter.",
+        "1 dead letter ",
         "taskplatform health",
     ):
         assert words in page, page

@@ -1,4 +1,4 @@
-"""Asks the platform what other branches of this release add to it, and gives None where it has not got that yet.
+"""Asks the platform what another branch of this release adds to it, and gives None where it has not got that yet.
 
 Only for as long as these branches are apart: at the merge each function is its one line, without the look.
 """
@@ -18,13 +18,7 @@ def why(platform: Platform, user: str, definition: str, *, at: datetime | None, 
     return None if ask is None else ask(user, definition, at=at, last=last)
 
 
-def upcoming(platform: Platform, user: str, definition: str | None = None, *, count: int = 1) -> Sequence[Any] | None:
-    """A user's next moments: `taskplatform.answers.Moment`."""
-    ask = getattr(platform, "next", None)
+def coming(platform: Platform, user: str, definition: str | None = None, *, count: int = 1) -> Any | None:
+    """A user's next moments, and of which definitions nothing comes, and why: `taskplatform.answers.Coming`."""
+    ask = getattr(platform, "coming", None)
     return None if ask is None else ask(user, definition, count=count)
-
-
-def forecast(platform: Platform, *, hours: float, enable: Sequence[tuple[str, int]]) -> Any | None:
-    """What is to come: `taskplatform.forecast.Forecast`."""
-    ask = getattr(platform, "forecast", None)
-    return None if ask is None else ask(hours=hours, enable=enable)

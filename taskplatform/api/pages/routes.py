@@ -13,12 +13,13 @@ from fastapi.responses import Response
 
 from taskplatform.api.jobs import known_job
 from taskplatform.api.pages import bridge, frame, views
-from taskplatform.api.pages.visit import Administers, Leaves, Looks, Pages, Submits, Visit, check_origin, read_form
+from taskplatform.api.pages.visit import Administers, Leaves, Looks, Pages, Submits, check_origin, read_form
 from taskplatform.api.problem import Problem, with_status
 from taskplatform.api.routing import MOST_LOOKED_AT, cursor_of, token_of
 from taskplatform.api.security import Door
 from taskplatform.api.sessions import ROOT, SIGN_IN
 from taskplatform.errors import InvalidInput, UnknownDefinition, UnknownSubscription
+from taskplatform.forecast import MOST_HOURS, asked_limit
 from taskplatform.keys import Scope
 from taskplatform.model import check_definition_id, check_user_id
 from taskplatform.schedule import next_occurrence
@@ -27,6 +28,8 @@ pages = Pages()
 
 #: Occurrences of which a subscription's page says what became, and moments that it tells ahead.
 WHY_LAST, NEXT_COUNT = 10, 5
+#: What a forecast may be asked for at the most.
+MOST_USERS, MOST_SLOTS = 100_000_000, 1_000_000
 #: Seconds after which a page that shows the present is fetched again.
 FRESH_SECONDS = 5
 
@@ -178,9 +181,9 @@ def resume_definition(visit: Administers, definition: Name) -> Response:
 def show_user(visit: Looks, user: Name, cursor: Token = "") -> Response:
     """A user, what is subscribed to, and what became of it."""
     found = views.user(visit.platform, user, cursor=cursor_of(cursor or None))
-    upcoming = bridge.upcoming(visit.platform, user)
-    moments = None if upcoming is None else {one.definition: one for one in reversed(upcoming)}
-    return visit.page("user.html", found=found, moments=moments, next=token_of(found.jobs.cursor))
+    coming = bridge.coming(visit.platform, user)
+    moments = None if coming is None else {one.definition: one for one in reversed(coming.moments)}
+    return visit.page("user.html", found=found, moments=moments, nothing=coming.none if coming else {}, next=token_of(found.jobs.cursor))
 
 
 @pages.post("/users/{user}/pause")
@@ -208,7 +211,7 @@ def show_subscription(visit: Looks, user: Name, definition: Name, at: Text = "",
     if known is None and subscription is None:
         raise UnknownDefinition(f"no definition {definition!r}")
     moment = _moment(at)
-    answers = bridge.why(platform, user, definition, at=moment, last=1 if moment else WHY_LAST)
+    answers = views.told_once(bridge.why(platform, user, definition, at=moment, last=1 if moment else WHY_LAST))
     schedule = (subscription.schedule if subscription else None) or (known.schedule if known else None)
     now_ms = platform.now_ms()
     why_paused = platform.store.definition_pauses().get(definition, "")
@@ -227,7 +230,7 @@ def show_subscription(visit: Looks, user: Name, definition: Name, at: Text = "",
         schedule=schedule,
         next_ms=next_occurrence(schedule, now_ms) if schedule else None,
         answers=answers,
-        moments=bridge.upcoming(platform, user, definition, count=NEXT_COUNT) if subscription else [],
+        coming=bridge.coming(platform, user, definition, count=NEXT_COUNT) if subscription else None,
         items=jobs.items,
         next=token_of(jobs.cursor),
         at=at,
@@ -308,27 +311,30 @@ def discard(visit: Administers, job_id: Name) -> Response:
 # --- what is to come -------------------------------------------------------------------------------------------------
 
 
+_forecasts = views.Forecasts()
+
+
 @pages.get("/forecast")
-def show_forecast(visit: Looks, hours: Text = "24", enable: Text = "", users: Text = "") -> Response:
-    """How much there will be to do, and what limits make of it."""
-    asked = _forecast_asked(visit, hours, enable, users)
-    found = bridge.forecast(visit.platform, hours=asked[0], enable=asked[1])
-    query = {"hours": hours, "enable": enable, "users": users}
-    return visit.page("forecast.html", found=found, query=query)
+def show_forecast(visit: Looks, hours: Text = "24", enable: Text = "", users: Text = "", limit: Text = "", slots: Text = "") -> Response:
+    """How much there will be to do, and what limits and workers make of it."""
+    asked = views.Asked(
+        hours=_number(hours, "hours", most=MOST_HOURS),
+        enable=((visit.platform.definition(enable.strip()).id, int(_number(users, "users", most=MOST_USERS))),) if enable.strip() else (),
+        limits=(asked_limit(limit.strip()),) if limit.strip() else (),
+        slots=int(_number(slots, "slots", most=MOST_SLOTS)) if slots.strip() else None,
+    )
+    fields = {"hours": hours, "enable": enable, "users": users, "limit": limit, "slots": slots}
+    return visit.page("forecast.html", found=_forecasts.get(visit.platform, asked), fields=fields, most=views.MOST_LISTED)
 
 
-def _forecast_asked(visit: Visit, hours: str, enable: str, users: str) -> tuple[float, list[tuple[str, int]]]:
+def _number(text: str, name: str, *, most: float) -> float:
     try:
-        span = float(hours)
+        found = float(text)
     except ValueError:
-        span = 0.0
-    if not 0 < span <= 168:
-        raise InvalidInput(f"hours {hours!r} is not accepted: up to 168 are", field="hours")
-    if not enable.strip():
-        return span, []
-    if not users.isascii() or not users.isdigit() or not 0 < int(users) <= 100_000_000:
-        raise InvalidInput(f"users {users!r} is not accepted: a number of users is", field="users")
-    return span, [(visit.platform.definition(enable.strip()).id, int(users))]
+        found = 0.0
+    if not 0 < found <= most:
+        raise InvalidInput(f"{name} {text!r} is not accepted: a number up to {most:,.0f} is", field=name)
+    return found
 
 
 # --- anything else ---------------------------------------------------------------------------------------------------

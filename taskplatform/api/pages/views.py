@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
+from taskplatform.api.growth import ONE_AT_A_TIME
+from taskplatform.api.problem import RETRY_SECONDS, with_status
+from taskplatform.forecast import Forecast, warnings_of
+from taskplatform.forecast.plot import plot_svg
 from taskplatform.health import Health
-from taskplatform.model import Definition, Job, JobState, Priority, Subscription, Transition, User
+from taskplatform.model import Definition, Job, JobState, Limit, Priority, Subscription, Transition, User
 from taskplatform.platform import Platform
 from taskplatform.schedule import next_occurrence
 from taskplatform.store import Beat, Breaker, BreakerState, Figures, Histogram, LimitState, Occurrence, Page, Worker
@@ -22,6 +29,7 @@ _MOST_RUNNING = 500
 #: A definition is in trouble when a job waits this long after it is due, or fewer of its jobs end well.
 _LATE = timedelta(minutes=1)
 _WELL = 0.99
+_SAID_ONCE = ("not_subscribed", "forgotten")
 _ENDED_WELL, _ENDED_BADLY = JobState.COMPLETED, (JobState.FAILED, JobState.TIMED_OUT)
 
 
@@ -107,7 +115,7 @@ def _oldest(figures: Figures, *, priority: Priority | None = None, definition: s
 def _used(state: LimitState) -> float:
     """Which part of a limit is, and 2 for that of all jobs, which is always of interest."""
     rule = state.limit
-    rate = 0.0 if state.tokens is None or not rule.burst else 1 - state.tokens / rule.burst
+    rate = 0.0 if state.tokens is None else 1 - state.tokens * rule.tokens_per_start / rule.capacity
     running = 0.0 if not rule.concurrency or state.in_flight is None else state.in_flight / rule.concurrency
     return 2.0 if state.name == "total" else max(round(rate, 2), running)
 
@@ -235,6 +243,14 @@ def user(platform: Platform, name: str, *, cursor: str | None) -> UserPage:
     )
 
 
+def told_once(answers: Sequence[Any] | None) -> Sequence[Any] | None:
+    """Answers without those that only say again that nobody was subscribed, or that it is too long ago."""
+    if answers is None:
+        return None
+    before = [None, *(one.outcome for one in answers)]
+    return [one for one, last in zip(answers, before, strict=False) if one.outcome != last or one.outcome not in _SAID_ONCE]
+
+
 def how(subscription: Subscription, owner: User, definition_paused: bool) -> str:
     """Whether a subscription makes jobs: active, off or paused."""
     if not subscription.enabled:
@@ -312,3 +328,58 @@ def timeline(history: Sequence[Transition], now_ms: int) -> list[Stretch]:
         )
         for place, (state, since, length) in enumerate(spans)
     ]
+
+
+# --- what is to come -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What somebody wants to know of the hours to come."""
+
+    hours: float
+    enable: tuple[tuple[str, int], ...] = ()
+    limits: tuple[tuple[str, Limit], ...] = ()
+    slots: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForecastPage:
+    """The hours to come."""
+
+    forecast: Forecast
+    warnings: Sequence[str]
+    """What would be worse than as things are, where something else was asked for."""
+    plot: str
+    """As a URL that holds all of it: the picture is loaded from nowhere, and cannot reach into the page."""
+
+
+class Forecasts:
+    """Those that were asked for of late. A forecast is arithmetic for seconds: it is made by one at a time, and serves some seconds."""
+
+    def __init__(self, *, keep: float = 30.0, patience: float = 10.0, most: int = 8) -> None:
+        self._keep = keep
+        self._patience = patience
+        self._most = most
+        self._made: dict[Asked, tuple[float, ForecastPage]] = {}
+
+    def get(self, platform: Platform, asked: Asked) -> ForecastPage:
+        """A forecast. Raises InvalidInput, UnknownDefinition, StoreError, and Problem where others ask for so many that it takes too long."""
+        if not ONE_AT_A_TIME.acquire(timeout=self._patience):
+            raise with_status(503, "other forecasts are being made", headers={"Retry-After": str(RETRY_SECONDS)})
+        try:
+            made = self._made.get(asked)
+            if made is None or time.monotonic() - made[0] > self._keep:
+                made = time.monotonic(), self._make(platform, asked)
+                self._made.pop(asked, None)
+                self._made[asked] = made
+                for oldest in list(self._made)[: -self._most]:
+                    del self._made[oldest]
+            return made[1]
+        finally:
+            ONE_AT_A_TIME.release()
+
+    def _make(self, platform: Platform, asked: Asked) -> ForecastPage:
+        found = platform.forecast(hours=asked.hours, enable=asked.enable, limits=dict(asked.limits), slots=asked.slots)
+        picture = base64.b64encode(plot_svg(found).encode()).decode()
+        return ForecastPage(found, warnings_of(found), f"data:image/svg+xml;base64,{picture}")

@@ -96,9 +96,9 @@ def instant(at_ms: float | None, now_ms: float | None = None, zone: str = "UTC",
     shown = f"{at:%Y-%m-%d %H:%M:%S}.{round(at_ms) % 1000:03}" if exact else f"{at.day} {at:%b %H:%M:%S}"
     stamp = f"{at:%Y-%m-%dT%H:%M:%S}.{round(at_ms) % 1000:03}Z"
     found = Markup('<time datetime="{}" title="{}">{}</time>').format(stamp, full, shown)
-    if now_ms is not None:
-        found += Markup(' <span class="away">{}</span>').format(away(at_ms, now_ms))
-    return found
+    if now_ms is None:
+        return found
+    return Markup('<span>{} <span class="away">{}</span></span>').format(found, away(at_ms, now_ms))
 
 
 def state(name: str | None) -> Markup:
