@@ -419,9 +419,8 @@ def _passed_over(facts: Background, case: Case, seen: Seen) -> Answer:
     ended = case.owner.ended if case.owner is not None else None
     if ended is not None and ended.kind == "unsubscribed" and ended.at_ms <= to_ms:
         who = f"{facts.user} was unsubscribed from {facts.definition.id}{by_whom(ended)}"
-        causes.append(
-            Bar(ended.at_ms, math.inf, who, f"taskplatform subscriptions add {facts.user} {facts.definition.id}", True, left=True)
-        )
+        mend = f"taskplatform subscriptions add {facts.user} {facts.definition.id}"
+        causes.append(Bar(ended.at_ms, math.inf, who, mend, lasts=True, left=True))
     # what held when the planner was to come is the cause; what began later is one only where nothing did
     first = [one for one in causes if one.from_ms <= from_ms]
     chosen = first if any(one.to_ms > to_ms for one in first) or (first and len(causes) == len(first)) else causes
