@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -167,7 +167,7 @@ def explain(facts: Background, case: Case, job: Job | None, history: tuple[Trans
     forgotten = facts.forgotten.get(case.place.suffix)
     if forgotten is not None:
         reason = f"its job died at {instant(forgotten.died_ms)} ({forgotten.reason}), and its record was {forgotten.what} at "
-        return _answer(facts, case, Outcome.DISCARDED, reason + instant(forgotten.at_ms))
+        return _answer(facts, case, Outcome.DISCARDED, reason + instant(forgotten.at_ms), _again(facts))
     if case.seen is None:
         return _without_record(facts, case)
     if not case.fits:
@@ -233,11 +233,7 @@ def with_job(facts: Background, case: Case, job: Job, history: tuple[Transition,
     if job.source == "catch_up":
         told.append(("caught up", "the planner came to it late"))
     answer = _answer(facts, case, outcome, reason, mend, told)
-    return Answer(**{**_fields(answer), "job_id": job.id, "history": history})
-
-
-def _fields(answer: Answer) -> dict[str, object]:
-    return {name: getattr(answer, name) for name in Answer.__slots__}
+    return replace(answer, job_id=job.id, history=history)
 
 
 def _is_past(facts: Background, case: Case) -> bool:
@@ -283,7 +279,9 @@ def _not_of_group(facts: Background, case: Case) -> Answer:
     """The user was not in the group when its moment came."""
     whole = stretches(facts)
     user, definition, moment_ms = facts.user, facts.definition.id, case.moment_ms
-    there = next((one for one in whole if one.after_ms < moment_ms <= one.until_ms), whole[-1])
+    there = case.place.stretch
+    if there.subscribed:
+        there = next((one for one in whole if one.after_ms < moment_ms <= one.until_ms), whole[-1])
     if there.subscribed:
         change = there.began
         says = f"another schedule{by_whom(change)}" if change else "another schedule"
@@ -298,14 +296,14 @@ def _not_of_group(facts: Background, case: Case) -> Answer:
         return _answer(
             facts, case, Outcome.SKIPPED, f"the subscription got {says}{until}: this time is not one of the schedule then in force"
         )
+    mend = f"taskplatform subscriptions add {user} {definition}" if there.until_ms == math.inf else ""
     if facts.created_ms > moment_ms:
         reason = f"user {user} was created only at {instant(facts.created_ms)}"
         if there.until_ms != math.inf:
             reason += f", and is subscribed to {definition} for moments after {instant(there.until_ms)}"
-        return _answer(facts, case, Outcome.NOT_SUBSCRIBED, reason)
+        return _answer(facts, case, Outcome.NOT_SUBSCRIBED, reason, mend)
     left = there.began if there.began is not None and there.began.kind == "unsubscribed" else None
     joined = there.ended if there.ended is not None and there.ended.kind == "subscribed" else None
-    mend = ""
     if left is not None:
         reason = f"{user} was unsubscribed from {definition}{by_whom(left)}"
     elif there.until_ms == math.inf:
@@ -316,8 +314,6 @@ def _not_of_group(facts: Background, case: Case) -> Answer:
     if there.until_ms != math.inf:
         again = " again" if left is not None else ""
         reason += f"; subscribed{again}{by_whom(joined)}, for moments after {instant(there.until_ms)}"
-    else:
-        mend = f"taskplatform subscriptions add {user} {definition}"
     return _answer(facts, case, Outcome.NOT_SUBSCRIBED, reason, mend)
 
 
@@ -423,12 +419,13 @@ def _passed_over(facts: Background, case: Case, seen: Seen) -> Answer:
     ended = case.owner.ended if case.owner is not None else None
     if ended is not None and ended.kind == "unsubscribed" and ended.at_ms <= to_ms:
         who = f"{facts.user} was unsubscribed from {facts.definition.id}{by_whom(ended)}"
-        causes.append(Bar(ended.at_ms, math.inf, who, f"taskplatform subscriptions add {facts.user} {facts.definition.id}", True))
+        mend = f"taskplatform subscriptions add {facts.user} {facts.definition.id}"
+        causes.append(Bar(ended.at_ms, math.inf, who, mend, lasts=True, left=True))
     # what held when the planner was to come is the cause; what began later is one only where nothing did
     first = [one for one in causes if one.from_ms <= from_ms]
     chosen = first if any(one.to_ms > to_ms for one in first) or (first and len(causes) == len(first)) else causes
     if chosen:
-        outcome = Outcome.NOT_SUBSCRIBED if all("unsubscribed" in one.text for one in chosen) else Outcome.SKIPPED
+        outcome = Outcome.NOT_SUBSCRIBED if all(one.left for one in chosen) else Outcome.SKIPPED
         together = any(one.from_ms < other.to_ms and other.from_ms < one.to_ms for one in chosen for other in chosen if one is not other)
         joint = " and " if together or len(chosen) == 1 else ", or "
         when = f"when the planner came to it, between {instant(from_ms)} and {instant(to_ms)}"

@@ -16,7 +16,7 @@ import anyio.to_thread
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import Response
 
-from taskplatform.api import backfills, forecast, jobs, operations, people, problem, security
+from taskplatform.api import answers, backfills, forecast, jobs, operations, people, problem, security
 from taskplatform.api.call import JSON, Reads
 from taskplatform.api.growth import Growth
 from taskplatform.api.guard import Guard
@@ -38,6 +38,7 @@ _ROUTES = (
     jobs.dead,
     people.users,
     people.subscriptions,
+    answers.answers,
     operations.definitions,
     operations.limits,
     operations.breakers,

@@ -18,6 +18,7 @@ from typing import IO, Any, TextIO
 import click
 
 from taskplatform.cli import (
+    answers,
     backfills,
     breakers,
     certs,
@@ -128,6 +129,7 @@ for command in (
     breakers.breakers,
     log_level.log_level,
     *operations.COMMANDS,
+    *answers.COMMANDS,
     backfills.backfill,
     backfills.backfills,
     doctor.doctor,
