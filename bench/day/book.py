@@ -271,11 +271,6 @@ class Book:
             elif deed.what is What.SCHEDULE:
                 yield current[0], effect, current[1]
                 current = (effect, deed.rule)
-            elif deed.what is What.ENABLED:
-                # what lay before was off, and does not come back
-                current = (max(current[0], effect), current[1])
-            elif deed.what is What.DISABLED:
-                yield current[0], effect, current[1]
             elif deed.what is What.UNSUBSCRIBED:
                 yield current[0], effect, current[1]
                 current = None
@@ -350,6 +345,8 @@ class Book:
             before = [self.off_at(pair[1], closed_ms), self.off_at(pair[1], closed_ms - 1)]
             return Verdict(Fate.SKIPPED, None, tuple(deed for deed in before if deed is not None)[:1], note=record.reason)
         subscribed, kept = self.causes_at(pair, looked_ms)
+        nominal_ms = at_ms + (offset if record is None else math.floor(place_of(pair) * record.window_ms))
+        kept += self._was_off(pair, nominal_ms, looked_ms)
         if not subscribed or kept:
             return Verdict(Fate.SKIPPED, None, tuple(kept), note="kept back when the planner came to it")
         if record is not None and record.moved:
@@ -359,6 +356,20 @@ class Book:
                 if kept:
                     return Verdict(Fate.SKIPPED, None, tuple(kept), note="kept back while the window was moved")
         return Verdict(Fate.SKIPPED, moment_ms, note="the book does not know why there is no job")
+
+    def _was_off(self, pair: Pair, nominal_ms: int, looked_ms: int) -> list[Deed]:
+        """Who switched the subscription off, where it is on again and the moment does not come back."""
+        off: Deed | None = None
+        for deed in self.of_pair[pair]:
+            if deed.what is What.DISABLED:
+                off = deed
+            elif deed.what is What.UNSUBSCRIBED:
+                off = None
+            elif deed.what is What.ENABLED and off is not None:
+                if deed.at_ms <= looked_ms and nominal_ms <= deed.at_ms + self.horizon_ms:
+                    return [off]
+                off = None
+        return []
 
     def _not_looked_at(self, pair: Pair, at_ms: int, moment_ms: int, now_ms: int) -> Verdict:
         off = self.off_at(pair[1], now_ms)

@@ -23,6 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--users", type=int, default=300)
     parser.add_argument("--events", type=int, default=400)
+    parser.add_argument("--most", type=int, default=40, help="disagreements that are shown")
     given = parser.parse_args(arguments)
     with server() as url:
         client = connect(url)
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
         began_why = time.monotonic()
         check_why(town, report)
         print(f"why in {time.monotonic() - began_why:.1f} s")
-        for line in report.disagreements[:40]:
+        for line in report.disagreements[: given.most]:
             print(line)
         print(len(report.disagreements), "disagreements", dict(report.compared))
         print(f"30 h in {time.monotonic() - began:.1f} s", dict(town.world.steps), len(town.book.made), "jobs")

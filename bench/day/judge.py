@@ -83,8 +83,8 @@ def check_why(town: Town, report: Report) -> None:
     """That `Platform.why` says of each occurrence of each pair what became of it, and names who did what when."""
     book, platform, now_ms = town.book, town.world.platform, town.world.clock.now_ms
     for pair in book.pairs():
-        answers = {one.occurrence_ms: one for one in platform.why(*pair, last=200) if not _is_trigger(one)}
         mine = book.occurrences(pair, now_ms)
+        answers = {one.occurrence_ms: one for one in platform.why(*pair, last=min(200, len(mine) + 5)) if not _is_trigger(one)}
         for at_ms in mine:
             answer, verdict = answers.pop(at_ms, None), book.verdict(pair, at_ms, now_ms)
             report.compared[f"why {verdict.fate}"] += 1
@@ -95,8 +95,10 @@ def check_why(town: Town, report: Report) -> None:
                     f"why: {told(pair, at_ms)}: {fault}; answer: {answer.outcome}: {answer.reason} {answer.facts}; book: {verdict}; {story(book, pair)}"
                 )
         for at_ms, answer in answers.items():
-            # of a time in which the user was not subscribed it may say so
-            if answer.outcome is not Outcome.NOT_SUBSCRIBED:
+            # of times in which the user was not subscribed, or the definition was removed, it may say so
+            removed = book.off_at(pair[1], at_ms)
+            told_of = answer.outcome is Outcome.SKIPPED and removed is not None and _names(answer.reason, removed)
+            if answer.outcome is not Outcome.NOT_SUBSCRIBED and not told_of and at_ms > town.start_ms:
                 known = f"answer: {answer.outcome}: {answer.reason}"
                 report.wrong(f"why: {told(pair, at_ms)} is none of the user's for the book; {known}; {story(book, pair)}")
 
