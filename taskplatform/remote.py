@@ -19,12 +19,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from taskplatform import answers
+from taskplatform.answers import Coming, Moment, Outcome
 from taskplatform.apiclient import Answer, ApiClient, error_of
 from taskplatform.errors import ApiError, InvalidInput, TaskPlatformError, UnknownDefinition, UnknownJob, UnknownWorker
 from taskplatform.health import Health, Problem, Severity
@@ -546,6 +548,24 @@ class RemotePlatform:
         """Returns how many were forgotten."""
         return self._get(lambda one: int(one["forgotten"]), "/garbage", "DELETE")
 
+    # why, and when
+
+    def why(self, user: str, definition: str, *, at: datetime | date | None = None, last: int = 1) -> list[answers.Answer]:
+        """As `Platform.why`."""
+        when = at.isoformat() if isinstance(at, date) and not isinstance(at, datetime) else _when(at)
+        return self._list(_answer, f"{_path(user, definition)}/why", {"at": when, "last": last})
+
+    def next(self, user: str, definition: str | None = None, *, count: int = 1) -> list[Moment]:
+        """As `Platform.next`."""
+        return list(self.coming(user, definition, count=count).moments)
+
+    def coming(self, user: str, definition: str | None = None, *, count: int = 1) -> Coming:
+        """As `Platform.coming`."""
+        _check_filters(definition, user)
+        answer = self.client.call("GET", f"/users/{_quoted_user(user)}/next", query={"definition": definition, "count": count})
+        with self._read():
+            return Coming(tuple(map(_moment, answer.body["items"])), dict(answer.body["none"]))
+
     # what these share
 
     def _get(self, read: Callable[[Any], T], path: str, method: str = "GET", body: object = None) -> T:
@@ -821,6 +841,22 @@ def _log_level(one: Json) -> tuple[str, LogLevel]:
 
 def _garbage(one: Json) -> Garbage:
     return Garbage(at_ms=_ms(one["at"]), queue=one["queue"], reason=one["reason"], worker=one["worker"], text=one["text"])
+
+
+def _answer(one: Json) -> answers.Answer:
+    return answers.Answer(
+        **{name: one[name] for name in ("user", "definition", "reason", "job_id", "mend")},
+        occurrence_ms=_ms(one["occurrence"]),
+        moment_ms=_some_ms(one["moment"]),
+        outcome=Outcome(one["outcome"]),
+        history=tuple(map(_transition, one["history"])),
+        facts=tuple(one["facts"].items()),
+    )
+
+
+def _moment(one: Json) -> Moment:
+    same = ("user", "definition", "timezone", "local", "slot", "window_ms", "certain", "note")
+    return Moment(**{name: one[name] for name in same}, occurrence_ms=_ms(one["occurrence"]), moment_ms=_ms(one["moment"]))
 
 
 def _health(one: Json) -> Health:

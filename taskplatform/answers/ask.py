@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 from taskplatform.answers import future, past
-from taskplatform.answers.values import Answer, Coming, Moment, span
+from taskplatform.answers.values import Answer, Coming, Moment, instant, span
 from taskplatform.answers.waiting import waiting
 from taskplatform.errors import InvalidInput, UnknownDefinition, UnknownUser
 from taskplatform.model import Definition, Job, JobState, Transition
@@ -16,6 +16,8 @@ from taskplatform.windows import Due, Windows, hosts_of
 
 #: Occurrences that are explained in one go, and moments of a definition.
 MOST_ANSWERS = 200
+#: Times before and after now that can be asked for.
+_FAR = timedelta(days=3660)
 #: A user's jobs that are looked at for those that are planned and wait.
 _JOBS_LOOKED_AT = 300
 #: Who asks for a time at which an older schedule was due is told that, up to so long after it was changed.
@@ -28,6 +30,7 @@ def why(
     """What became of a user's occurrences of a definition, the newest first: see `Platform.why`."""
     _check("last", last)
     facts = _background(store, catalogue, user, definition)
+    _check_at(at, facts.now_ms)
     if at is None:
         # some more, because a time can be due in two groups and belong to neither
         found = past.proper(_cases(store, facts, past.newest(facts, facts.now_ms, last + 3)))[:last]
@@ -80,6 +83,16 @@ def _check(name: str, number: int) -> None:
         raise InvalidInput(f"{name} {number!r} is not accepted: 1 to {MOST_ANSWERS} is", field=name)
 
 
+def _check_at(at: datetime | date | None, now_ms: int) -> None:
+    if at is None:
+        return
+    # aware ones of the first and last year cannot be told in UTC
+    day = at.replace(tzinfo=None).date() if isinstance(at, datetime) else at
+    today = datetime.fromtimestamp(now_ms / 1000, UTC).date()
+    if not today - _FAR <= day <= today + _FAR:
+        raise InvalidInput(f"at {at.isoformat()} is not accepted: a time within {_FAR.days} days from now is", field="at")
+
+
 def _instant(at: datetime) -> int:
     if at.tzinfo is None:
         raise InvalidInput(f"at {at!r} is not accepted: a datetime with a time zone is, or a date", field="at")
@@ -90,7 +103,7 @@ def _background(store: Store, catalogue: Mapping[str, Definition], user: str, de
     facts = store.evidence.background(user, definition)
     if facts is None:
         deleted = next((one for one in store.changes(about=[user], limit=20) if one.kind == "user deleted" and one.subject == user), None)
-        how = f": deleted by {deleted.actor} at {past.instant(deleted.at_ms)}, with all that was kept" if deleted else ""
+        how = f": deleted by {deleted.actor} at {instant(deleted.at_ms)}, with all that was kept" if deleted else ""
         raise UnknownUser(f"no user {user!r}{how}")
     known = facts.definition.published or facts.definition.trail or facts.membership or facts.trail or definition in catalogue
     if not known:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -233,11 +233,7 @@ def with_job(facts: Background, case: Case, job: Job, history: tuple[Transition,
     if job.source == "catch_up":
         told.append(("caught up", "the planner came to it late"))
     answer = _answer(facts, case, outcome, reason, mend, told)
-    return Answer(**{**_fields(answer), "job_id": job.id, "history": history})
-
-
-def _fields(answer: Answer) -> dict[str, object]:
-    return {name: getattr(answer, name) for name in Answer.__slots__}
+    return replace(answer, job_id=job.id, history=history)
 
 
 def _is_past(facts: Background, case: Case) -> bool:

@@ -16,7 +16,7 @@ import anyio.to_thread
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import Response
 
-from taskplatform.api import jobs, operations, people, problem, security
+from taskplatform.api import answers, jobs, operations, people, problem, security
 from taskplatform.api.call import JSON, Reads
 from taskplatform.api.guard import Guard
 from taskplatform.api.metrics import MEDIA_TYPE as METRICS
@@ -36,6 +36,7 @@ _ROUTES = (
     jobs.dead,
     people.users,
     people.subscriptions,
+    answers.answers,
     operations.definitions,
     operations.limits,
     operations.breakers,

@@ -17,7 +17,22 @@ from typing import IO, Any, TextIO
 
 import click
 
-from taskplatform.cli import breakers, certs, dead, doctor, jobs, keys, limits, log_level, operations, subscriptions, tasks, users, verify
+from taskplatform.cli import (
+    answers,
+    breakers,
+    certs,
+    dead,
+    doctor,
+    jobs,
+    keys,
+    limits,
+    log_level,
+    operations,
+    subscriptions,
+    tasks,
+    users,
+    verify,
+)
 from taskplatform.cli.completion import completion
 from taskplatform.cli.output import complain, counted, remark
 from taskplatform.cli.remote import keep_options, remote_options
@@ -112,6 +127,7 @@ for command in (
     breakers.breakers,
     log_level.log_level,
     *operations.COMMANDS,
+    *answers.COMMANDS,
     doctor.doctor,
     keys.keys,
     keys.audit,
