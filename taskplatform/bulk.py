@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +35,8 @@ from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
 from taskplatform.errors import InvalidInput, TaskPlatformError
 from taskplatform.faults import did_you_mean, kind_of
-from taskplatform.model import MAX_PARAMS_BYTES
+from taskplatform.forecast import More
+from taskplatform.model import MAX_PARAMS_BYTES, ScheduleOverride
 from taskplatform.platform import SubscriptionRequest
 from taskplatform.store import SubscribeResult
 
@@ -48,6 +50,10 @@ MAX_LINE_BYTES = 4 * MAX_PARAMS_BYTES
 MAX_FAULTS_KEPT = 1000
 
 _BATCH = 2000
+#: With more own schedules than this, those of a forecast are not told apart.
+_MOST_SCHEDULES = 900
+#: Of so many lines it is looked at whether they are in already.
+_SAMPLE = 1000
 
 
 class Subscriber(Protocol):
@@ -110,6 +116,48 @@ def import_subscriptions(
             if progress is not None:
                 progress(lines.bytes_read)
     return report.frozen()
+
+
+def count_subscriptions(
+    stream: BinaryIO, *, format: Format, progress: Callable[[int], None] | None = None
+) -> tuple[list[More], list[tuple[str, str]]]:
+    """How many subscribers a file asks for, by definition and own schedule, for a forecast; and a sample of their (user, definition).
+
+    What is disabled is not counted, and what has a fault is left out, as far as the line alone shows it. With very many own schedules the
+    rest counts as on the definition's.
+    """
+    lines = _Lines(stream)
+    counts: Counter[tuple[str, str]] = Counter()
+    sample: list[tuple[str, str]] = []
+    chance = random.Random(0)
+    total = 0
+    for _, one in _requests(lines, format):
+        if isinstance(one, LineFault) or not one.enabled:
+            continue
+        own = "" if one.schedule is None else _own_text(one.schedule)
+        if own is None:
+            continue
+        if own and (one.definition, own) not in counts and len(counts) >= _MOST_SCHEDULES:
+            own = ""
+        counts[one.definition, own] += 1
+        total += 1
+        if len(sample) < _SAMPLE:
+            sample.append((one.user, one.definition))
+        elif (place := chance.randrange(total)) < _SAMPLE:
+            sample[place] = (one.user, one.definition)
+        if progress is not None and total % _BATCH == 0:
+            progress(lines.bytes_read)
+    return [More(definition, users, json.loads(own) if own else None) for (definition, own), users in counts.items()], sample
+
+
+def _own_text(schedule: ScheduleOverride | Mapping[str, Any]) -> str | None:
+    """The same text for the same own schedule; None for what is none."""
+    try:
+        text = json.dumps(schedule if isinstance(schedule, Mapping) else schedule.model_dump(mode="json"), sort_keys=True)
+        ScheduleOverride.model_validate(json.loads(text))
+    except ValueError:
+        return None
+    return text
 
 
 def own_schedule(

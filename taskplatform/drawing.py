@@ -123,7 +123,7 @@ def png(drawing: Drawing) -> bytes:
                 font: Any = ImageFont.load_default(shape.size * scale)
                 canvas.text((shape.x * scale, shape.y * scale), shape.text, fill=colour, font=font, anchor=anchor)
     out = io.BytesIO()
-    image.save(out, "PNG", optimize=True)
+    image.save(out, "PNG")
     return out.getvalue()
 
 

@@ -34,7 +34,7 @@ from taskplatform.answers import Answer, Coming, Moment, coming, why
 from taskplatform.catalogue import Catalogue, deployed
 from taskplatform.errors import Conflict, InvalidInput, TaskPlatformError, UnknownDefinition, UnknownUser
 from taskplatform.faults import did_you_mean, explain
-from taskplatform.forecast import Forecast, look_ahead
+from taskplatform.forecast import Added, Forecast, More, look_ahead
 from taskplatform.health import Health, check
 from taskplatform.model import (
     MAX_PARAMS_BYTES,
@@ -909,19 +909,38 @@ class Platform:
         self,
         *,
         hours: float = 24,
-        enable: Sequence[tuple[str, int]] = (),
+        enable: Sequence[tuple[str, int] | More] = (),
         limits: Mapping[str, Limit] | None = None,
         slots: int | None = None,
+        came: Sequence[tuple[str, int] | More] = (),
     ) -> Forecast:
         """What the next hours bring: jobs and requests, what limits and workers can carry, and what waits.
 
-        `enable` are definitions with so many more subscribers in their default group, `limits` go before those in force, each as a whole
-        (`limit_of` makes them), and `slots` is how many places workers have, in place of those of the workers that live. With any of them
-        `Forecast.before` is the same without. It changes nothing. Raises InvalidInput, StoreError.
+        `enable` are definitions with so many more subscribers, on the definition's schedule unless `More` gives another; `limits` go before
+        those in force, each as a whole (`limit_of` makes them), and `slots` is how many places workers have, in place of those of the
+        workers that live. With any of them `Forecast.before` is the same without; with `came` it is as it was before these came. It
+        changes nothing. Raises InvalidInput, UnknownDefinition, StoreError.
         """
         for name in limits or {}:
             _limit_name(name)
-        return look_ahead(self.store, self.catalogue, self.settings, hours=hours, enable=enable, limits=limits, slots=slots)
+        return look_ahead(
+            self.store,
+            self.catalogue,
+            self.settings,
+            hours=hours,
+            enable=[self._added(*one) for one in enable],
+            limits=limits,
+            slots=slots,
+            came=[self._added(*one) for one in came],
+        )
+
+    def subscribed(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether each of these (user, definition) is subscribed."""
+        return self.store.subscribed(pairs)
+
+    def _added(self, definition: str, users: int, schedule: ScheduleOverride | Mapping[str, Any] | None = None) -> Added:
+        own = None if schedule is None else _override(schedule, self.definition(definition))
+        return Added(definition, users, own)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

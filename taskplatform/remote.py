@@ -29,6 +29,7 @@ from taskplatform import answers
 from taskplatform.answers import Coming, Moment, Outcome
 from taskplatform.apiclient import Answer, ApiClient, error_of
 from taskplatform.errors import ApiError, InvalidInput, TaskPlatformError, UnknownDefinition, UnknownJob, UnknownWorker
+from taskplatform.forecast import Forecast, More, read_forecast
 from taskplatform.health import Health, Problem, Severity
 from taskplatform.model import (
     Job,
@@ -45,6 +46,7 @@ from taskplatform.model import (
     check_host,
     check_user_id,
     format_duration,
+    format_rate,
     parse_duration,
     schedule_from_json,
 )
@@ -566,6 +568,25 @@ class RemotePlatform:
         with self._read():
             return Coming(tuple(map(_moment, answer.body["items"])), dict(answer.body["none"]))
 
+    def forecast(
+        self,
+        *,
+        hours: float = 24,
+        enable: Sequence[tuple[str, int] | More] = (),
+        limits: Mapping[str, Limit] | None = None,
+        slots: int | None = None,
+    ) -> Forecast:
+        """As `Platform.forecast`."""
+        body: dict[str, Any] = {
+            "hours": hours,
+            "enable": [{"definition": one[0], "users": one[1], "schedule": _override(More(*one).schedule)} for one in enable],
+            "limits": {name: _limit_body(limit) for name, limit in (limits or {}).items()},
+            "slots": slots,
+        }
+        answer = self.client.call("POST", "/forecast", body, query={"points": "all"})
+        with self._read():
+            return read_forecast(answer.body)
+
     # what these share
 
     def _get(self, read: Callable[[Any], T], path: str, method: str = "GET", body: object = None) -> T:
@@ -701,6 +722,13 @@ def _job_item(request: JobRequest) -> dict[str, Any]:
         "idempotency_key": request.idempotency_key,
     }
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _limit_body(limit: Limit) -> dict[str, Any]:
+    if limit == Limit():
+        return {"unlimited": True}
+    rate = None if limit.per_second is None else format_rate(limit.per_second)
+    return {"rate": rate, "burst": limit.burst, "concurrency": limit.concurrency}
 
 
 def _override(schedule: ScheduleOverride | Mapping[str, Any] | None) -> Any:

@@ -16,8 +16,9 @@ import anyio.to_thread
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import Response
 
-from taskplatform.api import answers, jobs, operations, people, problem, security
+from taskplatform.api import answers, forecast, jobs, operations, people, problem, security
 from taskplatform.api.call import JSON, Reads
+from taskplatform.api.growth import Growth
 from taskplatform.api.guard import Guard
 from taskplatform.api.metrics import MEDIA_TYPE as METRICS
 from taskplatform.api.records import Alive, Readiness
@@ -42,6 +43,7 @@ _ROUTES = (
     operations.breakers,
     operations.nodes,
     operations.state,
+    forecast.forecasts,
 )
 
 _DESCRIPTION = """\
@@ -81,6 +83,7 @@ def make_app(platform: Platform, telling: Telling | None = None) -> FastAPI:
     )
     app.state.platform = platform
     app.state.telling = telling
+    app.state.growth = Growth()
     problem.install(app)
     routers = [_process_routes(app, telling), *(routes.router for routes in _ROUTES)]
     app.state.routes = [route for router in routers for route in router.routes]

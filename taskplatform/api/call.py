@@ -29,6 +29,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 from taskplatform import tracing
+from taskplatform.api.growth import Growth
 from taskplatform.api.problem import invalid, kind_of, pointer, with_status
 from taskplatform.api.security import note, requires
 from taskplatform.errors import NotFound, StoreError
@@ -58,6 +59,7 @@ class Call:
         self.key = key
         self.body = body
         self.platform: Platform = request.app.state.platform.acting_as(f"api:{key.name}")
+        self.growth: Growth = request.app.state.growth
 
     def read(self, model: type[M]) -> M:
         """The body as `model`. Raises Problem: 400 for what is no JSON, 415 for another media type, 422 with each fault and its place."""

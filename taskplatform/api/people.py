@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated
 from urllib.parse import quote
 
@@ -125,7 +126,10 @@ def count_subscribers(call: Reads, definition: DefinitionName) -> Response:
 
 @subscriptions("POST", "/subscriptions/batch", SubscriptionResults, takes=SubscriptionBatch)
 def make_subscriptions(call: Submits) -> Response:
-    """Make many subscriptions, or set them to just this, each on its own: what is wrong with one holds back no other."""
+    """Make many subscriptions, or set them to just this, each on its own: what is wrong with one holds back no other.
+
+    When many came, it is forecast what they bring, and `warnings` says what gets worse by them.
+    """
     body = call.read(SubscriptionBatch)
 
     def act() -> Response:
@@ -133,7 +137,9 @@ def make_subscriptions(call: Submits) -> Response:
         results, created = call.platform.subscribe_each(asked, create_users=body.create_users)
         items = [_result(place, result) for place, result in enumerate(results)]
         call.note(made=f"{sum(item.problem is None for item in items)}/{len(items)}", users_created=created)
-        return call.answer(SubscriptionResults(items=items, users_created=created))
+        new = Counter(one.definition for one, result in zip(asked, results, strict=True) if result is SubscribeResult.CREATED)
+        warnings = call.growth.warnings(call.platform, new)
+        return call.answer(SubscriptionResults(items=items, users_created=created, warnings=warnings))
 
     return call.once(act)
 

@@ -397,10 +397,11 @@ class SubscriptionResult(_Given):
 class SubscriptionResults(_Given):
     """What became of each, in the order of the batch."""
 
-    model_config = _example(items=[{"status": 201, "result": "created", "problem": None}], users_created=1)
+    model_config = _example(items=[{"status": 201, "result": "created", "problem": None}], users_created=1, warnings=[])
 
     items: list[SubscriptionResult]
     users_created: int
+    warnings: list[str] = Field(default=[], description="what the many that came would spoil in the next 24 hours, by a forecast")
 
 
 class SubscriberCount(_Given):

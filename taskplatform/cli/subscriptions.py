@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -38,9 +39,13 @@ from taskplatform.cli.progress import bytes_read
 
 if TYPE_CHECKING:
     from taskplatform.bulk import Format
+    from taskplatform.cli.arguments import AnyPlatform
     from taskplatform.model import Subscription
 
 MOST_FAULTS_SHOWN = 20
+#: Fewer subscriptions are imported without a forecast, and so is a file that cannot have more: a line has three characters at the least.
+_FEW = 1000
+_SMALL_BYTES = 3 * _FEW
 
 COLUMNS: Columns[Subscription] = {
     "definition": lambda one: one.definition,
@@ -225,14 +230,22 @@ _FORMATS: Mapping[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "
 @click.argument("file", type=click.File("rb"))
 @click.option("--format", "format_", type=click.Choice(("csv", "jsonl")), help="Default: by the file's name.")
 @click.option("--create-users", is_flag=True, help="Create users that do not exist; without it their lines are faults.")
+@click.option("--yes", is_flag=True, help="Do not ask, also where the forecast warns.")
+@click.option("--strict", is_flag=True, help="Import nothing where the forecast warns, and exit with 1.")
 @json_option
 @click.pass_context
-def import_(ctx: click.Context, file: BinaryIO, format_: Format | None, *, create_users: bool, as_json: bool) -> None:
+def import_(
+    ctx: click.Context, file: BinaryIO, format_: Format | None, *, create_users: bool, yes: bool, strict: bool, as_json: bool
+) -> None:
     """Make the subscriptions in a file.
 
     It is CSV or JSON Lines; - is stdin. Fields are user, definition, and if wanted enabled, params, schedule, timezone and
     at_time. A line that has a fault is told with its number, all others are made, and the exit code is 1. Reading a file
     again changes nothing.
+
+    With 1,000 subscriptions or more it is first forecast what they bring in the next 24 hours. Where a limit would be used up or jobs would
+    wait, that is said; on a terminal you are asked, elsewhere it goes on, unless --strict. What comes through a pipe is read only once,
+    and not forecast.
     """
     from taskplatform.bulk import import_subscriptions
 
@@ -240,8 +253,22 @@ def import_(ctx: click.Context, file: BinaryIO, format_: Format | None, *, creat
     chosen = format_ or _FORMATS.get(Path(name).suffix.lower())
     if chosen is None:
         raise click.UsageError(f"{name} could be either: give --format csv or --format jsonl")
-    with connected() as platform, bytes_read("importing", _size(file)) as progress:
-        report = import_subscriptions(platform, file, format=chosen, create_users=create_users, progress=progress)
+    size = _size(file)
+    if strict and size is None:
+        raise click.UsageError("--strict takes a file that can be read twice; a pipe cannot")
+    with connected() as platform:
+        if size is not None:
+            warnings = _warnings(platform, file, chosen, size)
+            for line in warnings:
+                remark(f"warning: {line}")
+            if warnings and strict:
+                complain("nothing was imported, because of the warnings and --strict")
+                ctx.exit(1)
+            if warnings and not yes and sys.stdin.isatty() and not click.confirm("Import all the same?", err=True):
+                complain("nothing was imported")
+                ctx.exit(1)
+        with bytes_read("importing", size) as progress:
+            report = import_subscriptions(platform, file, format=chosen, create_users=create_users, progress=progress)
     shown = {field.replace("_", " "): getattr(report, field) for field in ("created", "changed", "unchanged", "users_created", "faulty")}
     show_fields(shown, as_json=as_json, record=report)
     if report.faulty:
@@ -250,6 +277,37 @@ def import_(ctx: click.Context, file: BinaryIO, format_: Format | None, *, creat
         more = report.faulty - MOST_FAULTS_SHOWN
         complain(f"{counted(report.faulty, 'faulty line')}{f', {more:,} of them not shown' if more > 0 else ''}; all others are in")
         ctx.exit(1)
+
+
+def _warnings(platform: AnyPlatform, file: BinaryIO, format_: Format, size: int) -> list[str]:
+    """What a forecast says against the import; nothing for a small one."""
+    from taskplatform.bulk import count_subscriptions
+    from taskplatform.errors import InvalidInput, NotFound
+    from taskplatform.forecast import warnings_of
+    from taskplatform.platform import Platform
+
+    if size < _SMALL_BYTES:
+        return []
+    with bytes_read("counting", size) as progress:
+        more, sample = count_subscriptions(file, format=format_, progress=progress)
+    file.seek(0)
+    known = []
+    for definition in {one.definition for one in more}:
+        try:
+            platform.definition(definition)
+        except (InvalidInput, NotFound):
+            continue
+        known.append(definition)
+    there = sum(platform.subscribed(sample)) / len(sample) if sample and isinstance(platform, Platform) else 0.0
+    added = [one._replace(users=round(one.users * (1 - there))) for one in more if one.definition in known]
+    added = [one for one in added if one.users]
+    if sum(one.users for one in added) < _FEW:
+        return []
+    try:
+        return warnings_of(platform.forecast(enable=added))
+    except (InvalidInput, NotFound) as fault:
+        remark(f"what it brings cannot be forecast: {fault}")
+        return []
 
 
 def _size(file: BinaryIO) -> int | None:

@@ -4,21 +4,28 @@
 """
 
 from taskplatform.forecast.ahead import MOST_HOURS, look_ahead
+from taskplatform.forecast.asked import More, asked_limit
 from taskplatform.forecast.evaluation import limit_text
 from taskplatform.forecast.result import Backlog, Cost, Forecast, LimitUse, Point, Slots, Span, Track, Widening, read_forecast
+from taskplatform.forecast.simulation import Added
+from taskplatform.forecast.warnings import warnings_of
 
 __all__ = [
     "MOST_HOURS",
+    "Added",
     "Backlog",
     "Cost",
     "Forecast",
     "LimitUse",
+    "More",
     "Point",
     "Slots",
     "Span",
     "Track",
     "Widening",
+    "asked_limit",
     "limit_text",
     "look_ahead",
     "read_forecast",
+    "warnings_of",
 ]

@@ -13,7 +13,7 @@ from taskplatform.fluid import Pool
 from taskplatform.forecast.evaluation import backlogs, busy_slots, limit_text, limit_uses, spans, tracks, widenings
 from taskplatform.forecast.measures import ASSUMED_SECONDS, Source, measure
 from taskplatform.forecast.result import Cost, Forecast, Slots, Track
-from taskplatform.forecast.simulation import Simulation
+from taskplatform.forecast.simulation import Added, Simulation
 from taskplatform.model import Definition, Limit, Priority
 from taskplatform.settings import Settings
 from taskplatform.store import Outlook, Store
@@ -33,13 +33,14 @@ def look_ahead(
     settings: Settings,
     *,
     hours: float = 24,
-    enable: Sequence[tuple[str, int]] = (),
+    enable: Sequence[Added] = (),
     limits: Mapping[str, Limit] | None = None,
     slots: int | None = None,
+    came: Sequence[Added] = (),
 ) -> Forecast:
     """What the next hours bring, as things are, or with what is asked for beside that.
 
-    `enable` are definitions with so many more subscribers, who come to the default group now. `limits` go before those in force, each as a
+    `enable` are more subscribers; `came` those who just came, without whom things were before. `limits` go before those in force, each as a
     whole; one without rate and concurrency is none. `slots` is how many places workers have; without it those of the workers that live.
 
     Raises InvalidInput, StoreError.
@@ -48,7 +49,8 @@ def look_ahead(
         raise InvalidInput(f"hours {hours!r} is not accepted: more than 0 and up to {MOST_HOURS:g} is", field="hours")
     if slots is not None and (isinstance(slots, bool) or not isinstance(slots, int) or not 0 <= slots <= 1_000_000):
         raise InvalidInput(f"slots {slots!r} is not accepted: 0 to 1,000,000 is", field="slots")
-    more = _more(enable, catalogue)
+    for one in (*enable, *came):
+        _check(one, catalogue)
     for name in limits or {}:
         if name.partition(":")[0] not in ("total", "definition", "host"):
             raise InvalidInput(f"limit {name!r} cannot be forecast: total, definition:ID and host:HOST can", field="limits")
@@ -57,20 +59,18 @@ def look_ahead(
     horizon = _horizon(store, settings)
     outlook = store.outlook(horizon=horizon, until_ms=store.now_ms() + span_ms)
     ahead = _Ahead(outlook, catalogue, settings, horizon=horizon, end_ms=outlook.now_ms + span_ms, bin_ms=bin_ms)
-    asked = bool(more or limits or slots is not None)
-    found = ahead.forecast(more, limits or {}, slots)
-    return replace(found, before=ahead.forecast({}, {}, None, points=False)) if asked else found
+    found = ahead.forecast(enable, limits or {}, slots)
+    if not (enable or limits or came or slots is not None):
+        return found
+    less = [replace(one, users=-one.users) for one in came]
+    return replace(found, before=ahead.forecast(less, {}, None, points=False))
 
 
-def _more(enable: Sequence[tuple[str, int]], catalogue: Mapping[str, Definition]) -> dict[str, int]:
-    more: Counter[str] = Counter()
-    for name, users in enable:
-        if name not in catalogue:
-            raise InvalidInput(f"definition {name!r} is not known; `taskplatform tasks list` shows all", field="enable")
-        if isinstance(users, bool) or not isinstance(users, int) or not 0 < users <= _MOST_USERS:
-            raise InvalidInput(f"users {users!r} of {name} is not accepted: 1 to {_MOST_USERS:,} is", field="enable")
-        more[name] += users
-    return dict(more)
+def _check(more: Added, catalogue: Mapping[str, Definition]) -> None:
+    if more.definition not in catalogue:
+        raise InvalidInput(f"definition {more.definition!r} is not known; `taskplatform tasks list` shows all", field="enable")
+    if isinstance(more.users, bool) or not isinstance(more.users, int) or not 0 < more.users <= _MOST_USERS:
+        raise InvalidInput(f"users {more.users!r} of {more.definition} is not accepted: 1 to {_MOST_USERS:,} is", field="enable")
 
 
 def _horizon(store: Store, settings: Settings) -> timedelta:
@@ -100,7 +100,7 @@ class _Ahead:
         self._bin_ms = bin_ms
         self._measures = measure(outlook.definitions)
 
-    def forecast(self, more: Mapping[str, int], limits: Mapping[str, Limit], slots: int | None, *, points: bool = True) -> Forecast:
+    def forecast(self, more: Sequence[Added], limits: Mapping[str, Limit], slots: int | None, *, points: bool = True) -> Forecast:
         """With these subscribers, limits and slots beside what there is."""
         pools = self._pools(slots)
         simulation = self._simulate(more, limits, pools)
@@ -114,7 +114,7 @@ class _Ahead:
             start_ms=stream.start_ms,
             end_ms=stream.end_ms,
             bin_ms=stream.bin_ms,
-            enable=tuple(more.items()),
+            enable=tuple(_sums(more).items()),
             set_limits=tuple((name, limit_text(limit)) for name, limit in limits.items()),
             total_per_second=simulation.limits()["total"].sustained if "total" in simulation.limits() else None,
             total=next(iter(tracks(stream, lambda _: "total")), _nothing("total")),
@@ -143,7 +143,7 @@ class _Ahead:
             left_out=tuple(self._left_out(more)),
         )
 
-    def _simulate(self, more: Mapping[str, int], limits: Mapping[str, Limit], pools: Sequence[Pool] | None) -> Simulation:
+    def _simulate(self, more: Sequence[Added], limits: Mapping[str, Limit], pools: Sequence[Pool] | None) -> Simulation:
         in_force = {one.name: one for one in self._outlook.limits if not one.name.startswith("user")}
         tokens = {
             name: float(state.tokens) + state.reserved
@@ -201,20 +201,27 @@ class _Ahead:
             found.append("Fairness between users and the share of lower priorities are not simulated: priority is strict here.")
         return found
 
-    def _left_out(self, more: Mapping[str, int]) -> list[str]:
+    def _left_out(self, more: Sequence[Added]) -> list[str]:
         outlook, found = self._outlook, []
         paused = sorted(name for name, one in outlook.definitions.items() if one.paused)
         if paused:
             found.append(f"Paused, and left out with what waits of it: {_named(paused)}.")
-        if asked := sorted(name for name in more if name in paused):
+        if asked := sorted(name for name in _sums(more) if name in paused):
             found.append(f"More subscribers change nothing while it is paused: {_named(asked)}.")
         unknown = sorted(outlook.definitions.keys() - self._catalogue.keys())
         if unknown:
             found.append(f"Published, but not among the definitions here: {_named(unknown)}.")
-        unpublished = sorted(name for name in more if name not in outlook.definitions)
+        unpublished = sorted(name for name in _sums(more) if name not in outlook.definitions)
         if unpublished:
             found.append(f"Not published yet, so nothing is planned of it: {_named(unpublished)}.")
         return found
+
+
+def _sums(more: Sequence[Added]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for one in more:
+        found[one.definition] += one.users
+    return found
 
 
 def _nothing(name: str) -> Track:

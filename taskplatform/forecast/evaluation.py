@@ -170,10 +170,10 @@ def _backlogs_of(stream: Stream, name: str, lanes: Sequence[Lane]) -> Iterable[B
         yield Backlog(
             of=name,
             begin_ms=span.begin_ms,
-            end_ms=span.end_ms,
-            open=span.open and waits[-1] >= _BACKLOG,
-            jobs=round(max(waits[first:last]), 2),
             # the last of them go in the bin at whose end none is left
+            end_ms=min(span.end_ms if span.open else span.end_ms + stream.bin_ms, stream.end_ms),
+            open=span.open,
+            jobs=round(max(waits[first:last]), 2),
             delay_ms=round(max(max(lane.delay[first : last + 1]) for lane in lanes)),
             because=tuple(sorted(because | workers)),
         )

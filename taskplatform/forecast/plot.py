@@ -37,12 +37,12 @@ def plot_text(forecast: Forecast, *, width: int = 78, height: int = 5) -> str:
     ]
     lines = []
     for title, (values,), bound in parts:
-        most = max([*values, 1e-9])
+        most = max(values)
         note = "" if bound is None else f"; {_short(bound)} {'is the limit' if title.startswith('requests') else 'there are'}"
         lines.append(f"{title}, at most {_short(most)}{note}")
         for row in range(height - 1, -1, -1):
             label = _short(most) if row == height - 1 else "0" if row == 0 else ""
-            lines.append(f"{label:>{left - 1}} " + "".join(_block(value / most * height - row) for value in values))
+            lines.append(f"{label:>{left - 1}} " + "".join(_block(value / (most or 1) * height - row) for value in values))
     lines.append(_axis(forecast, left, columns))
     return "\n".join(lines)
 
@@ -78,13 +78,13 @@ def _draw(forecast: Forecast) -> Drawing:
         drawing.line(((256, 41), (286, 41)), "ink", width=1.5, dashed=True)
         drawing.text(292, 45, "as things are", "faint", size=13)
     top = 82.0
-    of_priorities = [_requests(forecast, track, _COLUMNS) for track in forecast.priorities]
+    of_priorities = _together([_a_minute(forecast, track) for track in forecast.priorities], _COLUMNS)
     before = None if forecast.before is None else _requests(forecast.before, forecast.before.total, _COLUMNS)
     _panel(
         drawing, forecast, top, "requests a minute", of_priorities, before=before, bound=_limit_a_minute(forecast), bound_is="total limit"
     )
     top += _TALL + _GAP
-    waits = [_sampled(_series(forecast, track, lambda one: one.backlog), _COLUMNS) for track in forecast.priorities]
+    waits = _together([_series(forecast, track, lambda one: one.backlog) for track in forecast.priorities], _COLUMNS)
     before = (
         None if forecast.before is None else _sampled(_series(forecast.before, forecast.before.total, lambda one: one.backlog), _COLUMNS)
     )
@@ -120,7 +120,7 @@ def _panel(
 ) -> None:
     """Areas on top of each other, the first at the bottom."""
     sums = [sum(column) for column in zip(*series, strict=True)]
-    most = max([*sums, *(before or []), 1e-9])
+    most = max([*sums, *(before or [])]) or 1.0
     # a bound that is far above says nothing but that it is
     shown = bound is not None and bound <= 3 * most
     most = _round_up(max(most, bound or 0) if shown else most)
@@ -170,8 +170,12 @@ def _bins(forecast: Forecast) -> int:
 
 
 def _requests(forecast: Forecast, track: Track, columns: int) -> list[float]:
-    a_minute = 60_000 / forecast.bin_ms
-    return _sampled(_series(forecast, track, lambda one: one.requests * a_minute), columns)
+    return _sampled(_a_minute(forecast, track), columns)
+
+
+def _a_minute(forecast: Forecast, track: Track) -> list[float]:
+    per_minute = 60_000 / forecast.bin_ms
+    return _series(forecast, track, lambda one: one.requests * per_minute)
 
 
 def _busy(forecast: Forecast) -> list[float]:
@@ -186,6 +190,19 @@ def _sampled(values: Sequence[float], columns: int) -> list[float]:
     """The largest in each column: a peak is not lost."""
     count = len(values)
     return [max(values[at * count // columns : max(at * count // columns + 1, (at + 1) * count // columns)]) for at in range(columns)]
+
+
+def _together(series: Sequence[Sequence[float]], columns: int) -> list[list[float]]:
+    """In each column the bin in which their sum is largest: values that lie on top of each other are of one time."""
+    sums = [sum(bin_) for bin_ in zip(*series, strict=True)]
+    count = len(sums)
+    found: list[list[float]] = [[] for _ in series]
+    for at in range(columns):
+        bins = range(at * count // columns, max(at * count // columns + 1, (at + 1) * count // columns))
+        top = max(bins, key=sums.__getitem__)
+        for values, into in zip(series, found, strict=True):
+            into.append(values[top])
+    return found
 
 
 def _limit_a_minute(forecast: Forecast) -> float | None:

@@ -17,10 +17,20 @@ from typing import NamedTuple
 
 from taskplatform.fluid import Lane, Pool, Stream
 from taskplatform.forecast.measures import Measure
-from taskplatform.model import Definition, Limit, Priority
+from taskplatform.model import Definition, Limit, Priority, Schedule, schedule_to_json
 from taskplatform.schedule import next_occurrence
 from taskplatform.store import Commitment, Group, Outlook, commitment_of
 from taskplatform.windows import TOGETHER, Round, Windows
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """Subscribers of a definition that come now; fewer than 0: that came a moment ago, and are taken away."""
+
+    definition: str
+    users: int
+    schedule: Schedule | None = None
+    """Their own; None: the definition's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +77,9 @@ class Simulation:
         limits: Mapping[str, Limit],
         tokens: Mapping[str, float],
         pools: Sequence[Pool] | None,
-        more: Mapping[str, int],
+        more: Sequence[Added],
     ) -> None:
-        """`more`: subscribers that come to the default groups of these definitions, now. `pools` as for `Stream`."""
+        """`pools` as for `Stream`."""
         self._outlook = outlook
         self._measures = measures
         self._horizon = horizon
@@ -133,24 +143,15 @@ class Simulation:
 
     # --- how it begins ----------------------------------------------------------------------------------------------
 
-    def _begin(self, more: Mapping[str, int]) -> None:
+    def _begin(self, more: Sequence[Added]) -> None:
         outlook, now_ms = self._outlook, self._outlook.now_ms
         for one in outlook.groups:
             if one.group.definition in self.definitions:
                 self._add_group(one.group, one.members, one.due_ms)
                 self._jobs[one.group.id] = one.members * outlook.definitions[one.group.definition].present
-        for name, users in more.items():
-            if name not in self.definitions:
-                continue
-            if name not in self._groups:
-                group = Group(name, name, self.definitions[name].schedule, now_ms + self._horizon_ms)
-                following_ms = next_occurrence(group.schedule, group.cursor_ms)
-                if following_ms is None:
-                    continue
-                self._add_group(group, 0, following_ms - self._horizon_ms)
-                self._jobs[name] = 0.0
-            self._members[name] += users
-            self._jobs[name] += users
+        for added in more:
+            if added.definition in self.definitions:
+                self._add_subscribers(added)
         heapify(self._due)
         for place, jobs in outlook.queued.items():
             self._come(place, now_ms, now_ms, jobs)
@@ -173,6 +174,31 @@ class Simulation:
                 lane = self._lane(name, outlook.definitions[name].priority)
                 # halfway through, as the mean of those that are seen running
                 self.stream.run(lane, runs, now_ms + lane.seconds * 500)
+
+    def _add_subscribers(self, added: Added) -> None:
+        if added.users < 0:
+            # which groups they came to is not told: they are taken from all
+            gids = [gid for gid, group in self._groups.items() if group.definition == added.definition]
+            there = sum(self._members[gid] for gid in gids)
+            share = max(0.0, 1 + added.users / there) if there else 0.0
+            for gid in gids:
+                self._members[gid] = round(self._members[gid] * share)
+                self._jobs[gid] *= share
+            return
+        gid = added.definition
+        if added.schedule is not None:
+            # the digests of groups are the store's: own schedules that there are already are others here, with the same windows
+            gid = f"{added.definition}~{schedule_to_json(added.schedule)}"
+        if gid not in self._groups:
+            schedule = added.schedule or self.definitions[added.definition].schedule
+            group = Group(gid, added.definition, schedule, self._outlook.now_ms + self._horizon_ms)
+            following_ms = next_occurrence(group.schedule, group.cursor_ms)
+            if following_ms is None:
+                return
+            self._add_group(group, 0, following_ms - self._horizon_ms)
+            self._jobs[gid] = 0.0
+        self._members[gid] += added.users
+        self._jobs[gid] += added.users
 
     def _add_group(self, group: Group, members: int, due_ms: float) -> None:
         self._groups[group.id] = group

@@ -385,6 +385,20 @@ class Store:
                     found[pair] = json.loads(json.loads(raw)["params"])
         return found
 
+    def subscribed(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether each (user, definition) is subscribed."""
+        found: list[bool] = []
+        for batch in batches(pairs, 5000):
+            pipe = self._redis.pipeline(transaction=False)
+            for user, definition in batch:
+                pipe.hexists(self._key("user", user), definition)
+            found += map(bool, pipe.execute())
+        return found
+
+    def count_subscriptions(self) -> int:
+        """How many there are in all."""
+        return sum(map(int, cast("list[str]", self._redis.hvals(self._key("subscribers")))))
+
     def _schedules(self, groups: Iterable[str]) -> dict[str, Schedule]:
         ids = list(dict.fromkeys(groups))
         pipe = self._redis.pipeline(transaction=False)

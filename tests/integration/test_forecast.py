@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from taskplatform.catalogue import Catalogue
-from taskplatform.errors import InvalidInput
-from taskplatform.forecast import Forecast, read_forecast
 from taskplatform.forecast.ahead import _Ahead
-from taskplatform.model import Definition, JobState, Limit, Priority, slot
+from taskplatform.model import Definition, JobState, Limit, slot
 from taskplatform.planner import Planner
 from taskplatform.platform import Platform
 from taskplatform.settings import Settings
@@ -126,10 +124,8 @@ def simulated(platform: Platform, *, hours: float) -> Any:
     """The course behind a forecast."""
     store = platform.store
     outlook = store.outlook(horizon=LONG, until_ms=store.now_ms() + round(hours * HOUR))
-    ahead = _Ahead(
-        outlook, platform.catalogue, platform.settings, horizon=LONG, end_ms=outlook.now_ms + round(hours * HOUR), bin_ms=MINUTE
-    )
-    return ahead._simulate({}, {}, ahead._pools(None))
+    ahead = _Ahead(outlook, platform.catalogue, platform.settings, horizon=LONG, end_ms=outlook.now_ms + round(hours * HOUR), bin_ms=MINUTE)
+    return ahead._simulate((), {}, ahead._pools(None))
 
 
 def test_a_forecast_begins_in_the_midst_of_things(store: Store, clock: Clock) -> None:
