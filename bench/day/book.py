@@ -277,6 +277,15 @@ class Book:
         if current is not None:
             yield current[0], 1 << 60, current[1]
 
+    def fell_between(self, pair: Pair, at_ms: int) -> Deed | None:
+        """Who changed the schedule between an occurrence of the one before and the user's moment in it, so that it was neither's."""
+        window_ms = max([self.kinds[pair[1]].window_ms, *(one.window_ms for one in self.seen[pair[1]].values() if one.at_ms == at_ms)])
+        moment_ms = at_ms + math.floor(place_of(pair) * window_ms)
+        for deed in self.of_pair[pair]:
+            if deed.what in (What.SCHEDULE, What.SUBSCRIBED) and at_ms <= deed.at_ms + self.horizon_ms and deed.at_ms <= moment_ms:
+                return deed
+        return None
+
     def occurrences(self, pair: Pair, until_ms: int) -> list[int]:
         """The due times that were this user's, by the moments that they give without limits."""
         kind = self.kinds[pair[1]]
@@ -415,6 +424,9 @@ class Book:
         removed = [deed for deed in self.of_definition[pair[1]] if deed.what is What.REMOVED and made_ms <= deed.at_ms <= now_ms]
         if removed:
             return Verdict(Fate.REJECTED, None, tuple(removed))
+        record = self.record_of(pair, int(job_id.rpartition(":")[2])) if job_id.rpartition(":")[2].isdigit() else None
+        if record is not None and not runs and record.base_ms + math.floor(place_of(pair) * record.window_ms) > now_ms:
+            return Verdict(Fate.COMING, None)
         return Verdict(Fate.WAITING, None)
 
     def _overlaps(self, job_id: str, pair: Pair, made_ms: int) -> bool:

@@ -97,14 +97,15 @@ def check_why(town: Town, report: Report) -> None:
         for at_ms, answer in answers.items():
             # of times in which the user was not subscribed, or the definition was removed, it may say so
             removed = book.off_at(pair[1], at_ms)
-            told_of = answer.outcome is Outcome.SKIPPED and removed is not None and _names(answer.reason, removed)
+            between = book.fell_between(pair, at_ms)
+            told_of = answer.outcome is Outcome.SKIPPED and any(deed is not None and _names(answer.reason, deed) for deed in (removed, between))
             if answer.outcome is not Outcome.NOT_SUBSCRIBED and not told_of and at_ms > town.start_ms:
                 known = f"answer: {answer.outcome}: {answer.reason}"
                 report.wrong(f"why: {told(pair, at_ms)} is none of the user's for the book; {known}; {story(book, pair)}")
 
 
 def _is_trigger(answer: Answer) -> bool:
-    return (answer.job_id or "").rpartition(":")[2].startswith("t") or "trigger" in answer.reason
+    return (answer.job_id or "").rpartition(":")[2].startswith("t") or answer.occurrence_ms % 60_000 != 0
 
 
 def _fault(verdict: Verdict, answer: Answer, book: Book) -> str:
