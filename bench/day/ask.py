@@ -48,6 +48,7 @@ class Asker:
         """Put that question on the agenda."""
 
         def ask() -> None:
+            self.town.world.tell()
             self.forecast = self.town.world.platform.forecast(hours=hours)
 
         self.town.world.at(at_ms, ask)

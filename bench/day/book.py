@@ -192,6 +192,10 @@ class Book:
 
     # --- reading
 
+    def triggers(self, definition: str) -> set[int]:
+        """The times of its extra occurrences."""
+        return {one.at_ms for one in self.seen[definition].values() if one.source == "trigger"}
+
     def pairs(self) -> list[Pair]:
         """All who were ever subscribed."""
         return sorted(self.of_pair)
@@ -333,7 +337,7 @@ class Book:
         """What became of the occurrence at `at_ms`, seen at `now_ms`."""
         job_id = f"{pair[1]}:{pair[0]}:{at_ms}"
         if job_id in self.made:
-            return self._life(job_id, pair, now_ms)
+            return self.life(job_id, pair, now_ms)
         kind = self.kinds[pair[1]]
         offset = math.floor(place_of(pair) * kind.window_ms)
         record = self.record_of(pair, at_ms)
@@ -394,12 +398,12 @@ class Book:
         outage = next(((since, until) for since, until in self.outages() if since <= at_ms <= until + self.horizon_ms), None)
         return Verdict(Fate.MISSED, None, outage=outage, note=f"looked at {looked_ms}")
 
-    def _life(self, job_id: str, pair: Pair, now_ms: int) -> Verdict:
+    def life(self, job_id: str, pair: Pair, now_ms: int) -> Verdict:
         """What became of a job that was made."""
         deeds = [deed for deed in self.of_job[job_id] if deed.at_ms <= now_ms]
         if deeds and deeds[-1].what is What.DISCARDED:
             return Verdict(Fate.DISCARDED, None, (deeds[-1],))
-        runs = [run for run in self.runs[job_id] if run.started_ms <= now_ms]
+        runs = [run for run in self.runs.get(job_id, ()) if run.started_ms <= now_ms]
         ended = [run for run in runs if run.ends_ms <= now_ms and run.recorded]
         if ended and ended[-1].state.terminal:
             fates = {JobState.COMPLETED: Fate.COMPLETED, JobState.FAILED: Fate.FAILED, JobState.TIMED_OUT: Fate.TIMED_OUT}
@@ -433,7 +437,7 @@ class Book:
         """Whether another job of the pair was unfinished when this one was made."""
         for other in self.made_of[pair]:
             if other != job_id and self.made[other] <= made_ms:
-                runs = self.runs[other]
+                runs = self.runs.get(other)
                 if not runs:
                     # rejected itself, or canceled, or it had not started yet
                     continue

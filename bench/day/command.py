@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import redis
@@ -29,8 +29,9 @@ def live(client: redis.Redis, *, seed: int, users: int, events: int, questions: 
     start_ms, world = town.start_ms, town.world
     end_ms, calm_ms = start_ms + HOURS * _HOUR_MS, start_ms + CALM_HOURS * _HOUR_MS
     asker = Asker(town, town.rng)
-    # how long its runs take must have been measured before it is foreseen
-    world.at(start_ms + _HOUR_MS // 2, lambda: _run_once(town, "bulk"))
+    # how long runs take must have been measured before anything is foreseen
+    for number, name in enumerate(("bulk", "invoice", "urgent", "six_hours", "report")):
+        world.at(start_ms + _HOUR_MS // 2 + number * 600_000, _triggering(town, name))
     asker.plan_forecast(start_ms + 5 * _HOUR_MS // 2, 3.5)
     asker.plan(start_ms + _HOUR_MS, end_ms - 2 * _HOUR_MS, questions)
     People(town, town.rng).live(calm_ms, end_ms - _HOUR_MS, events=events)
@@ -39,8 +40,11 @@ def live(client: redis.Redis, *, seed: int, users: int, events: int, questions: 
     return town, asker
 
 
-def _run_once(town: Town, name: str) -> None:
-    town.world.platform.trigger(name, window=timedelta(minutes=5))
+def _triggering(town: Town, name: str) -> Callable[[], None]:
+    def trigger() -> None:
+        town.world.platform.trigger(name, window=timedelta(minutes=5))
+
+    return trigger
 
 
 def judge(town: Town, asker: Asker) -> Report:

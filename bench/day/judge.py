@@ -84,7 +84,9 @@ def check_why(town: Town, report: Report) -> None:
     book, platform, now_ms = town.book, town.world.platform, town.world.clock.now_ms
     for pair in book.pairs():
         mine = book.occurrences(pair, now_ms)
-        answers = {one.occurrence_ms: one for one in platform.why(*pair, last=min(200, len(mine) + 5)) if not _is_trigger(one)}
+        given, extra = platform.why(*pair, last=min(200, len(mine) + 5)), book.triggers(pair[1])
+        answers = {one.occurrence_ms: one for one in given if one.occurrence_ms not in extra}
+        _check_triggers(pair, [one for one in given if one.occurrence_ms in extra], book, now_ms, report)
         for at_ms in mine:
             answer, verdict = answers.pop(at_ms, None), book.verdict(pair, at_ms, now_ms)
             report.compared[f"why {verdict.fate}"] += 1
@@ -104,8 +106,19 @@ def check_why(town: Town, report: Report) -> None:
                 report.wrong(f"why: {told(pair, at_ms)} is none of the user's for the book; {known}; {story(book, pair)}")
 
 
-def _is_trigger(answer: Answer) -> bool:
-    return (answer.job_id or "").rpartition(":")[2].startswith("t") or answer.occurrence_ms % 60_000 != 0
+def _check_triggers(pair: Pair, answers: list[Answer], book: Book, now_ms: int, report: Report) -> None:
+    """Of occurrences that somebody triggered."""
+    for answer in answers:
+        report.compared["why of a trigger"] += 1
+        job_id = f"{pair[1]}:{pair[0]}:t{answer.occurrence_ms}"
+        if job_id in book.made:
+            fault = _fault(book.life(job_id, pair, now_ms), answer, book)
+        else:
+            _, kept = book.causes_at(pair, book.tick_after(answer.occurrence_ms, pair[1]) or now_ms)
+            fault = "" if any(_names(answer.reason, deed) for deed in kept) else f"there is no job, because of {kept}"
+            fault = "" if answer.outcome is Outcome.NOT_SUBSCRIBED else fault
+        if fault:
+            report.wrong(f"why: {told(pair, answer.occurrence_ms)}, triggered: {fault}; answer: {answer.outcome}: {answer.reason}")
 
 
 def _fault(verdict: Verdict, answer: Answer, book: Book) -> str:
