@@ -146,7 +146,8 @@ class Planner:
         """
         term = self._store.lead(horizon=self._horizon, leader=self._name)
         confirm()
-        self._seen_ms = self._looked_ms = int(self._store.planner().get("tick", 0))
+        self._seen_ms = int(self._store.planner().get("tick", 0))
+        self._looked_ms = self._seen_ms or self._store.now_ms()
         self._store.planner_is_well()
         self._as_published = True
         return term

@@ -31,7 +31,7 @@ def live(client: redis.Redis, *, seed: int, users: int, events: int, questions: 
     asker = Asker(town, town.rng)
     # how long runs take must have been measured before anything is foreseen
     for number, name in enumerate(("bulk", "invoice", "urgent", "six_hours", "report")):
-        world.at(start_ms + _HOUR_MS // 2 + number * 600_000, _triggering(town, name))
+        world.at(start_ms + _HOUR_MS // 2 + number * 600_000 + 123, _triggering(town, name))
     asker.plan_forecast(start_ms + 5 * _HOUR_MS // 2, 3.5)
     asker.plan(start_ms + _HOUR_MS, end_ms - 2 * _HOUR_MS, questions)
     People(town, town.rng).live(calm_ms, end_ms - _HOUR_MS, events=events)

@@ -84,7 +84,9 @@ def check_why(town: Town, report: Report) -> None:
     book, platform, now_ms = town.book, town.world.platform, town.world.clock.now_ms
     for pair in book.pairs():
         mine = book.occurrences(pair, now_ms)
-        given, extra = platform.why(*pair, last=min(200, len(mine) + 5)), book.triggers(pair[1])
+        # times at which it was not the user's are answered too
+        foreign = 60 if any(deed.what in (What.UNSUBSCRIBED, What.REMOVED) for deed in [*book.of_pair[pair], *book.of_definition[pair[1]]]) else 5
+        given, extra = platform.why(*pair, last=min(200, len(mine) + foreign)), book.triggers(pair[1])
         answers = {one.occurrence_ms: one for one in given if one.occurrence_ms not in extra}
         _check_triggers(pair, [one for one in given if one.occurrence_ms in extra], book, now_ms, report)
         for at_ms in mine:

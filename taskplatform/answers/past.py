@@ -284,7 +284,9 @@ def _not_of_group(facts: Background, case: Case) -> Answer:
     """The user was not in the group when its moment came."""
     whole = stretches(facts)
     user, definition, moment_ms = facts.user, facts.definition.id, case.moment_ms
-    there = next((one for one in whole if one.after_ms < moment_ms <= one.until_ms), whole[-1])
+    there = case.place.stretch
+    if there.subscribed:
+        there = next((one for one in whole if one.after_ms < moment_ms <= one.until_ms), whole[-1])
     if there.subscribed:
         change = there.began
         says = f"another schedule{by_whom(change)}" if change else "another schedule"
@@ -299,14 +301,14 @@ def _not_of_group(facts: Background, case: Case) -> Answer:
         return _answer(
             facts, case, Outcome.SKIPPED, f"the subscription got {says}{until}: this time is not one of the schedule then in force"
         )
+    mend = f"taskplatform subscriptions add {user} {definition}" if there.until_ms == math.inf else ""
     if facts.created_ms > moment_ms:
         reason = f"user {user} was created only at {instant(facts.created_ms)}"
         if there.until_ms != math.inf:
             reason += f", and is subscribed to {definition} for moments after {instant(there.until_ms)}"
-        return _answer(facts, case, Outcome.NOT_SUBSCRIBED, reason)
+        return _answer(facts, case, Outcome.NOT_SUBSCRIBED, reason, mend)
     left = there.began if there.began is not None and there.began.kind == "unsubscribed" else None
     joined = there.ended if there.ended is not None and there.ended.kind == "subscribed" else None
-    mend = ""
     if left is not None:
         reason = f"{user} was unsubscribed from {definition}{by_whom(left)}"
     elif there.until_ms == math.inf:
@@ -317,8 +319,6 @@ def _not_of_group(facts: Background, case: Case) -> Answer:
     if there.until_ms != math.inf:
         again = " again" if left is not None else ""
         reason += f"; subscribed{again}{by_whom(joined)}, for moments after {instant(there.until_ms)}"
-    else:
-        mend = f"taskplatform subscriptions add {user} {definition}"
     return _answer(facts, case, Outcome.NOT_SUBSCRIBED, reason, mend)
 
 

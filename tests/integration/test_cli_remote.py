@@ -122,9 +122,14 @@ LOOKING = [
     "health",
     "garbage list",
     "log-level",
+    "why u1 report",
+    "why u1 report --last 3",
+    "why u2 report --at 2026-01-31T09:00:00Z",
+    "next u1 --count 3",
+    "next u2 report --count 2",
 ]
 #: What changes with each look, and means nothing here.
-PASSING = re.compile(r"\d+\.\d s\b|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z|\b\d+\.\d{3,}\b")
+PASSING = re.compile(r"\d+\.\d s\b|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z|\b\d+\.\d{3,}\b|\b(?:\d+(?:d|h|ms|m|s))+\b")
 
 
 def test_what_is_shown_is_the_same(api: Api) -> None:
@@ -271,6 +276,11 @@ WRONG = [
     ("jobs submit sync", 2),
     ("jobs list --state asleep", 2),
     ("dead-letters redrive", 2),
+    ("why nobody report", 1),
+    ("why u1 nothing", 1),
+    ("why u1 report --at 1971-01-01", 1),
+    ("next nobody", 1),
+    ("next u1 nothing", 1),
 ]
 
 

@@ -5,9 +5,10 @@ Each case makes one thing go wrong and says what the answer must name: the outco
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import redis
 
 from taskplatform.answers import Answer, Outcome, why
 from taskplatform.answers.values import instant
+from taskplatform.errors import InvalidInput, UnknownDefinition, UnknownUser
 from taskplatform.model import Definition, JobState, Limit, Priority, slot
 from taskplatform.planner import Planner, published
 from taskplatform.store import Enqueue, Store
@@ -506,3 +508,172 @@ def test_what_happened_is_what_is_told(site: Site, expected: Expected) -> None:
     assert expected.mend in answer.mend, told
     assert (answer.job_id is None) == (answer.history == ()), told
     assert "unknown" not in told
+
+
+# --- which occurrence -------------------------------------------------------------------------------------------------
+
+
+def test_an_instant_belongs_to_the_occurrence_in_whose_window_it_lies(site: Site) -> None:
+    completed(site)
+    moment = moment_ms(MIDNIGHT_MS)
+    for at_ms in (MIDNIGHT_MS, moment, MIDNIGHT_MS + 119_000, MIDNIGHT_MS + 50 * MINUTE):
+        assert site.one(at_ms).occurrence_ms == MIDNIGHT_MS
+    assert site.one(MIDNIGHT_MS - 1).occurrence_ms == MIDNIGHT_MS - HOUR
+    assert (site.one().occurrence_ms, site.one().moment_ms) == (MIDNIGHT_MS, moment)
+    assert site.one(MIDNIGHT_MS + HOUR).outcome is Outcome.COMING
+    first, second, third = site.why(last=3)
+    assert [one.occurrence_ms for one in (first, second, third)] == [MIDNIGHT_MS, MIDNIGHT_MS - HOUR, MIDNIGHT_MS - 2 * HOUR]
+    assert [one.outcome for one in (first, second, third)] == [Outcome.COMPLETED, Outcome.COMPLETED, Outcome.NOT_SUBSCRIBED]
+
+
+def test_a_date_is_a_day_in_the_zone_of_the_schedule(site: Site) -> None:
+    berlin = define("own", interval={"type": "hourly", "value": 4, "timezone": "Europe/Berlin"}).schedule
+    subscribe(site.store, "u1", "report", schedule=berlin, own_schedule=True)
+    site.to(MIDNIGHT_MS + 9 * HOUR)
+    found = why(site.store, site.definitions, "u1", "report", at=date(2027, 1, 16))
+    # from midnight in Berlin on, an hour before that of UTC
+    assert [(one.occurrence_ms - MIDNIGHT_MS) // HOUR for one in found] == [19, 15, 11, 7, 3, -1]
+    assert [one.outcome for one in found[:3]] == [Outcome.COMING] * 3
+
+
+def test_a_trigger_is_an_occurrence_too(site: Site) -> None:
+    site.to(MIDNIGHT_MS + 30 * MINUTE)
+    site.store.trigger("report", window=timedelta(), actor="anna")
+    at_ms = site.clock.now_ms
+    site.to(at_ms + MINUTE)
+    site.run()
+    first, second = site.why(last=2)
+    assert (first.occurrence_ms, first.outcome, first.job_id) == (at_ms, Outcome.COMPLETED, f"report:u1:t{at_ms}")
+    assert second.occurrence_ms == MIDNIGHT_MS
+    site.store.pause_user("u1", actor="anna")
+    site.clock.advance(60)
+    site.store.trigger("report", window=timedelta(), actor="bert")
+    site.to(site.clock.now_ms + MINUTE)
+    answer = site.one()
+    assert answer.outcome is Outcome.SKIPPED
+    assert "user u1 was paused by anna" in answer.reason
+    assert ("the planner's record", "planned: triggered by bert") in answer.facts
+
+
+def test_what_is_not_there_is_said(site: Site) -> None:
+    with pytest.raises(UnknownUser, match="no user 'u7'"):
+        site.one(user="u7")
+    site.store.delete_user("u1", actor="anna")
+    with pytest.raises(UnknownUser, match="deleted by anna at"):
+        site.one()
+    site.store.create_user("u1", actor="ops")
+    with pytest.raises(UnknownDefinition):
+        site.one(definition="nothing")
+    assert site.one().outcome is Outcome.NOT_SUBSCRIBED
+    assert "subscriptions add u1 report" in site.one().mend
+    for last in (0, 201, True):
+        with pytest.raises(InvalidInput, match="last"):
+            site.why(last=last)
+    for at in (datetime(2027, 1, 16), date(9999, 12, 31), datetime(1, 1, 1, tzinfo=UTC)):
+        with pytest.raises(InvalidInput, match="at"):
+            why(site.store, site.definitions, "u1", "report", at=at)
+
+
+# --- at random --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Truth:
+    """What was done, told apart from what the platform keeps: by kind, spans of time."""
+
+    spans: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def begin(self, kind: str, now_ms: int) -> None:
+        self.spans.setdefault(kind, []).append([now_ms, float("inf")])
+
+    def end(self, kind: str, now_ms: int) -> None:
+        self.spans[kind][-1][1] = now_ms
+
+    def on(self, kind: str) -> bool:
+        return bool(self.spans.get(kind)) and self.spans[kind][-1][1] == float("inf")
+
+    def held(self, kind: str, from_ms: float, to_ms: float) -> bool:
+        return any(start <= to_ms and end >= from_ms for start, end in self.spans.get(kind, ()))
+
+
+#: By what a sentence says, what must have been so.
+SAYS = {
+    "user u1 was paused": "user",
+    "subscription of u1 to report was paused": "subscription",
+    "was disabled": "off",
+    "unsubscribed": "gone",
+    "definition report was paused": "definition",
+    "no planner ran": "outage",
+    "another schedule": "schedule",
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_was_done_each_reason_is_true(client: redis.Redis, clock: Clock, store: Store, seed: int) -> None:
+    """Half a day of changes at random; of each occurrence without a job the reason must be one that there was."""
+    dice, truth = random.Random(seed), Truth()
+    clock.now_ms = MIDNIGHT_MS
+    site = Site(client, clock, store)
+    every = define("report", interval={"type": "minutely", "value": 20}, window="8m", catch_up={"policy": "skip"})
+    site.deploy(every)
+    schedules = [define("own", cron={"expression": f"{minute}-59/15 * * * *"}).schedule for minute in (0, 7)]
+    store.create_user("u1", actor="ops")
+    subscribe(store, "u1", "report")
+    begin_ms = clock.now_ms
+    switches: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "user": (lambda: store.pause_user("u1", actor="anna"), lambda: store.resume_user("u1", actor="anna")),
+        "subscription": (
+            lambda: store.pause_subscription("u1", "report", actor="bert"),
+            lambda: store.resume_subscription("u1", "report", actor="bert"),
+        ),
+        "off": (
+            lambda: subscribe(store, "u1", "report", enabled=False, own_schedule=None),
+            lambda: subscribe(store, "u1", "report", enabled=True, own_schedule=None),
+        ),
+        "definition": (
+            lambda: store.pause_definition("report", why="broken", actor="carl"),
+            lambda: store.resume_definition("report", actor="carl"),
+        ),
+        "gone": (lambda: store.unsubscribe("u1", "report", actor="dora"), lambda: subscribe(store, "u1", "report")),
+    }
+    for _ in range(36):
+        kind = dice.choice([*switches, "schedule", "outage"])
+        if truth.on("gone") and kind != "gone":
+            kind = "gone"
+        if kind == "outage":
+            truth.begin(kind, clock.now_ms)
+            site.to(clock.now_ms + dice.randrange(10, 90) * MINUTE, plan=False)
+            site.planner.advance()
+            truth.end(kind, clock.now_ms)
+        elif kind == "schedule":
+            chosen = dice.choice([None, *schedules])
+            if subscribe(store, "u1", "report", schedule=chosen, own_schedule=chosen is not None) > 0:
+                truth.begin(kind, clock.now_ms)
+                truth.end(kind, clock.now_ms + HORIZON // timedelta(milliseconds=1))
+        elif truth.on(kind):
+            switches[kind][1]()
+            truth.end(kind, clock.now_ms)
+        else:
+            if kind == "gone":
+                # these end with the subscription
+                for other in [one for one in ("subscription", "off") if truth.on(one)]:
+                    truth.end(other, clock.now_ms)
+            switches[kind][0]()
+            truth.begin(kind, clock.now_ms)
+        site.to(clock.now_ms + dice.randrange(1, 25) * MINUTE)
+    told = [one for one in site.why(last=200) if one.occurrence_ms > begin_ms]
+    assert len(told) > 20
+    jobs = {job.occurrence_ms: job for job in store.jobs(user="u1", limit=10_000).items}
+    assert jobs.keys() <= {one.occurrence_ms for one in told}, "a job that was made is told of"
+    for answer in told:
+        text = f"{datetime.fromtimestamp(answer.occurrence_ms / 1000, UTC)}: {answer.outcome}: {answer.reason}"
+        if answer.job_id is not None or answer.outcome is Outcome.COMING:
+            assert (answer.job_id is not None) == (answer.occurrence_ms in jobs), text
+            continue
+        named = {kind for clause, kind in SAYS.items() if clause in answer.reason}
+        assert named, f"nothing is named: {text}"
+        assert answer.moment_ms is not None
+        reach = 92 * MINUTE if truth.spans.get("outage") else 10 * MINUTE
+        # what is named was so when the planner came to it, which an outage puts off
+        lags = [kind for kind in named if not truth.held(kind, answer.occurrence_ms - 30 * MINUTE, answer.moment_ms + reach)]
+        assert lags == [], f"{lags} was not so: {text}"
