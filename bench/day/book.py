@@ -192,6 +192,10 @@ class Book:
 
     # --- reading
 
+    def triggers(self, definition: str) -> set[int]:
+        """The times of its extra occurrences."""
+        return {one.at_ms for one in self.seen[definition].values() if one.source == "trigger"}
+
     def pairs(self) -> list[Pair]:
         """All who were ever subscribed."""
         return sorted(self.of_pair)
@@ -271,16 +275,20 @@ class Book:
             elif deed.what is What.SCHEDULE:
                 yield current[0], effect, current[1]
                 current = (effect, deed.rule)
-            elif deed.what is What.ENABLED:
-                # what lay before was off, and does not come back
-                current = (max(current[0], effect), current[1])
-            elif deed.what is What.DISABLED:
-                yield current[0], effect, current[1]
             elif deed.what is What.UNSUBSCRIBED:
                 yield current[0], effect, current[1]
                 current = None
         if current is not None:
             yield current[0], 1 << 60, current[1]
+
+    def fell_between(self, pair: Pair, at_ms: int) -> Deed | None:
+        """Who changed the schedule between an occurrence of the one before and the user's moment in it, so that it was neither's."""
+        window_ms = max([self.kinds[pair[1]].window_ms, *(one.window_ms for one in self.seen[pair[1]].values() if one.at_ms == at_ms)])
+        moment_ms = at_ms + math.floor(place_of(pair) * window_ms)
+        for deed in self.of_pair[pair]:
+            if deed.what in (What.SCHEDULE, What.SUBSCRIBED) and at_ms <= deed.at_ms + self.horizon_ms and deed.at_ms <= moment_ms:
+                return deed
+        return None
 
     def occurrences(self, pair: Pair, until_ms: int) -> list[int]:
         """The due times that were this user's, by the moments that they give without limits."""
@@ -329,7 +337,7 @@ class Book:
         """What became of the occurrence at `at_ms`, seen at `now_ms`."""
         job_id = f"{pair[1]}:{pair[0]}:{at_ms}"
         if job_id in self.made:
-            return self._life(job_id, pair, now_ms)
+            return self.life(job_id, pair, now_ms)
         kind = self.kinds[pair[1]]
         offset = math.floor(place_of(pair) * kind.window_ms)
         record = self.record_of(pair, at_ms)
@@ -350,6 +358,8 @@ class Book:
             before = [self.off_at(pair[1], closed_ms), self.off_at(pair[1], closed_ms - 1)]
             return Verdict(Fate.SKIPPED, None, tuple(deed for deed in before if deed is not None)[:1], note=record.reason)
         subscribed, kept = self.causes_at(pair, looked_ms)
+        nominal_ms = at_ms + (offset if record is None else math.floor(place_of(pair) * record.window_ms))
+        kept += self._was_off(pair, nominal_ms, looked_ms)
         if not subscribed or kept:
             return Verdict(Fate.SKIPPED, None, tuple(kept), note="kept back when the planner came to it")
         if record is not None and record.moved:
@@ -359,6 +369,20 @@ class Book:
                 if kept:
                     return Verdict(Fate.SKIPPED, None, tuple(kept), note="kept back while the window was moved")
         return Verdict(Fate.SKIPPED, moment_ms, note="the book does not know why there is no job")
+
+    def _was_off(self, pair: Pair, nominal_ms: int, looked_ms: int) -> list[Deed]:
+        """Who switched the subscription off, where it is on again and the moment does not come back."""
+        off: Deed | None = None
+        for deed in self.of_pair[pair]:
+            if deed.what is What.DISABLED:
+                off = deed
+            elif deed.what is What.UNSUBSCRIBED:
+                off = None
+            elif deed.what is What.ENABLED and off is not None:
+                if deed.at_ms <= looked_ms and nominal_ms <= deed.at_ms + self.horizon_ms:
+                    return [off]
+                off = None
+        return []
 
     def _not_looked_at(self, pair: Pair, at_ms: int, moment_ms: int, now_ms: int) -> Verdict:
         off = self.off_at(pair[1], now_ms)
@@ -374,12 +398,12 @@ class Book:
         outage = next(((since, until) for since, until in self.outages() if since <= at_ms <= until + self.horizon_ms), None)
         return Verdict(Fate.MISSED, None, outage=outage, note=f"looked at {looked_ms}")
 
-    def _life(self, job_id: str, pair: Pair, now_ms: int) -> Verdict:
+    def life(self, job_id: str, pair: Pair, now_ms: int) -> Verdict:
         """What became of a job that was made."""
         deeds = [deed for deed in self.of_job[job_id] if deed.at_ms <= now_ms]
         if deeds and deeds[-1].what is What.DISCARDED:
             return Verdict(Fate.DISCARDED, None, (deeds[-1],))
-        runs = [run for run in self.runs[job_id] if run.started_ms <= now_ms]
+        runs = [run for run in self.runs.get(job_id, ()) if run.started_ms <= now_ms]
         ended = [run for run in runs if run.ends_ms <= now_ms and run.recorded]
         if ended and ended[-1].state.terminal:
             fates = {JobState.COMPLETED: Fate.COMPLETED, JobState.FAILED: Fate.FAILED, JobState.TIMED_OUT: Fate.TIMED_OUT}
@@ -404,13 +428,16 @@ class Book:
         removed = [deed for deed in self.of_definition[pair[1]] if deed.what is What.REMOVED and made_ms <= deed.at_ms <= now_ms]
         if removed:
             return Verdict(Fate.REJECTED, None, tuple(removed))
+        record = self.record_of(pair, int(job_id.rpartition(":")[2])) if job_id.rpartition(":")[2].isdigit() else None
+        if record is not None and not runs and record.base_ms + math.floor(place_of(pair) * record.window_ms) > now_ms:
+            return Verdict(Fate.COMING, None)
         return Verdict(Fate.WAITING, None)
 
     def _overlaps(self, job_id: str, pair: Pair, made_ms: int) -> bool:
         """Whether another job of the pair was unfinished when this one was made."""
         for other in self.made_of[pair]:
             if other != job_id and self.made[other] <= made_ms:
-                runs = self.runs[other]
+                runs = self.runs.get(other)
                 if not runs:
                     # rejected itself, or canceled, or it had not started yet
                     continue

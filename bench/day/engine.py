@@ -255,6 +255,11 @@ class World:
         self._free.clear()
         self._runs.clear()
 
+    def tell(self) -> None:
+        """All workers that live say so: they do that every few seconds, and here only when it counts."""
+        for worker in sorted(self._alive):
+            self._beat(worker)
+
     def poke(self) -> None:
         """Something was changed: the planner and the workers look soon."""
         now_ms = self.clock.now_ms
@@ -430,8 +435,7 @@ class World:
             self.store.stopped(worker, stop)
 
     def _upkeep(self) -> None:
-        for worker in sorted(self._alive):
-            self._beat(worker)
+        self.tell()
         self.store.reclaim(patience=timedelta(milliseconds=self.pace.heartbeat_ms))
         self.at(self.clock.now_ms + self.pace.heartbeat_ms, self._upkeep)
 

@@ -83,8 +83,12 @@ def check_why(town: Town, report: Report) -> None:
     """That `Platform.why` says of each occurrence of each pair what became of it, and names who did what when."""
     book, platform, now_ms = town.book, town.world.platform, town.world.clock.now_ms
     for pair in book.pairs():
-        answers = {one.occurrence_ms: one for one in platform.why(*pair, last=200) if not _is_trigger(one)}
         mine = book.occurrences(pair, now_ms)
+        # times at which it was not the user's are answered too
+        foreign = 60 if any(deed.what in (What.UNSUBSCRIBED, What.REMOVED) for deed in [*book.of_pair[pair], *book.of_definition[pair[1]]]) else 5
+        given, extra = platform.why(*pair, last=min(200, len(mine) + foreign)), book.triggers(pair[1])
+        answers = {one.occurrence_ms: one for one in given if one.occurrence_ms not in extra}
+        _check_triggers(pair, [one for one in given if one.occurrence_ms in extra], book, now_ms, report)
         for at_ms in mine:
             answer, verdict = answers.pop(at_ms, None), book.verdict(pair, at_ms, now_ms)
             report.compared[f"why {verdict.fate}"] += 1
@@ -95,14 +99,28 @@ def check_why(town: Town, report: Report) -> None:
                     f"why: {told(pair, at_ms)}: {fault}; answer: {answer.outcome}: {answer.reason} {answer.facts}; book: {verdict}; {story(book, pair)}"
                 )
         for at_ms, answer in answers.items():
-            # of a time in which the user was not subscribed it may say so
-            if answer.outcome is not Outcome.NOT_SUBSCRIBED:
+            # of times in which the user was not subscribed, or the definition was removed, it may say so
+            removed = book.off_at(pair[1], at_ms)
+            between = book.fell_between(pair, at_ms)
+            told_of = answer.outcome is Outcome.SKIPPED and any(deed is not None and _names(answer.reason, deed) for deed in (removed, between))
+            if answer.outcome is not Outcome.NOT_SUBSCRIBED and not told_of and at_ms > town.start_ms:
                 known = f"answer: {answer.outcome}: {answer.reason}"
                 report.wrong(f"why: {told(pair, at_ms)} is none of the user's for the book; {known}; {story(book, pair)}")
 
 
-def _is_trigger(answer: Answer) -> bool:
-    return (answer.job_id or "").rpartition(":")[2].startswith("t") or "trigger" in answer.reason
+def _check_triggers(pair: Pair, answers: list[Answer], book: Book, now_ms: int, report: Report) -> None:
+    """Of occurrences that somebody triggered."""
+    for answer in answers:
+        report.compared["why of a trigger"] += 1
+        job_id = f"{pair[1]}:{pair[0]}:t{answer.occurrence_ms}"
+        if job_id in book.made:
+            fault = _fault(book.life(job_id, pair, now_ms), answer, book)
+        else:
+            _, kept = book.causes_at(pair, book.tick_after(answer.occurrence_ms, pair[1]) or now_ms)
+            fault = "" if any(_names(answer.reason, deed) for deed in kept) else f"there is no job, because of {kept}"
+            fault = "" if answer.outcome is Outcome.NOT_SUBSCRIBED else fault
+        if fault:
+            report.wrong(f"why: {told(pair, answer.occurrence_ms)}, triggered: {fault}; answer: {answer.outcome}: {answer.reason}")
 
 
 def _fault(verdict: Verdict, answer: Answer, book: Book) -> str:

@@ -65,7 +65,7 @@ class People:
         self._at(until_ms + 90_000, lambda: self.worker_outage("celery@worker1", most_losses=1))
         self._at(since_ms + span // 2, self.hold_host)
         self._at(since_ms + span // 4, self.change_limit)
-        self._at(since_ms + 2 * span // 3, self.trigger)
+        self._at(since_ms + 2 * span // 3 + 12_345, self.trigger)
         self._at(since_ms + 3 * span // 7, self.retract)
         for part in (3, 5, 6):
             self._at(since_ms + part * span // 7, self.discard_some)

@@ -212,13 +212,13 @@ def with_job(facts: Background, case: Case, job: Job, history: tuple[Transition,
             since = "" if job.started_ms is None else f" since {instant(job.started_ms)}"
             outcome, reason = Outcome.RUNNING, f"it runs on {job.worker}{since}, attempt {job.attempt}"
         case JobState.CANCELED:
-            outcome, reason = Outcome.CANCELED, f"it was canceled at {ended}: {job.reason}"
+            outcome, reason = Outcome.CANCELED, f"it was canceled at {ended}: {_why_it_ended(job, history)}"
             mend = f"taskplatform jobs retry {job.id}"
         case _ if job.poison:
             outcome, reason = Outcome.DEAD, f"it took down what ran it, and is not run again: {job.reason}; {dead}"
             mend = f"taskplatform dead-letters redrive {job.id}"
         case JobState.REJECTED:
-            outcome, reason = Outcome.REJECTED, f"it was rejected at {ended}: {job.reason}"
+            outcome, reason = Outcome.REJECTED, f"it was rejected at {ended}: {_why_it_ended(job, history)}"
             mend = f"taskplatform jobs retry {job.id}"
         case _:
             outcome = Outcome.TIMED_OUT if job.state is JobState.TIMED_OUT else Outcome.FAILED
@@ -234,6 +234,11 @@ def with_job(facts: Background, case: Case, job: Job, history: tuple[Transition,
         told.append(("caught up", "the planner came to it late"))
     answer = _answer(facts, case, outcome, reason, mend, told)
     return replace(answer, job_id=job.id, history=history)
+
+
+def _why_it_ended(job: Job, history: tuple[Transition, ...]) -> str:
+    """The reason of the line that ended it: what was noted since, such as the discarded result of a run that was canceled, is none."""
+    return next((line.reason for line in reversed(history) if line.from_state is not line.to_state), job.reason)
 
 
 def _is_past(facts: Background, case: Case) -> bool:
