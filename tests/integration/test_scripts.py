@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from taskplatform.model import TRANSITIONS, JobState, Priority
-from taskplatform.store import Store, access, levels, scripts, store
+from taskplatform.store import Store, access, levels, samples, scripts, store
 from taskplatform.store.keys import NAMES, UNACKED, UNACKED_INDEX, key, lua_table
 from taskplatform.store.scripts import names, source
 from tests.conftest import Clock
@@ -105,7 +105,7 @@ def test_no_key_name_is_written_in_a_script(name: str) -> None:
 def test_every_name_is_used() -> None:
     everything = "".join(source(name) for name in [*VERBS, "lib"])
     by_scripts = set(re.findall(r"\bK\.(\w+)", everything))
-    by_store = set(re.findall(r'_key\("(\w+)"', "".join(map(inspect.getsource, CALLERS))))
+    by_store = set(re.findall(r'key\("(\w+)"', "".join(map(inspect.getsource, (*CALLERS, samples)))))
     assert NAMES.keys() <= by_scripts | by_store
     assert by_store <= NAMES.keys()
 
