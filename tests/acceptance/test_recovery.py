@@ -140,10 +140,11 @@ def test_a_worker_that_comes_back_stops_what_is_no_longer_its_own(how: str, site
         # both serve on, with all their slots
         eventually(lambda: {_id(site, node) for node in victims} == {job.worker for job in jobs.values()}, "they have not come back")
         user = site.user()
-        target.answer(user, Answer(after_seconds=1.5))
+        together = 5.0  # a worker that has just come back may take some seconds on a busy machine
+        target.answer(user, Answer(after_seconds=together))
         ran = site.wait_for_all([site.platform.enqueue("call", user=user, priority="high").id for _ in range(4)])
         arrivals = [call.at_seconds for call in target.calls(user=user)]
-        assert max(arrivals) - min(arrivals) < 1.5, "the four did not run at the same time"
+        assert max(arrivals) - min(arrivals) < together, "the four did not run at the same time"
         assert {node for node in victims for job in ran if _on(node, job)} == set(victims)
 
 

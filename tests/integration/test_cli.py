@@ -680,9 +680,9 @@ def test_trigger(platform: Platform) -> None:
     assert "a text of 1 to 255 characters is" in fails("trigger clean --key ''")
     assert "is not a duration" in fails("trigger daily_report --window wide", code=2)
     platform.pause_definition("clean", why="the API is down")
-    said = run("trigger clean")
-    assert said.stdout.endswith("for 0 subscribers, over 1m\n")
-    assert "this occurrence is skipped: Definition clean is paused (the API is down)" in said.stderr
+    paused = run("trigger clean")
+    assert paused.stdout.endswith("for 0 subscribers, over 1m\n")
+    assert "this occurrence is skipped: Definition clean is paused (the API is down)" in paused.stderr
     assert run("trigger daily_report").stderr == ""
 
 
@@ -733,7 +733,7 @@ def test_changes_that_name_very_many_are_shortened(platform: Platform) -> None:
 
     def subject(command: str) -> str:
         cells = dict(zip(*rows(run(command).stdout)[:2], strict=True))
-        return cells["subject"]
+        return str(cells["subject"])
 
     assert subject("changes b e") == "b e and 5 more"
     assert subject("changes") == "a b and 5 more"
