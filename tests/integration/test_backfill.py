@@ -318,7 +318,7 @@ class DisturbedStore:
         return getattr(self._store, name)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_two_planners_that_die_and_disturb_each_other_make_each_job_once(bench: Bench, seed: int) -> None:
     """Between their calls the other one ticks, calls are repeated, they die and others come, users leave, join, move and are paused."""
     rng = random.Random(seed)
@@ -374,8 +374,7 @@ def test_two_planners_that_die_and_disturb_each_other_make_each_job_once(bench: 
     assert max(bench.ran.values()) == 1, "and runs it once"
     found = bench.state(backfill)
     assert found.state is B.DONE
-    assert found.made == len(jobs), "no step was counted twice"
-    assert_consistent(bench.client, bench.store)
+    assert (found.made, found.existing) == (len(jobs), 0), "no step was counted twice, and nobody came twice to anybody"
 
 
 def test_a_planner_that_catches_up_the_same_occurrences_leaves_one_job_of_each(bench: Bench) -> None:
@@ -431,6 +430,7 @@ def test_moments_are_evenly_spaced_however_the_planner_ticks(bench: Bench, rate:
             bench.store.backfills.resume(backfill, actor=ACTOR)
         bench.clock.advance(rng.choice((0.01, 0.3, 1, 2, 9)))
         bench.work()
+    assert all(job.execute_after_ms >= job.created_ms for job in bench.jobs().values()), "what was not made in time comes later"
     moments = sorted(job.execute_after_ms for job in bench.jobs().values())
     assert len(moments) == 120
     spacing = 1000 / per_second
