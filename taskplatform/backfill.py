@@ -155,6 +155,7 @@ def count(
     With a `budget` it counts for about so long, and returns where it goes on; the numbers of all calls together are the answer.
     Raises InvalidInput, UnknownUser.
     """
+    _no_text(users)
     counting = _Counting(store, span, actor, first=cursor is None)
     deadline = math.inf if budget is None else time.monotonic() + budget.total_seconds()
     pages = counting.of_subscribers(cursor) if users is None else counting.of_users(users, cursor)
@@ -358,8 +359,7 @@ class _Counting:
 
 def _checked(store: Store, users: Iterable[str]) -> Iterator[list[str]]:
     """Each user once, in batches. Raises InvalidInput, UnknownUser."""
-    if isinstance(users, str):
-        raise InvalidInput(f"users {users!r} is not accepted: a list of ids is", field="users")
+    _no_text(users)
     seen: dict[str, None] = {}
     for batch in batches(users, _USERS_TOGETHER):
         new = [one for one in dict.fromkeys(map(check_user_id, batch)) if one not in seen]
@@ -374,6 +374,12 @@ def _checked(store: Store, users: Iterable[str]) -> Iterator[list[str]]:
             yield new
     if not seen:
         raise InvalidInput("users: none are given", field="users")
+
+
+def _no_text(users: object) -> None:
+    """One id alone would be taken for its letters."""
+    if isinstance(users, str):
+        raise InvalidInput(f"users {users!r} is not accepted: a list of ids is", field="users")
 
 
 def _per_second(rate: str | RateLimit) -> float:

@@ -288,7 +288,7 @@ def _planner(figures: Figures) -> Iterator[Metric]:
         tick.add_metric((), max(0, figures.now_ms - int(planner["tick"])) / 1000)
     yield tick
     yield _gauge("planner_failing", "Whether there is something that cannot be planned.", int("failing_since" in planner))
-    yield _counter("jobs_planned", "Jobs that were made by schedule, catching up or trigger.", int(planner.get("planned", 0)))
+    yield _counter("jobs_planned", "Jobs that were made by schedule, catching up, trigger or backfill.", int(planner.get("planned", 0)))
     yield _counter("windows_widened", "Windows that limits made wider or later.", int(planner.get("widened", 0)))
     skipped = _family(CounterMetricFamily, "occurrences_skipped", "Occurrences without jobs, by why.", ("reason",))
     for reason, field in _SKIPPED.items():

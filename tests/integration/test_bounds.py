@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
 import redis
 
 import beat_schedule
+from taskplatform.backfill import begin, check
 from taskplatform.catalogue import Catalogue
 from taskplatform.model import JobState, Limit, Priority
 from taskplatform.planner import Planner, published
@@ -124,6 +125,10 @@ class Site:
         store.pause_user("cyd", actor=ACTOR)
         store.pause_definition("sync", why="maintenance", actor=ACTOR)
         store.enqueue([Enqueue(f"report:{user}:m{number}-{day:04}") for user in new for number in range(4)])
+        # one that ends by itself, and one that is canceled in the evening
+        midnight = datetime.fromtimestamp(self.clock.now_ms / 1000, UTC).replace(hour=0, minute=0, second=0)
+        self._backfill(midnight, rate="10/s")
+        self._rest = self._backfill(midnight, rate="1/h")
         # a removed definition of the day, with a group of its own and jobs that wait
         extra = define(f"extra_{day:04}", priority="low")
         store.publish(published(extra), actor=ACTOR)
@@ -131,8 +136,23 @@ class Site:
         subscribe(store, new[2], extra.id, schedule=alone, own_schedule=True)
         store.trigger(extra.id, window=60 * SECOND, actor=ACTOR)
 
+    def _backfill(self, midnight: datetime, *, rate: str) -> str:
+        """Of the last three hours of the day before, for all and for one user who was given."""
+        span = check(
+            "sync",
+            since=midnight - timedelta(hours=7),
+            until=midnight,
+            rate=rate,
+            now_ms=self.clock.now_ms,
+            retention=timedelta(days=RETENTION_DAYS),
+            beyond_retention=False,
+        )
+        return begin(self.store, span, ["ann"] if rate == "1/h" else None, actor=ACTOR).id
+
     def _evening(self, day: int, new: list[str]) -> None:
         store = self.store
+        if not self.platform.backfill_status(self._rest).state.ended:
+            self.platform.cancel_backfill(self._rest)
         store.retract(f"extra_{day:04}", actor=ACTOR)
         store.unsubscribe("ann", f"extra_{day:04}", actor=ACTOR)
         store.resume_definition("sync", actor=ACTOR)
