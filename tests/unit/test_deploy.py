@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import lru_cache
@@ -266,3 +267,12 @@ def test_units_fit_the_settings() -> None:
     worker = _unit(SYSTEMD / "taskplatform-worker@.service")
     told = dict(line.split("=", 1) for line in worker["Environment"])
     assert timedelta(seconds=int(worker["TimeoutStopSec"][0])) > parse_duration(told[f"{PREFIX}STOP_GRACE"]) + STOP_MARGIN
+
+
+def test_what_is_no_python_goes_into_the_package_too() -> None:
+    """Scripts, templates, style: a wheel has what `package-data` names."""
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"]["taskplatform"]
+    named = {path for pattern in patterns for path in (ROOT / "taskplatform").glob(pattern)}
+    there = {path for path in (ROOT / "taskplatform").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert there == named
+    assert ROOT / "taskplatform/api/pages/templates/base.html" in named

@@ -131,6 +131,8 @@ TEXTS = [
     ("worker_slots", "010", 10),
     ("tasks_dir", "/etc/tasks", Path("/etc/tasks")),
     ("log_level", "DEBUG", "DEBUG"),
+    ("dashboard_url", "https://ops.example.com:8443/x/ui/", "https://ops.example.com:8443/x/ui"),
+    ("flower_url", "http://[::1]:5555", "http://[::1]:5555"),
     ("redis_url", "redis://:p%40ss@host:6380/3", "redis://:p%40ss@host:6380/3"),
     ("redis_url", "rediss://host", "rediss://host"),
     ("redis_url", "redis://[::1]:6379/0", "redis://[::1]:6379/0"),
@@ -225,6 +227,8 @@ BAD = [
     ("host_limits", '{"https://a.b/c": 5/s}', """https://a.b/c: host 'https://a.b/c' is not accepted (did you mean "a.b"?)"""),
     ("user_concurrency", "0", 'got "0"; it takes a whole number from 1 to 1000000'),
     ("fairness", "maybe", 'got "maybe"; it takes true or false'),
+    ("dashboard_url", "javascript:alert(1)", "takes an http:// or https:// URL"),
+    ("flower_url", "https://ops:pass@flower.example.com", "takes an http:// or https:// URL without user, password"),
     ("lower_share", "5%", 'got "5%"; it takes a number from 0 to 0.3'),
     ("lower_share", "0.5", 'got "0.5"; it takes a number from 0 to 0.3'),
 ]
