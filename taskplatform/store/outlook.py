@@ -99,7 +99,7 @@ def read_outlook(
             ("smembers", key("definitions")),
             ("hgetall", key("committed")),
             ("zrange", key("active"), 0, -1),
-            ("zrange", key("workers"), 0, -1, False, False, True),
+            ("zrange", key("workers"), 0, -1, False, True),
             ("zcard", key("users")),
             *(("zrange", key("queued", priority), 0, -1) for priority in Priority),
         ]
