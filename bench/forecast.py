@@ -69,7 +69,7 @@ def run(scale: float = 1.0) -> dict[str, Any]:
     """The figures."""
     with server() as url:
         client = connect(url)
-        jobs = _populate(client, max(1000, int(10_000_000 * scale)))
+        subscriptions = _populate(client, max(1000, int(10_000_000 * scale)), scale)
         command = [sys.executable, "-m", "bench.forecast_process", url]
         rounds = [json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout) for _ in range(ROUNDS)]
         client.close()
@@ -77,7 +77,7 @@ def run(scale: float = 1.0) -> dict[str, Any]:
     middle = {name: statistics.median(values) for name, values in by_name.items()}
     return {
         "definitions": DEFINITIONS,
-        "subscriptions": jobs,
+        "subscriptions": subscriptions,
         "rounds": ROUNDS,
         **{name: round(value, 2) for name, value in middle.items()},
         "forecast_s_min_max": [round(min(by_name["forecast_s"]), 2), round(max(by_name["forecast_s"]), 2)],
@@ -86,13 +86,13 @@ def run(scale: float = 1.0) -> dict[str, Any]:
     }
 
 
-def _populate(client: redis.Redis, subscriptions: int) -> int:
+def _populate(client: redis.Redis, subscriptions: int, scale: float) -> int:
     store = Store(client, namespace=_NAMESPACE)
     for definition in definitions():
         store.publish(published(definition, {}), actor="bench")
-    store.set_limit("total", Limit(10_000.0, 2000), actor="bench")
+    store.set_limit("total", Limit(2500 * scale, 1000), actor="bench")
     for number in range(HOSTS):
-        store.set_limit(f"host:h{number}.example.com", Limit(1000.0, 200), actor="bench")
+        store.set_limit(f"host:h{number}.example.com", Limit(100 * scale, 50), actor="bench")
     now_ms = store.now_ms()
     members = subscriptions // (DEFINITIONS + 10)
     for definition in definitions():
