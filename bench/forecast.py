@@ -30,8 +30,14 @@ ROUNDS = 3
 MORE = 200_000
 _NAMESPACE = "tp"
 _FILL = """
-for number = 1, tonumber(ARGV[1]) do redis.call('ZADD', KEYS[1], number / ARGV[1], 'u' .. number) end
+local some = {}
+for number = tonumber(ARGV[1]), tonumber(ARGV[2]) do
+  some[#some + 1] = number / ARGV[3]
+  some[#some + 1] = 'u' .. number
+end
+redis.call('ZADD', KEYS[1], unpack(some))
 """
+_CHUNK = 2000
 _KINDS: tuple[dict[str, Any], ...] = (
     {"type": "hourly"},
     {"type": "daily", "at_time": {"hour": 9}},
@@ -69,7 +75,7 @@ def run(scale: float = 1.0) -> dict[str, Any]:
     """The figures."""
     with server() as url:
         client = connect(url)
-        jobs = _populate(client, max(1000, int(10_000_000 * scale)))
+        subscriptions = _populate(client, max(1000, int(10_000_000 * scale)), scale)
         command = [sys.executable, "-m", "bench.forecast_process", url]
         rounds = [json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout) for _ in range(ROUNDS)]
         client.close()
@@ -77,7 +83,7 @@ def run(scale: float = 1.0) -> dict[str, Any]:
     middle = {name: statistics.median(values) for name, values in by_name.items()}
     return {
         "definitions": DEFINITIONS,
-        "subscriptions": jobs,
+        "subscriptions": subscriptions,
         "rounds": ROUNDS,
         **{name: round(value, 2) for name, value in middle.items()},
         "forecast_s_min_max": [round(min(by_name["forecast_s"]), 2), round(max(by_name["forecast_s"]), 2)],
@@ -86,13 +92,13 @@ def run(scale: float = 1.0) -> dict[str, Any]:
     }
 
 
-def _populate(client: redis.Redis, subscriptions: int) -> int:
+def _populate(client: redis.Redis, subscriptions: int, scale: float) -> int:
     store = Store(client, namespace=_NAMESPACE)
     for definition in definitions():
         store.publish(published(definition, {}), actor="bench")
-    store.set_limit("total", Limit(10_000.0, 2000), actor="bench")
+    store.set_limit("total", Limit(2500 * scale, 1000), actor="bench")
     for number in range(HOSTS):
-        store.set_limit(f"host:h{number}.example.com", Limit(1000.0, 200), actor="bench")
+        store.set_limit(f"host:h{number}.example.com", Limit(100 * scale, 50), actor="bench")
     now_ms = store.now_ms()
     members = subscriptions // (DEFINITIONS + 10)
     for definition in definitions():
@@ -112,5 +118,6 @@ def _group(client: redis.Redis, definition: str, gid: str, schedule: Any, now_ms
     pipe.sadd(f"{_NAMESPACE}:groups:{definition}", gid)
     pipe.hset(f"{_NAMESPACE}:group:{gid}", mapping={"definition": definition, "schedule": schedule_to_json(schedule), "cursor": now_ms})
     pipe.zadd(f"{_NAMESPACE}:due", {f"g|{gid}": now_ms})
-    pipe.eval(_FILL, 1, f"{_NAMESPACE}:slots:{gid}", members)
-    pipe.execute()
+    for start in range(0, members, _CHUNK):
+        pipe.eval(_FILL, 1, f"{_NAMESPACE}:slots:{gid}", start, min(start + _CHUNK, members) - 1, members)
+        pipe.execute()

@@ -178,7 +178,11 @@ def test_release_goes_as_it_was_foreseen(store: Store, clock: Clock) -> None:
         enqueue(store, "first", "u0", f"m{number}")
         enqueue(store, "second", "u0", f"m{number}")
     offer(store, "celery@host#1a2b", slots=10)
+    offer(store, "high only", slots=3, queues=["high"])
+    store.drain_worker("high only", actor=ACTOR)
     found = platform(store, high, low).forecast(hours=0.1)
+    # who is drained offers nothing
+    assert found.slots.there == 10
 
     starts: Counter[tuple[str, int]] = Counter()
     done: dict[str, int] = {}
