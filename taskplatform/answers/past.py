@@ -167,7 +167,7 @@ def explain(facts: Background, case: Case, job: Job | None, history: tuple[Trans
     forgotten = facts.forgotten.get(case.place.suffix)
     if forgotten is not None:
         reason = f"its job died at {instant(forgotten.died_ms)} ({forgotten.reason}), and its record was {forgotten.what} at "
-        return _answer(facts, case, Outcome.DISCARDED, reason + instant(forgotten.at_ms))
+        return _answer(facts, case, Outcome.DISCARDED, reason + instant(forgotten.at_ms), _again(facts))
     if case.seen is None:
         return _without_record(facts, case)
     if not case.fits:
@@ -424,12 +424,13 @@ def _passed_over(facts: Background, case: Case, seen: Seen) -> Answer:
     ended = case.owner.ended if case.owner is not None else None
     if ended is not None and ended.kind == "unsubscribed" and ended.at_ms <= to_ms:
         who = f"{facts.user} was unsubscribed from {facts.definition.id}{by_whom(ended)}"
-        causes.append(Bar(ended.at_ms, math.inf, who, f"taskplatform subscriptions add {facts.user} {facts.definition.id}", True))
+        mend = f"taskplatform subscriptions add {facts.user} {facts.definition.id}"
+        causes.append(Bar(ended.at_ms, math.inf, who, mend, lasts=True, left=True))
     # what held when the planner was to come is the cause; what began later is one only where nothing did
     first = [one for one in causes if one.from_ms <= from_ms]
     chosen = first if any(one.to_ms > to_ms for one in first) or (first and len(causes) == len(first)) else causes
     if chosen:
-        outcome = Outcome.NOT_SUBSCRIBED if all("unsubscribed" in one.text for one in chosen) else Outcome.SKIPPED
+        outcome = Outcome.NOT_SUBSCRIBED if all(one.left for one in chosen) else Outcome.SKIPPED
         together = any(one.from_ms < other.to_ms and other.from_ms < one.to_ms for one in chosen for other in chosen if one is not other)
         joint = " and " if together or len(chosen) == 1 else ", or "
         when = f"when the planner came to it, between {instant(from_ms)} and {instant(to_ms)}"

@@ -47,6 +47,8 @@ class Bar:
     lasts: bool
     moments_until_ms: float = -math.inf
     """Moments up to this are kept out too, though the bar had ended when the planner came to them."""
+    left: bool = False
+    """The user was unsubscribed."""
 
 
 def by_whom(entry: Entry | None) -> str:
@@ -128,7 +130,7 @@ def _bars(trail: tuple[Entry, ...], now: bool, kinds: tuple[str, str], what: str
         since = by_whom(began) if began else unknown
         if began and began.why:
             since += f" ({began.why})"
-        until = "" if end is None else f", until {'it ended' if end.kind == 'unsubscribed' else end.kind + by_whom(end)}"
+        until = "" if end is None else f", until it was {end.kind}{by_whom(end)}"
         moments = end.from_ms if end is not None and end.kind == "enabled" and end.from_ms is not None else -math.inf
         found.append(Bar(began.at_ms if began else -math.inf, to_ms, f"{what}{since}{until}", mend, end is None, moments))
 

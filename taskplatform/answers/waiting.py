@@ -12,6 +12,8 @@ from taskplatform.model import Job, JobState, Limit, Priority, Transition, forma
 from taskplatform.store import Background, BreakerState, Standing
 from taskplatform.store.evidence import EVENT, GATED
 
+#: As the doctor has it.
+_START = "celery -A taskplatform.app worker"
 #: A token that is missing by less than this comes at once.
 _NEARLY = 1e-9
 
@@ -44,13 +46,12 @@ def _due(job: Job, now_ms: int) -> str:
 
 
 def _before(standing: Standing) -> str:
+    """What goes before it, as far as it may go."""
     tied = max(0, standing.tied - 1)
-    text = f"{standing.before} of its priority by {'turn' if standing.fair else 'time'}"
-    if tied:
-        text += f", {tied} of the same moment"
-    for name, count in standing.higher.items():
-        text += f", {count} of priority {name}"
-    return text
+    parts = [f"{standing.before} of its priority by {'turn' if standing.fair else 'time'}"] if standing.before else []
+    parts += [f"{tied} of its priority and moment"] if tied else []
+    parts += [f"{count} of priority {name}" for name, count in standing.higher.items() if count]
+    return " and ".join(parts) or "nothing"
 
 
 def _limit(name: str, limit: Limit, standing: Standing) -> str:
@@ -126,7 +127,7 @@ def _limits(job: Job, standing: Standing, host: str) -> Iterator[tuple[str, str]
     """What limits and the host keep it from, as release asks for them."""
     blocked, gate = standing.blocked_until, standing.gate_until
     if "total" in standing.limits and standing.tokens.get("total", 1.0) < 1 - _NEARLY:
-        yield _rate("total", standing, "taskplatform limits set total --rate RATE")
+        yield _rate("total", standing)
     mine = f"definition:{job.definition}"
     own = standing.limits.get(mine)
     if own is not None and blocked is not None and blocked < GATED:
@@ -137,7 +138,7 @@ def _limits(job: Job, standing: Standing, host: str) -> Iterator[tuple[str, str]
             )
             yield reason, f"taskplatform limits set {mine} --concurrency {(own.concurrency or 0) + 1}"
         elif own.per_second is not None:
-            yield _rate(mine, standing, f"taskplatform limits set {mine} --rate RATE", until=blocked)
+            yield _rate(mine, standing, until=blocked)
     breaker = standing.breaker
     if breaker is not None:
         opened = {BreakerState.OPEN: "its breaker is open", BreakerState.HELD: "it asked to be left alone"}
@@ -154,24 +155,25 @@ def _limits(job: Job, standing: Standing, host: str) -> Iterator[tuple[str, str]
             reason = f"as many jobs call {host} as may: {standing.in_flight[name]} of {of_host.concurrency} (limit {name}){line}"
             yield reason, f"taskplatform limits set {name} --concurrency {of_host.concurrency + 1}"
         elif of_host.per_second is not None:
-            reason, mend = _rate(name, standing, f"taskplatform limits set {name} --rate RATE", until=gate)
+            reason, mend = _rate(name, standing, until=gate)
             yield reason + line, mend
 
 
-def _rate(name: str, standing: Standing, mend: str, until: float | None = None) -> tuple[str, str]:
+def _rate(name: str, standing: Standing, until: float | None = None) -> tuple[str, str]:
     limit, tokens = standing.limits[name], standing.tokens.get(name, 0.0)
     assert limit.per_second is not None
     if until is None or until >= EVENT or math.isinf(until):
         until = standing.now_ms + max(0.0, 1 - tokens) / limit.sustained * 1000 if limit.sustained else None
+    mend = f"taskplatform limits set {name} --rate {format_rate(2 * limit.per_second)}"
     when = "" if until is None else f", the next may start at {instant(until)}"
-    return f"limit {name} lets {format_rate(limit.per_second)} start, and has none free{when}; {_before(standing)} go first", mend
+    return f"limit {name} lets {format_rate(limit.per_second)} start, and has none free{when}; before it: {_before(standing)}", mend
 
 
 def _no_room(job: Job, standing: Standing) -> tuple[str, str]:
     queue = job.priority.value
     serving = [one for one in standing.workers if queue in one.queues]
     if not serving:
-        return f"no worker serves the queue {queue}", "taskplatform nodes"
+        return f"no worker serves the queue {queue}", _START
     if all(one.drained for one in serving):
         return f"all {len(serving)} workers that serve the queue {queue} are drained", f"taskplatform nodes resume {serving[0].id}"
     if not standing.capacity.get(queue):
@@ -179,7 +181,7 @@ def _no_room(job: Job, standing: Standing) -> tuple[str, str]:
     before = sum(standing.queued.get(one, 0) * standing.capacity.get(f"{one}>{queue}", 0.0) for one in standing.higher)
     room = standing.capacity[queue] - before - standing.queued.get(queue, 0)
     if room <= 0:
-        return f"all slots that serve the queue {queue} are taken; {_before(standing)} wait before it", ""
+        return f"all slots that serve the queue {queue} are taken; before it: {_before(standing)}", ""
     if standing.before or any(standing.higher.values()):
         return f"others go first: {_before(standing)}", ""
     return "it is due and goes with the next release", ""
@@ -193,7 +195,7 @@ def _in_queue(standing: Standing, history: tuple[Transition, ...]) -> tuple[str,
     reason = f"it lies in the queue {queue}{since} with {lying} others, for a worker to take it"
     serving = [one for one in standing.workers if queue in one.queues]
     if not serving:
-        return f"{reason}: no worker serves that queue now", "taskplatform nodes"
+        return f"{reason}: no worker serves that queue now", _START
     if all(one.drained for one in serving):
         return f"{reason}: all workers that serve it are drained", f"taskplatform nodes resume {serving[0].id}"
     return reason, ""

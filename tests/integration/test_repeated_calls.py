@@ -263,6 +263,10 @@ class Story:
             ("resume", lambda: store.resume_definition("old", actor=ACTOR)),
             ("pause subscription", lambda: store.pause_subscription("u4", "report", actor=ACTOR)),
             ("resume subscription", lambda: store.resume_subscription("u4", "report", actor=ACTOR)),
+            ("switched off", lambda: subscribe(store, "u3", "report", enabled=False)),
+            ("and on", lambda: subscribe(store, "u3", "report", enabled=True, schedule=hourly().schedule, own_schedule=True)),
+            ("another schedule", lambda: store.publish(published(hourly("old", priority="low")), actor=ACTOR)),
+            ("and the old one", lambda: store.publish(published(old), actor=ACTOR)),
             ("cap", lambda: store.set_limit("user:u5", Limit(concurrency=1), actor=ACTOR)),
             ("capped", lambda: [self.one(f"c{n}", "u5") for n in range(4)]),
             ("uncap", lambda: store.set_limit("user:u5", Limit(concurrency=3), actor=ACTOR)),
@@ -295,6 +299,9 @@ class Story:
             ("unsubscribe", unsubscribe),
             ("delete user", lambda: delete("u4")),
             ("remove", lambda: store.retract("old", actor=ACTOR, term=2)),
+            ("it comes again", lambda: (store.publish(published(old), actor=ACTOR, term=2), store.retract("old", actor=ACTOR, term=2))),
+            ("nobody plans for days", lambda: (clock.advance(4 * 86_400), planner.advance())),
+            ("retention", lambda: store.set_options(fairness=False, share=0, retention=SECOND)),
             ("sweep", lambda: store.sweep(retention=SECOND, dead_retention=SECOND)),
         ]
 
@@ -309,8 +316,8 @@ class Story:
         return self.store.lose(job_id, delivery=delivery, worker="w1", what="it died", max_losses=most, backoff=SECOND, stuck=stuck)
 
 
-def hourly() -> Definition:
-    return define("hourly", interval={"type": "hourly"})
+def hourly(name: str = "hourly", **fields: Any) -> Definition:
+    return define(name, interval={"type": "hourly"}, **fields)
 
 
 def calling() -> Definition:
