@@ -76,6 +76,13 @@ FIGURES: dict[str, tuple[Figure, ...]] = {
         Figure("redis_calls_per_job"),
     ),
     "priority": (Figure("high_wait_p99_ms"), Figure("order_violations", at_most=0)),
+    "forecast": (
+        Figure("forecast_s"),
+        Figure("forecast_cpu_s", at_most=10),
+        Figure("what_if_cpu_s"),
+        Figure("rss_mb", at_most=400),
+        Figure("ratio_reading"),
+    ),
     "memory": (Figure("beat_mb", at_most=80), Figure("worker_mb", at_most=200)),
 }
 

@@ -397,7 +397,7 @@ class Store:
 
     def count_subscriptions(self) -> int:
         """How many there are in all."""
-        return sum(map(int, cast("list[str]", self._redis.hvals(self._key("subscribers")))))
+        return sum(map(int, cast("dict[str, str]", self._redis.hgetall(self._key("subscribers"))).values()))
 
     def _schedules(self, groups: Iterable[str]) -> dict[str, Schedule]:
         ids = list(dict.fromkeys(groups))

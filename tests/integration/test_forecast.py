@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
+from click.testing import CliRunner, Result
 
 from taskplatform.catalogue import Catalogue
+from taskplatform.cli import cli
 from taskplatform.forecast.ahead import _Ahead
+from taskplatform.local import EmbeddedServer
 from taskplatform.model import Definition, JobState, Limit, slot
 from taskplatform.planner import Planner
 from taskplatform.platform import Platform
-from taskplatform.settings import Settings
+from taskplatform.settings import Settings, settings
 from taskplatform.store import Store, Subscribe
 from tests.conftest import Clock
+from tests.integration.apiserver import KEY, TASKS, Api, running_api
 from tests.integration.harness import ACTOR, HORIZON, define, enqueue, offer, publish, take
 
 SECOND, MINUTE, HOUR = 1000, 60_000, 3_600_000
@@ -170,7 +178,11 @@ def test_release_goes_as_it_was_foreseen(store: Store, clock: Clock) -> None:
         enqueue(store, "first", "u0", f"m{number}")
         enqueue(store, "second", "u0", f"m{number}")
     offer(store, "w1", slots=10)
+    offer(store, "high only", slots=3, queues=["high"])
+    store.drain_worker("high only", actor=ACTOR)
     found = platform(store, high, low).forecast(hours=0.1)
+    # who is drained offers nothing
+    assert found.slots.there == 10
 
     starts: Counter[tuple[str, int]] = Counter()
     done: dict[str, int] = {}
@@ -207,3 +219,122 @@ def test_release_goes_as_it_was_foreseen(store: Store, clock: Clock) -> None:
 
 def finish(store: Store, job_id: str, delivery: int) -> None:
     store.finish(job_id, delivery=delivery, worker="w1", state=JobState.COMPLETED, reason="done")
+
+
+# --- what asks for it ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site(served: Api, server: EmbeddedServer, client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
+    """An API on an empty server; the settings of the current folder are the same, with its key. One job a second may start."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/tasks.yaml").write_text(TASKS)
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TASKPLATFORM_REDIS_URL", server.url)
+    monkeypatch.setenv("TASKPLATFORM_VERIFY_DEFINITIONS", "false")
+    settings.cache_clear()
+    served.platform.publish_missing()
+    served.platform.set_limit("total", "1/s")
+    yield served
+    settings.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def served(server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    with running_api(tmp_path_factory.mktemp("api"), server.url) as api:
+        yield api
+
+
+def run(line: str, *, over: Api | None = None, stdin: str | None = None) -> Result:
+    words = [] if over is None else ["--url", over.url, "--key-file", "key", "--ca", str(over.ca)]
+    return CliRunner().invoke(cli, [*words, *shlex.split(line)], input=stdin)
+
+
+def write_subscriptions(path: Path, count: int, *, definition: str = "report") -> None:
+    path.write_text("user,definition\n" + "".join(f"n{number},{definition}\n" for number in range(count)))
+
+
+def test_the_command_says_the_same_on_redis_and_over_the_api(site: Api, tmp_path: Path) -> None:
+    asked = "forecast --hours 24 --enable report --users 20000 --limit total=20/s:30"
+    here, there = (json.loads(run(f"{asked} --json", over=over).stdout) for over in (None, site))
+    assert 0 < here["total"]["jobs"] <= 20_001
+    assert here["limits"][0]["name"] == "total"
+    # an instant later, the end is one too
+    for name in ("windows", "set_limits", "enable", "assumptions", "total_per_second"):
+        assert here[name] == there[name], name
+    assert here.keys() == there.keys()
+    text = run(f"{asked} --plot f.svg")
+    assert text.exit_code == 0, text.output
+    assert "→" in text.stdout
+    assert "Limits that are used up" in text.stdout
+    assert (tmp_path / "f.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("forecast --enable report", "one --users for each --enable"),
+        ("forecast --enable nothing --users 5", "'nothing' is not known"),
+        ("forecast --limit total", "'total' is not accepted"),
+        ("forecast --limit user=concurrency=3", "cannot be forecast"),
+        ("forecast --limit nonsense=3/s", "is not known"),
+        ("forecast --plot f.jpg", "ends in .svg or .png"),
+        ("forecast --hours 0", "0"),
+        ("forecast --hours 1000", "168"),
+    ],
+)
+def test_what_cannot_be_forecast_is_said(site: Api, line: str, says: str) -> None:
+    for over in (None, site):
+        result = run(line, over=over)
+        assert result.exit_code in (1, 2), result.output
+        assert says in str(result.exception or "") + result.output
+        assert "Traceback" not in result.output
+
+
+def test_an_import_warns_first(site: Api, tmp_path: Path) -> None:
+    write_subscriptions(tmp_path / "many.csv", 5000)
+    refused = run("subscriptions import many.csv --create-users --strict")
+    assert refused.exit_code == 1
+    assert "warning: limit total (1/s burst 2) would be used up from" in refused.stderr
+    assert site.platform.count_users() == 0
+    made = run("subscriptions import many.csv --create-users --json")
+    assert made.exit_code == 0, made.output
+    assert "warning: limit total" in made.stderr
+    assert json.loads(made.stdout)["created"] == 5000
+    # all of it is in: nothing is added, and nothing gets worse
+    again = run("subscriptions import many.csv --strict --json")
+    assert again.exit_code == 0, again.output
+    assert "warning" not in again.stderr
+
+
+def test_an_import_over_the_api_warns_too(site: Api, tmp_path: Path) -> None:
+    write_subscriptions(tmp_path / "many.csv", 2000)
+    refused = run("subscriptions import many.csv --create-users --strict", over=site)
+    assert (refused.exit_code, site.platform.count_users()) == (1, 0)
+    assert "would be used up" in refused.stderr
+
+
+def test_a_small_import_is_not_forecast(site: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Platform, "forecast", lambda *_, **__: pytest.fail("it was forecast"))
+    write_subscriptions(tmp_path / "few.csv", 900)
+    assert run("subscriptions import few.csv --create-users").exit_code == 0
+    piped = "user,definition\n" + "".join(f"p{number},report\n" for number in range(1500))
+    assert run("subscriptions import - --format csv --create-users", stdin=piped).exit_code == 0
+
+
+def test_a_batch_says_what_the_many_that_came_spoil(server: EmbeddedServer, client: redis.Redis, tmp_path: Path) -> None:
+    with running_api(tmp_path, server.url) as api:
+        api.platform.publish_missing()
+        api.platform.set_limit("total", "1/s")
+
+        def warnings(start: int, count: int) -> list[str]:
+            items = [{"user": f"b{number}", "definition": "report"} for number in range(start, start + count)]
+            found: list[str] = api("POST", "/v1/subscriptions/batch", {"items": items, "create_users": True})["warnings"]
+            return found
+
+        assert warnings(0, 700) == []
+        first, *_ = warnings(700, 700)
+        assert "limit total (1/s burst 2) would be used up" in first
+        # it is said once, and not at each batch
+        assert warnings(1400, 900) == []

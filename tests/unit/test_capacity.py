@@ -211,6 +211,16 @@ def test_more_jobs_never_end_earlier(per_second: float, committed: list[Load], j
 
 
 @settings(deadline=None)
+@given(RATES, LOADS, DEMANDS, st.lists(st.integers(1, 400), min_size=1, max_size=5))
+def test_alike_ones_are_one(per_second: float, committed: list[Load], demands: list[Demand], parts: list[int]) -> None:
+    """Groups of a definition that are due together get the window that one group of all their members would get."""
+    whole, split = demand(sum(parts), 90, start=3), [demand(part, 90, start=3) for part in parts]
+    together = fit_total(per_second, [*demands, whole], committed)
+    apart = fit_total(per_second, [*demands, *split], committed)
+    assert apart == [*together[:-1], *[together[-1]] * len(parts)]
+
+
+@settings(deadline=None)
 @given(
     st.dictionaries(st.sampled_from(["definition:a", "definition:b", "host:x", "total"]), RATES),
     st.lists(st.tuples(st.integers(0, 3000), SPANS, st.sampled_from("ab"), st.integers(0, 2)), min_size=1, max_size=6),
