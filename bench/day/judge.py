@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import dataclass, field
@@ -145,7 +146,7 @@ def _fault(verdict: Verdict, answer: Answer, book: Book) -> str:
 
 
 def _names(text: str, deed: Deed) -> bool:
-    return deed.actor in text and _instant(deed.at_ms) in text
+    return re.search(rf"(?<![\w-]){re.escape(deed.actor)}(?!\w)", text) is not None and _instant(deed.at_ms) in text
 
 
 def _instant(at_ms: int) -> str:

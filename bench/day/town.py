@@ -64,14 +64,15 @@ def plans() -> list[Plan]:
         Plan("bulk", Rule("daily", hour=11), 60, 1.0, profile=Profile(mean_s=40, sigma=0.3), more={"priority": "low"}),
         Plan("weekly", Rule("weekly", weekday=6, hour=8), 600, 1.0, zones=True),
         Plan("monthly", Rule("monthly", day=1, hour=6), 3600, 1.0),
-        Plan("hour_all", Rule("hourly", minute=20), 300, 0.06, catch_up="all", catch_up_h=3),
-        Plan("hour_latest", Rule("hourly", minute=40), 240, 0.06),
-        Plan("hour_skip", Rule("hourly", minute=5), 120, 0.06, catch_up="skip"),
+        Plan("quarterly", Rule("monthly", every=3, day=25, hour=6), 1800, 1.0),
+        Plan("hour_all", Rule("hourly", minute=20), 300, 0.03, catch_up="all", catch_up_h=3),
+        Plan("hour_latest", Rule("hourly", minute=40), 240, 0.03),
+        Plan("hour_skip", Rule("hourly", minute=5), 120, 0.03, catch_up="skip"),
         Plan("rebuild", Rule("minutely", every=30), 120, 0.03, profile=slow, more={"overlap": "skip", "timeout": "3h", "retries": 1}),
-        Plan("clock", Rule("clock", hours=(1, 2, 3), minutes=(0, 30), zone="Europe/Berlin"), 60, 0.2),
-        Plan("six_hours", Rule("hourly", every=6, hour=1, zone="America/New_York"), 300, 0.3, host="steady"),
-        Plan("shaky", Rule("hourly", minute=10), 180, 0.06, host="shaky", profile=Profile(fails=0.1, calls="shaky.example")),
-        Plan("fickle", Rule("hourly", minute=50), 120, 0.06, catch_up="all", catch_up_h=12),
+        Plan("clock", Rule("clock", hours=(1, 2, 3), minutes=(0, 30), zone="Europe/Berlin"), 60, 0.1),
+        Plan("six_hours", Rule("hourly", every=6, hour=1, zone="America/New_York"), 300, 0.15, host="steady"),
+        Plan("shaky", Rule("hourly", minute=10), 180, 0.03, host="shaky", profile=Profile(fails=0.1, calls="shaky.example")),
+        Plan("fickle", Rule("hourly", minute=50), 120, 0.03, catch_up="all", catch_up_h=12),
     ]
 
 

@@ -292,11 +292,16 @@ def _not_of_group(facts: Background, case: Case) -> Answer:
         says = f"another schedule{by_whom(change)}" if change else "another schedule"
         if there.until_ms <= facts.now_ms or there.group != case.place.group:
             # the moment is of one schedule, the time was due by another
-            other = next((one for one in whole if one.group == case.place.group and one.subscribed), None)
+            same = [one for one in whole if one.group == case.place.group and one.subscribed]
+            # of several times in this group, the last before the moment
+            other = next((one for one in reversed(same) if one.after_ms < moment_ms), same[0] if same else None)
             change = (other.ended if other is not None and other.ended else None) or change
             if other is not None and other.began is not None and other.after_ms >= moment_ms:
                 change = other.began
             says = f"another schedule{by_whom(change)}" if change else "another schedule"
+        if change is not None and change.kind == "unsubscribed":
+            left = f"{user} was unsubscribed from {definition}{by_whom(change)}, before its moment"
+            return _answer(facts, case, Outcome.NOT_SUBSCRIBED, f"{left}: this time is not one of the schedule of the subscription since")
         until = f"; its moments up to {instant(change.from_ms)} belong to the one before" if change and change.from_ms else ""
         return _answer(
             facts, case, Outcome.SKIPPED, f"the subscription got {says}{until}: this time is not one of the schedule then in force"
