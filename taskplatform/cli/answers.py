@@ -102,9 +102,9 @@ def _show(one: Answer) -> None:
 @click.option("--count", type=click.IntRange(1, MOST_ANSWERS), default=1, show_default=True, help="So many of each definition.")
 @json_option
 def next_(user: str, definition: str | None, count: int, *, as_json: bool) -> None:
-    """Say when a user's next jobs will be made, to the millisecond.
+    """Say when a user's next jobs will be due.
 
-    For all that the user subscribes to, or for one definition. Where nothing comes of one, why is said on stderr.
+    To the millisecond, for all that the user subscribes to, or for one definition. Where nothing comes of one, why is said on stderr.
     """
     with connected() as platform:
         found = platform.coming(user, definition, count=count)

@@ -327,7 +327,9 @@ class Backfills:
 
     def newest(self, *, limit: int = 100) -> list[Backfill]:
         """The newest first."""
-        return self._read(cast("list[str]", self._redis.zrange(self._key("backfills"), 0, limit - 1, desc=True)))
+        return self._read(
+            cast("list[str]", self._redis.zrange(self._key("backfills"), "+inf", "-inf", byscore=True, desc=True, offset=0, num=limit))
+        )
 
     def _read(self, ids: Sequence[str]) -> list[Backfill]:
         pipe = self._redis.pipeline(transaction=False)

@@ -177,9 +177,9 @@ class Evidence:
         pipe.hmget(self._key("definition", definition), "schedule", "window", "paused", "priority", "host")
         pipe.sismember(self._key("definitions"), definition)
         pipe.hget(self._key("definition_trails"), definition)
-        pipe.zrange(self._key("triggered", definition), 0, _MOST_TRIGGERS - 1, desc=True)
+        pipe.zrange(self._key("triggered", definition), "+inf", "-inf", byscore=True, desc=True, offset=0, num=_MOST_TRIGGERS)
         pipe.hgetall(self._key("planner"))
-        pipe.zrange(self._key("outages"), 0, _MOST_OUTAGES - 1, desc=True)
+        pipe.zrange(self._key("outages"), "+inf", "-inf", byscore=True, desc=True, offset=0, num=_MOST_OUTAGES)
         pipe.hget(self._key("options"), "retention")
         (created, paused, raw), (of_user, of_both), gone, known, published, of_definition, triggers, planner, outages, kept = pipe.execute()
         if created is None:

@@ -148,7 +148,7 @@ def _definitions(ask: _Asking, key: Callable[..., str], definitions: Sequence[st
     for name in definitions:
         asked.append(("hmget", key("definition", name), ["priority", "host", "paused"]))
         asked.append(("hgetall", key("stats", name)))
-        asked.append(("zrange", key("occurrences", name), 0, _NEWEST - 1, True))
+        asked.append(("zrange", key("occurrences", name), "+inf", "-inf", True, False, float, True, False, 0, _NEWEST))
     rows = list(batches(ask(asked), 3))
     wanted = ["state", "planned", "paused", "disabled"]
     newest = iter(ask([("hmget", key("occurrence", oid), wanted) for _, _, oids in rows for oid in oids]))

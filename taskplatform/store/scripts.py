@@ -32,7 +32,7 @@ def names() -> list[str]:
     return sorted(entry.name.removesuffix(".lua") for entry in folder.iterdir() if entry.name.endswith(".lua") and entry.name != "lib.lua")
 
 
-def _whole(namespace: str, name: str) -> str:
+def whole(namespace: str, name: str) -> str:
     """What the server runs. The script is a function of its own, because a function in Lua has 200 local variables at the most."""
     return f"{lua_table(namespace)}{source('lib')}return (function()\n{source(name)}\nend)()"
 
@@ -58,7 +58,7 @@ class Scripts:
             return self._execute("EVAL", text, 0, instant, *args)
 
     def _read(self, name: str) -> tuple[str, str]:
-        text = _whole(self._namespace, name)
+        text = whole(self._namespace, name)
         self._known[name] = known = (hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest(), text)
         return known
 
@@ -68,7 +68,7 @@ def greeting(namespace: str) -> Callable[[AbstractConnection], None]:
 
     No script runs on a server that restarted, or that took over, before it.
     """
-    text = _whole(namespace, "arrive")
+    text = whole(namespace, "arrive")
     digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
     def ask(connection: AbstractConnection, *command: str | int) -> Any:

@@ -15,7 +15,7 @@ import redis
 from taskplatform.api.security import OPEN_PATHS
 from taskplatform.local import EmbeddedServer
 from taskplatform.model import JobState, Priority
-from taskplatform.platform import Platform
+from taskplatform.platform import JobRequest, Platform
 from tests.conftest import ROOT
 from tests.integration.apiserver import KEY, Api, running_api
 from tests.integration.harness import offer
@@ -405,8 +405,8 @@ def test_a_rare_state_is_found_page_by_page(api: Api, platform: Platform, monkey
     monkeypatch.setattr(jobs, "MOST_LOOKED_AT", 10)
     rare = api("POST", "/v1/jobs", JOB, status=201)["id"]
     platform.cancel(rare)
-    for _ in range(30):
-        platform.enqueue("sync", user="u1")
+    # 100 are read at a time
+    platform.enqueue_many([JobRequest("sync", "u1")] * 250)
     found: list[str] = []
     pages, cursor = 0, None
     while pages == 0 or cursor:

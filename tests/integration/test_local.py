@@ -586,6 +586,7 @@ def test_the_children_read_the_settings_that_the_stack_was_given(tmp_path: Path,
     )
     stack = local.Stack(given, slots=2, sink=local.silent, data_dir=tmp_path / "data")
     stack.redis_url, stack.mock_url, stack.verify_target = "redis://127.0.0.1:1/0", "http://127.0.0.1:2", "http://127.0.0.1:3"
+    stack.api_url, stack.flower_url = "https://127.0.0.1:4", None
     variables = stack._environment()
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

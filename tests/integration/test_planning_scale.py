@@ -141,7 +141,7 @@ def test_planning_streams(client: redis.Redis, store: Store, clock: Clock) -> No
     few, few_idle_before, few_idle = stream(client, store, clock, 10_000)
     many, many_idle_before, many_idle = stream(client, store, clock, 100_000)
     # the texts of the scripts that are read on the way are most of it; 100,000 ids alone would be 6 MB
-    assert few < 400_000
+    assert few < 450_000
     assert many < few + 50_000
     assert few_idle_before == few_idle == many_idle_before == many_idle <= 3
 
@@ -209,6 +209,8 @@ def test_own_times_in_all_zones(client: redis.Redis, store: Store, clock: Clock)
         if wait > timedelta(milliseconds=1):
             # up to the last millisecond before the next one is due, nothing is
             clock.now_ms += wait // timedelta(milliseconds=1) - 1
+            # the first look after so long notes that nobody looked
+            advance(leading)
             with commands.counted():
                 advance(leading)
             idle[commands.count] += 1

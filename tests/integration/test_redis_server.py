@@ -19,8 +19,7 @@ from taskplatform.errors import StoreError
 from taskplatform.local import find_port
 from taskplatform.model import Interval, IntervalType, JobState, Limit, Priority, moment, slot
 from taskplatform.store import Enqueue, Opening, PublishedDefinition, Store, Subscribe, connect
-from taskplatform.store.keys import lua_table
-from taskplatform.store.scripts import names, source
+from taskplatform.store.scripts import names, whole
 from tests.conftest import Clock
 from tests.support import wait_until
 
@@ -88,7 +87,7 @@ def test_every_script_compiles(debian_url: str) -> None:
     client = connect(debian_url)
     assert len(names()) > 20
     for name in names():
-        client.script_load(lua_table("tp") + source("lib") + source(name))
+        client.script_load(whole("tp", name))
     client.close()
 
 
