@@ -255,7 +255,7 @@ def _growth(visit: Visit) -> Iterator[Finding]:
     grown = growth(samples, lambda one: one.due)
     if after > _BACKLOG_JOBS and second.now_ms - oldest_ms > _BACKLOG_MS and (grown or after > before):
         holders = [f"{name} ({jobs:,})" for name, jobs in sorted(second.held_by.items(), key=lambda item: -item[1]) if jobs]
-        how = f"{grown.more:,.0f} more than {span_text(grown.span_ms / 1000)} before" if grown else "and they become more"
+        how = f"{grown.more:,.0f} more than {grown.span_text} before" if grown else "and they become more"
         yield Finding(
             code="backlog_grows",
             severity=Severity.WARNING,
@@ -270,7 +270,7 @@ def _growth(visit: Visit) -> Iterator[Finding]:
             code="dead_letters_grow",
             severity=Severity.WARNING,
             subject="",
-            what=f"There are {dead.more:,.0f} dead letters more than {span_text(dead.span_ms / 1000)} before.",
+            what=f"There are {dead.more:,.0f} dead letters more than {dead.span_text} before.",
             why="Something fails for good again and again: a target, a definition, or the poison of one job.",
             mend="taskplatform dead-letters list, which says why; when that is mended, taskplatform dead-letters redrive",
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from statistics import median
 
+from taskplatform.model import format_duration
 from taskplatform.store import Sample
 
 #: Fewer samples, or a shorter time, say nothing.
@@ -19,6 +21,11 @@ class Growth:
     more: float
     span_ms: float
     """From the middle of the one to the middle of the other."""
+
+    @property
+    def span_text(self) -> str:
+        """In whole minutes."""
+        return format_duration(timedelta(minutes=round(self.span_ms / 60_000)))
 
     @property
     def per_hour(self) -> float:

@@ -54,6 +54,7 @@ def test_a_node_that_is_not_as_the_others(site: Site, target: Target, tmp_path: 
     assert odd.node in findings["clock_off"].subject
     assert findings["clock_off"].severity == "critical"
     assert look(site, *checks).state is State.CRITICAL
+    assert [one.dead for one in site.platform.store.samples()] == [0], "the beat that leads notes how it is, once in a minute"
 
     odd.stop()
     eventually(lambda: found(look(site, *checks)).keys() - {"worker_late"} == {"no_standby"}, f"{look(site, *checks)}", seconds=SECONDS)
