@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -293,11 +294,15 @@ class Dashboard:
 
     def faults(self) -> list[str]:
         """What the browser complained of since it was asked last, and what it asked others for."""
-        said = [one["message"] for one in self.browser.get_log("browser") if one["level"] in ("SEVERE", "WARNING")]
-        events = [json.loads(one["message"])["message"] for one in self.browser.get_log("performance")]
+        said = [one["message"] for one in self._log("browser") if one["level"] in ("SEVERE", "WARNING")]
+        events = [json.loads(one["message"])["message"] for one in self._log("performance")]
         asked = [one["params"]["request"]["url"] for one in events if one["method"] == "Network.requestWillBeSent"]
         own = self.url.removesuffix("/ui")
         return said + [url for url in asked if not url.startswith((f"{own}/ui", "data:"))]
+
+    def _log(self, kind: str) -> list[dict[str, Any]]:
+        """What came since it was asked last."""
+        return list(self.browser.get_log(kind))  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture

@@ -19,8 +19,10 @@ import redis
 import requests
 from fastapi.routing import APIRoute
 
+from taskplatform.api.growth import ONE_AT_A_TIME
 from taskplatform.api.pages import views
 from taskplatform.api.pages.routes import pages
+from taskplatform.api.problem import Problem
 from taskplatform.api.security import Door
 from taskplatform.errors import StoreUnavailable
 from taskplatform.keys import KeyRefused, Scope, new_token
@@ -655,6 +657,32 @@ def test_what_was_short_is_seen_beside_what_was_long() -> None:
     assert sum(one.width for one in found) == pytest.approx(1000, abs=0.1)
     done = Transition(3_600_100, JobState.RUNNING, JobState.COMPLETED, 1, "w1", "HTTP 200")
     assert views.timeline([pending, queued, running, done], now_ms=9e9)[-1].span_ms == 0  # type: ignore[arg-type]
+
+
+def test_a_forecast_is_drawn_and_serves_for_a_while(api: Api, platform: Platform) -> None:
+    platform.subscribe("u1", "report", params={"format": "x"})
+    platform.set_limit("total", "1/s", burst=2)
+    offer(platform.store, "celery@host#1", slots=10)
+    guest = browser(api, "read")
+    query = "/ui/forecast?hours=24&enable=report&users=100000&limit=total%3D2/s%3A4&slots=3"
+    page = guest.get(query)
+    picture = re.search(r'<img class="plot" src="data:image/svg\+xml;base64,([^"]+)"', page)
+    assert picture
+    assert base64.b64decode(picture[1]).startswith(b"<svg ")
+    text = _text(page)
+    for words in ("would be used up", "2/s burst 4", "100,001 total", "3 are there", "forecast --hours 24 --enable report --users 100000"):
+        assert words in text, text
+    platform.unsubscribe("u1", "report")
+    assert "100,001 total" in _text(guest.get(query))
+    assert "100,000 total" in _text(guest.get(query.replace("hours=24", "hours=23")))
+    for wrong in ("hours=0", "users=1&enable=none", "limit=total", "slots=-1", "limit=total%3Dfast"):
+        assert guest.raw("GET", f"/ui/forecast?{wrong}").status_code in (404, 422), wrong
+
+
+def test_one_forecast_is_made_at_a_time_and_the_next_is_not_waited_for_long(platform: Platform) -> None:
+    with ONE_AT_A_TIME, pytest.raises(Problem) as refused:
+        views.Forecasts(patience=0.01).get(platform, views.Asked(hours=1))
+    assert refused.value.status == 503
 
 
 # --- without Redis ---------------------------------------------------------------------------------------------------

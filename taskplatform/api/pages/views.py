@@ -364,7 +364,7 @@ class Forecasts:
         self._made: dict[Asked, tuple[float, ForecastPage]] = {}
 
     def get(self, platform: Platform, asked: Asked) -> ForecastPage:
-        """A forecast. Raises InvalidInput, UnknownDefinition, StoreError, and Problem where others ask for so many that it takes too long."""
+        """A forecast. Raises InvalidInput, UnknownDefinition, StoreError, and Problem where it would have to wait for too many others."""
         if not ONE_AT_A_TIME.acquire(timeout=self._patience):
             raise with_status(503, "other forecasts are being made", headers={"Retry-After": str(RETRY_SECONDS)})
         try:
