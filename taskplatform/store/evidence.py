@@ -147,7 +147,7 @@ class Standing:
     before: int
     """Jobs of its priority that wait and are due before it."""
     tied: int
-    """Those due in the same millisecond, itself among them."""
+    """Those due in the same millisecond, or with a turn in the same round, itself among them."""
     higher: Mapping[str, int]
     """Jobs of each higher priority that are due and may go."""
     queued: Mapping[str, int]
@@ -324,8 +324,10 @@ class Evidence:
             most = "+inf" if kind == "turn" and turn is None else f"({at}"
             # who has a turn goes before all that have none
             pipe.zcount(self._key(kind, f"{priority}:{name}"), "-inf", "-inf" if kind == "lane" and turn is not None else most)
-        for _, name in own:
-            pipe.zcount(self._key("lane", f"{priority}:{name}"), job.execute_after_ms, job.execute_after_ms)
+        for kind, name in own:
+            same = turn if turn is not None else job.execute_after_ms
+            alike = kind == ("lane" if turn is None else "turn")
+            pipe.zcount(self._key(kind, f"{priority}:{name}"), same if alike else "-inf", same if alike else "-inf")
         for worker, _ in beats:
             pipe.hgetall(self._key("worker", worker))
         pipe.zcount(self._key("gated", f"{priority}:{host}"), "-inf", f"({place}" if place is not None else "-inf")
@@ -346,7 +348,7 @@ class Evidence:
             tokens=_tokens(dict(zip(rates, buckets, strict=True)), in_force, now_ms),
             breaker=read_breaker(host, record, now_ms) if record else None,
             before=before,
-            tied=0 if turn is not None else tied,
+            tied=tied,
             higher=above,
             queued={one.value: row[0] for one, row in shown.items()},
             capacity={name: float(value) for name, value in capacity.items()},

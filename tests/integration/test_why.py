@@ -410,6 +410,11 @@ def others_first(site: Site) -> None:
     site.store.release()
 
 
+def by_turns(site: Site) -> None:
+    site.store.set_options(fairness=True, share=0)
+    others_first(site)
+
+
 def retrying(site: Site) -> None:
     due(site)
     assert len(site.run(JobState.RETRYING, reason="HTTP 503", retry_in=timedelta(minutes=2))) == 1
@@ -488,6 +493,7 @@ TABLE = [
     Expected(limited_by_rate, Outcome.WAITING, ("limit definition:report", "next may start at"), "limits set definition:report"),
     Expected(host_limited, Outcome.WAITING, ("jobs call api.example.com", "1 of 1"), "limits set host:api.example.com"),
     Expected(others_first, Outcome.WAITING, ("all slots", "1 of its priority by time and 1 of priority high")),
+    Expected(by_turns, Outcome.WAITING, ("all slots", "1 of its priority and round and 1 of priority high")),
     Expected(rate_limited, Outcome.WAITING, ("limit total", "next may start at"), "limits set total"),
     Expected(user_capped, Outcome.WAITING, ("u1 has as many jobs in flight", "limit user:u1"), "limits set user:u1"),
     Expected(breaker, Outcome.WAITING, ("api.example.com is held back", "too many failed"), "breakers reset api.example.com"),
