@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -220,12 +221,12 @@ class Evidence:
         pipe = self._redis.pipeline(transaction=False)
         for gid in ids:
             pipe.hgetall(self._key("group", gid))
-        rows = zip(ids, pipe.execute(), strict=True)
-        return {
-            gid: Group(gid, fields["definition"], schedule_from_json(fields["schedule"]), int(fields["cursor"]))
-            for gid, fields in rows
-            if "definition" in fields
-        }
+        found: dict[str, Group] = {}
+        for gid, fields in zip(ids, pipe.execute(), strict=True):
+            # one that cannot be read cannot be planned either: that it fails the planner tells
+            with suppress(ValueError, KeyError):
+                found[gid] = Group(gid, fields["definition"], schedule_from_json(fields["schedule"]), int(fields["cursor"]))
+        return found
 
     def seen(self, places: Sequence[tuple[str, str, int]]) -> list[Seen | None]:
         """What became of (group, suffix, time): of each its record, or that of the many which it was skipped with, or None."""
@@ -415,7 +416,11 @@ def _entries(told: str | None) -> tuple[Entry, ...]:
 
 
 def _membership(definition: str, raw: str) -> Membership:
-    fields = json.loads(raw)
+    try:
+        fields = json.loads(raw)
+    except ValueError:
+        # as the planner takes it
+        fields = {"off": 1}
     return Membership(
         group=fields.get("group", definition),
         since_ms=int(fields.get("since", 0)),

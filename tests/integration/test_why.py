@@ -185,6 +185,12 @@ def group_fails(site: Site) -> None:
     site.to(MIDNIGHT_MS + 11 * MINUTE)
 
 
+def group_still_fails(site: Site) -> None:
+    site.to(MIDNIGHT_MS - 30 * MINUTE)
+    site.client.hset("tp:group:report", "schedule", "{broken")
+    site.to(MIDNIGHT_MS + 10 * MINUTE)
+
+
 def definition_paused(site: Site) -> None:
     site.to(MIDNIGHT_MS - 10 * MINUTE)
     site.store.pause_definition("report", why="the API is down", actor="anna")
@@ -465,6 +471,9 @@ TABLE = [
     Expected(planner_dead_for_long, Outcome.MISSED, ("no planner ran from", AT(MIDNIGHT_MS - 80 * MINUTE))),
     Expected(planner_dead_for_long, Outcome.MISSED, ("no planner ran from",), at_ms=MIDNIGHT_MS + HOUR),
     Expected(group_fails, Outcome.MISSED, ("report could not be planned from", "JSON")),
+    Expected(
+        group_still_fails, Outcome.WAITING, ("planner has not come to it", "fails: group report: JSONDecodeError"), "taskplatform health"
+    ),
     Expected(definition_paused, Outcome.SKIPPED, ("paused by anna at", "the API is down", "resumed by bert")),
     Expected(definition_still_paused, Outcome.SKIPPED, ("paused by anna at",), "taskplatform resume report"),
     Expected(user_paused_between, Outcome.SKIPPED, ("user u1 was paused by anna at", "until it was resumed by bert")),
