@@ -406,7 +406,7 @@ def test_a_rare_state_is_found_page_by_page(api: Api, platform: Platform, monkey
     rare = api("POST", "/v1/jobs", JOB, status=201)["id"]
     platform.cancel(rare)
     # 100 are read at a time
-    platform.enqueue_many([JobRequest("sync", "u1")] * 250)
+    platform.enqueue_many([JobRequest(definition="sync", user="u1")] * 250)
     found: list[str] = []
     pages, cursor = 0, None
     while pages == 0 or cursor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import hypothesis
@@ -64,7 +64,11 @@ def populate(api: Api) -> dict[str, list[str]]:
     platform.store.set_aside("high", b"\xff", reason="is no JSON", worker=WORKER)
     alive = timedelta(seconds=15)
     platform.store.attend("beat@host#1", catalogue="0a1b", number=None, leads=True, alive=alive, account=20 * alive)
+    began = datetime.now(UTC)
+    backfills = [platform.backfill("report", since=began - timedelta(days=days), until=began).id for days in (1, 2)]
+    platform.cancel_backfill(backfills[1])
     return {
+        "backfill": backfills,
         "job_id": jobs,
         "user": [f"u{number}" for number in range(8)],
         "definition": ["report", "sync", "needy", "clean"],
