@@ -281,14 +281,14 @@ class Book:
         if current is not None:
             yield current[0], 1 << 60, current[1]
 
-    def fell_between(self, pair: Pair, at_ms: int) -> Deed | None:
-        """Who changed the schedule between an occurrence of the one before and the user's moment in it, so that it was neither's."""
+    def fell_between(self, pair: Pair, at_ms: int) -> list[Deed]:
+        """Who changed or ended the schedule between an occurrence and the user's moment in it, so that it is of neither schedule."""
         window_ms = max([self.kinds[pair[1]].window_ms, *(one.window_ms for one in self.seen[pair[1]].values() if one.at_ms == at_ms)])
         moment_ms = at_ms + math.floor(place_of(pair) * window_ms)
-        for deed in self.of_pair[pair]:
-            if deed.what in (What.SCHEDULE, What.SUBSCRIBED) and at_ms <= deed.at_ms + self.horizon_ms and deed.at_ms <= moment_ms:
-                return deed
-        return None
+        whats = (What.SCHEDULE, What.SUBSCRIBED, What.UNSUBSCRIBED)
+        return [
+            deed for deed in self.of_pair[pair] if deed.what in whats and at_ms <= deed.at_ms + self.horizon_ms and deed.at_ms <= moment_ms
+        ]
 
     def occurrences(self, pair: Pair, until_ms: int) -> list[int]:
         """The due times that were this user's, by the moments that they give without limits."""
@@ -298,10 +298,8 @@ class Book:
         place = place_of(pair)
         found: set[int] = set()
         for after, until, own in self.spans(pair):
-            if own is not None:
-                candidates = due_times(own, after - widest, min(until, until_ms))
-            else:
-                candidates = self._default_times(kind, after - widest, min(until, until_ms))
+            first, last = after - widest, min(until, until_ms)
+            candidates = due_times(own, first, last) if own is not None else list(self._default_times(kind, first, last))
             found.update(at for at in candidates if after < at + math.floor(place * widened.get(at, kind.window_ms)) <= until)
         return sorted(found)
 
@@ -349,9 +347,9 @@ class Book:
             due_ms = at_ms - self.horizon_ms
         looked_ms = self.tick_after(due_ms, pair[1])
         if looked_ms is None or looked_ms > now_ms:
-            return self._not_looked_at(pair, at_ms, moment_ms, now_ms)
+            return self._not_looked_at(pair, moment_ms, now_ms)
         if record is not None and record.source == "skip" and "missed" in record.reason:
-            return self._missed(pair, at_ms, looked_ms)
+            return self._missed(pair, at_ms)
         if record is not None and record.state == "skipped":
             # it was closed as soon as the planner came to it
             closed_ms = record.done_ms or record.opened_ms
@@ -384,19 +382,19 @@ class Book:
                 off = None
         return []
 
-    def _not_looked_at(self, pair: Pair, at_ms: int, moment_ms: int, now_ms: int) -> Verdict:
+    def _not_looked_at(self, pair: Pair, moment_ms: int, now_ms: int) -> Verdict:
         off = self.off_at(pair[1], now_ms)
         if off is not None and off.what is What.REMOVED:
             return Verdict(Fate.SKIPPED, None, (off,), note="the definition is removed")
         return Verdict(Fate.COMING, moment_ms, note=f"the planner has not come to it by {now_ms}")
 
-    def _missed(self, pair: Pair, at_ms: int, looked_ms: int) -> Verdict:
+    def _missed(self, pair: Pair, at_ms: int) -> Verdict:
         removed = self.off_at(pair[1], at_ms) or self.off_at(pair[1], at_ms - self.horizon_ms)
         if removed is not None:
             return Verdict(Fate.MISSED, None, (removed,))
         # an occurrence is opened a horizon before its time
         outage = next(((since, until) for since, until in self.outages() if since <= at_ms <= until + self.horizon_ms), None)
-        return Verdict(Fate.MISSED, None, outage=outage, note=f"looked at {looked_ms}")
+        return Verdict(Fate.MISSED, None, outage=outage)
 
     def life(self, job_id: str, pair: Pair, now_ms: int) -> Verdict:
         """What became of a job that was made."""

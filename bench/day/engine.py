@@ -114,7 +114,7 @@ class Together:
         if name not in self._loaded:
             self._client.script_load(text)
             self._loaded.add(name)
-        self._pipe.execute_command("EVALSHA", digest, 0, self._clock.now_ms, *args)
+        self._pipe.execute_command("EVALSHA", digest, 0, self._clock.now_ms, *args)  # type: ignore[no-untyped-call]
         raise _Noted
 
     def __call__(self, calls: Sequence[tuple[int, Callable[[Store], T]]]) -> list[T]:
@@ -405,7 +405,8 @@ class World:
         while self._runs and self._runs[0][0] <= until_ms:
             ended.append(heappop(self._runs)[2])
         answers = self._together([(run.ends_ms, self._ending(run)) for run in ended])
-        for run, run.recorded in zip(ended, answers, strict=True):
+        for run, recorded in zip(ended, answers, strict=True):
+            run.recorded = recorded
             self._give_slot(run.ends_ms, run.worker)
             self.watcher.ended(run)
         self.steps["ends"] += len(ended)

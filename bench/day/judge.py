@@ -86,7 +86,8 @@ def check_why(town: Town, report: Report) -> None:
     for pair in book.pairs():
         mine = book.occurrences(pair, now_ms)
         # times at which it was not the user's are answered too
-        foreign = 60 if any(deed.what in (What.UNSUBSCRIBED, What.REMOVED) for deed in [*book.of_pair[pair], *book.of_definition[pair[1]]]) else 5
+        deeds = [*book.of_pair[pair], *book.of_definition[pair[1]]]
+        foreign = 60 if any(deed.what in (What.UNSUBSCRIBED, What.REMOVED) for deed in deeds) else 5
         given, extra = platform.why(*pair, last=min(200, len(mine) + foreign)), book.triggers(pair[1])
         answers = {one.occurrence_ms: one for one in given if one.occurrence_ms not in extra}
         _check_triggers(pair, [one for one in given if one.occurrence_ms in extra], book, now_ms, report)
@@ -96,14 +97,13 @@ def check_why(town: Town, report: Report) -> None:
             if answer is None:
                 report.wrong(f"why: {told(pair, at_ms)} is not among the answers; book: {verdict}; {story(book, pair)}")
             elif fault := _fault(verdict, answer, book):
-                report.wrong(
-                    f"why: {told(pair, at_ms)}: {fault}; answer: {answer.outcome}: {answer.reason} {answer.facts}; book: {verdict}; {story(book, pair)}"
-                )
+                said = f"answer: {answer.outcome}: {answer.reason} {answer.facts}"
+                report.wrong(f"why: {told(pair, at_ms)}: {fault}; {said}; book: {verdict}; {story(book, pair)}")
         for at_ms, answer in answers.items():
             # of times in which the user was not subscribed, or the definition was removed, it may say so
             removed = book.off_at(pair[1], at_ms)
-            between = book.fell_between(pair, at_ms)
-            told_of = answer.outcome is Outcome.SKIPPED and any(deed is not None and _names(answer.reason, deed) for deed in (removed, between))
+            between = [*book.fell_between(pair, at_ms), *([removed] if removed else [])]
+            told_of = answer.outcome is Outcome.SKIPPED and any(_names(answer.reason, deed) for deed in between)
             if answer.outcome is not Outcome.NOT_SUBSCRIBED and not told_of and at_ms > town.start_ms:
                 known = f"answer: {answer.outcome}: {answer.reason}"
                 report.wrong(f"why: {told(pair, at_ms)} is none of the user's for the book; {known}; {story(book, pair)}")

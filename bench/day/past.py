@@ -163,7 +163,7 @@ class _Changes:
     def _pause_definition(self) -> None:
         name = next(name for name, one in self._world.catalogue.items() if popularity(one) == 1.0)
         self._as_somebody().pause_definition(name, why="its target is being moved")
-        self._world.at(self._world.clock.now_ms + 3 * _HOUR_MS, lambda: self._as_somebody().resume_definition(name))
+        self._world.at(self._world.clock.now_ms + 3 * _HOUR_MS, _forgiving(lambda: self._as_somebody().resume_definition(name)))
 
     def _no_planner(self) -> None:
         self._world.stop_planner()
@@ -177,7 +177,7 @@ class _Changes:
         host = next((one.config.host(self._world.environment) for one in self._world.catalogue.values() if one.config), None)
         if host:
             self._as_somebody().open_breaker(host, span=timedelta(minutes=10), reason="maintenance of the target")
-            self._world.at(self._world.clock.now_ms + 5 * _MINUTE_MS, lambda: self._as_somebody().reset_breaker(host))
+            self._world.at(self._world.clock.now_ms + 5 * _MINUTE_MS, _forgiving(lambda: self._as_somebody().reset_breaker(host)))
 
     def _discard(self) -> None:
         self._as_somebody().discard_all(limit=5)

@@ -18,7 +18,7 @@ _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "su
 
 @dataclass(frozen=True)
 class Rule:
-    """A schedule. `kind` is minutely, hourly, daily, weekly, monthly, or clock: at these minutes of these hours, whenever a clock shows them."""
+    """A schedule. `kind` is minutely, hourly, daily, weekly, monthly, or clock: whenever a clock shows these minutes of these hours."""
 
     kind: str
     every: int = 1

@@ -48,9 +48,8 @@ class Plan:
         if self.host:
             work = {"config": {"endpoint": _ENDPOINTS[self.host]}}
         fields = {"window": f"{self.window_s}s", "catch_up": {"policy": self.catch_up, "window": f"{self.catch_up_h}h"}}
-        return Definition.model_validate(
-            {"id": self.name, "name": self.name, **(rule or self.rule).fields(), **work, **fields, **self.more}
-        )
+        schedule = (rule or self.rule).fields()
+        return Definition.model_validate({"id": self.name, "name": self.name, **schedule, **work, **fields, **self.more})
 
 
 def plans() -> list[Plan]:

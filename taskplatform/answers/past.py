@@ -283,7 +283,9 @@ def _removed(trail: tuple[Entry, ...], at_ms: int) -> tuple[Entry, Entry | None]
 def _not_of_group(facts: Background, case: Case) -> Answer:
     """The user was not in the group when its moment came."""
     whole = stretches(facts)
-    user, definition, moment_ms = facts.user, facts.definition.id, case.moment_ms
+    user, definition = facts.user, facts.definition.id
+    # to whom it belongs goes by the time that it was due, whenever it was caught up
+    moment_ms = case.place.at_ms + math.floor(slot(user, definition) * _window(facts, case.seen))
     there = case.place.stretch
     if there.subscribed:
         there = next((one for one in whole if one.after_ms < moment_ms <= one.until_ms), whole[-1])
@@ -300,8 +302,8 @@ def _not_of_group(facts: Background, case: Case) -> Answer:
                 change = other.began
             says = f"another schedule{by_whom(change)}" if change else "another schedule"
         if change is not None and change.kind == "unsubscribed":
-            left = f"{user} was unsubscribed from {definition}{by_whom(change)}, before its moment"
-            return _answer(facts, case, Outcome.NOT_SUBSCRIBED, f"{left}: this time is not one of the schedule of the subscription since")
+            reason = f"{user} was unsubscribed from {definition}{by_whom(change)}, before its moment"
+            return _answer(facts, case, Outcome.NOT_SUBSCRIBED, f"{reason}: this time is not one of the schedule of the subscription since")
         until = f"; its moments up to {instant(change.from_ms)} belong to the one before" if change and change.from_ms else ""
         return _answer(
             facts, case, Outcome.SKIPPED, f"the subscription got {says}{until}: this time is not one of the schedule then in force"

@@ -161,11 +161,10 @@ def test_a_moment_that_is_a_millisecond_wrong_is_seen(day: Day) -> None:
 
 
 def test_a_forecast_of_other_hours_is_seen(day: Day) -> None:
-    town, asker = day
-    assert asker.forecast is not None
-    moved = replace(
-        asker.forecast, start_ms=asker.forecast.start_ms - 600_000, end_ms=asker.forecast.end_ms - 600_000, limits=(), backlogs=()
-    )
+    _, asker = day
+    truth = asker.forecast
+    assert truth is not None
+    moved = replace(truth, start_ms=truth.start_ms - 600_000, end_ms=truth.end_ms - 600_000, limits=(), backlogs=())
     report = Report()
 
     check_forecast(replace(asker, forecast=moved), report)
