@@ -166,7 +166,7 @@ def _fills(visit: Visit, used: int, room: int) -> Iterator[Finding]:
             severity=Severity.WARNING,
             subject="",
             what=f"Redis' data grew by {_megabytes(grown.per_hour)} an hour; so it is full, at {_megabytes(room)}, in "
-            f"{span_text(hours * 3600)}.",
+            f"{span_text(round(hours * 60) * 60)}.",
             why="A full Redis takes no new jobs; without maxmemory the kernel ends it.",
             mend="taskplatform jobs list; redis-cli CONFIG SET maxmemory …, or a shorter TASKPLATFORM_RETENTION",
         )

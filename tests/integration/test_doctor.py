@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -242,19 +243,26 @@ def test_memory_that_is_nearly_gone(server: EmbeddedServer, client: redis.Redis,
 
 
 def test_memory_that_grows(server: EmbeddedServer, client: redis.Redis) -> None:
-    past = notes(client, lambda _, minute: client.set(f"some:{minute}", "x" * 2**20))
-    assert past.samples()[-1].memory > past.samples()[0].memory + 2**24
+    def noted(megabytes: Callable[[int], int]) -> None:
+        client.delete(key("tp", "samples"))
+        for minute in range(1, 31):
+            sample = Sample(time.time_ns() // 1_000_000 - (30 - minute) * 60_000, 0, 0, 0, megabytes(minute) * 2**20)
+            fields: Any = asdict(sample)
+            client.xadd(key("tp", "samples"), fields)
+
+    def findings() -> dict[str, Finding]:
+        return found(look(server.url, "redis.memory"))
+
+    noted(lambda minute: 10 + minute)
     with configured(client, maxmemory="1gb"):
-        finding = found(look(server.url, "redis.memory"))["redis_memory_grows"]
-        assert re.search(r"grew by [56]\d MiB an hour; so it is full, at 1,024 MiB, in 1\dh", finding.what)
+        what = findings()["redis_memory_grows"].what
+        assert re.fullmatch(r"Redis' data grew by 60 MiB an hour; so it is full, at 1,024 MiB, in 1[67]h\S*\.", what)
     with configured(client, maxmemory="40gb"):
-        assert found(look(server.url, "redis.memory")) == {}, "not within a day"
-    client.delete(key("tp", "samples"))
+        assert findings() == {}, "not within a day"
     # much more than before, but for once less
-    sizes = {minute: 0 if minute == 25 else 30 if minute > 20 else 1 for minute in range(31)}
-    notes(client, lambda _, minute: client.set("some", "x" * 2**20 * sizes[minute]))
+    noted(lambda minute: 1 if minute == 25 else 40 if minute > 20 else 10)
     with configured(client, maxmemory="1gb"):
-        assert found(look(server.url, "redis.memory")) == {}, "it goes up and down"
+        assert findings() == {}, "it goes up and down"
 
 
 def test_a_clock_that_is_wrong(tmp_path: Path) -> None:
@@ -550,6 +558,7 @@ def test_samples_are_bounded(client: redis.Redis, live: Store) -> None:
         live.note_sample()
     found = live.samples()
     assert len(found) == client.xlen(key("tp", "samples")) == MOST_SAMPLES
+    assert min(one.memory for one in found) > 2**19, "what the server itself takes"
     assert [one.at_ms for one in found] == sorted(one.at_ms for one in found)
     # by another release
     client.xadd(key("tp", "samples"), {"at_ms": "5", "more": "1"})
