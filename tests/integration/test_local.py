@@ -586,14 +586,14 @@ def test_the_children_read_the_settings_that_the_stack_was_given(tmp_path: Path,
     )
     stack = local.Stack(given, slots=2, sink=local.silent, data_dir=tmp_path / "data")
     stack.redis_url, stack.mock_url, stack.verify_target = "redis://127.0.0.1:1/0", "http://127.0.0.1:2", "http://127.0.0.1:3"
-    stack.api_url, stack.flower_url = "https://127.0.0.1:4", None
+    stack.api_url, stack.flower_url = "https://localhost:4", "http://127.0.0.1:5"
     variables = stack._environment()
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     allowed = "*.internal,[fd00::/8]:443,127.0.0.1:2,127.0.0.1:3"  # the mock API too, and where `verify` counts calls
     changed = {"redis_url": stack.redis_url, "data_dir": tmp_path / "data", "worker_slots": 2, "http_allow": allowed}
-    changed |= {"dashboard_url": "https://127.0.0.1:4/ui", "verify_target": stack.verify_target}
-    changed |= {"log_format": "console"}  # `up` writes for people
+    changed |= {"dashboard_url": "https://localhost:4/ui", "flower_url": "http://127.0.0.1:5"}  # each links to the other
+    changed |= {"verify_target": stack.verify_target, "log_format": "console"}  # `up` writes for people
     assert load_settings().model_dump() == given.model_dump() | changed
     assert (variables["API_BASE_URL"], variables["API_TOKEN"]) == ("http://127.0.0.1:2/anything", "given")
 
@@ -616,9 +616,14 @@ def test_up_runs_the_whole_platform(tmp_path: Path, drive: Drive, taken_port: in
     )
     driver.wait_for("all is ready", seconds=60)
     assert any(re.search(rf"│ port {taken_port} is taken; Valkey uses \d+$", line) for line in driver.lines)
-    shown = {"Redis": "redis", "Mock API": "http", "Flower": "http", "Commands": "export TASKPLATFORM_REDIS_URL=redis"}
-    for name, what in shown.items():
-        assert any(f"up       │ {name:8}  {what}://127.0.0.1:" in line for line in driver.lines)
+    for what in (
+        "Redis     redis://127.0.0.1:",
+        "Mock API  http://127.0.0.1:",
+        "Dashboard https://localhost:",
+        "Flower    http://127.0.0.1:",
+        "Commands  export TASKPLATFORM_REDIS_URL=redis://127.0.0.1:",
+    ):
+        assert any(f"up       │ {what}" in line for line in driver.lines)
     driver.popen.terminate()
     assert driver.popen.wait(30) == 0
     driver.read_all()
