@@ -49,7 +49,7 @@ def _before(standing: Standing) -> str:
     """What goes before it, as far as it may go."""
     tied = max(0, standing.tied - 1)
     parts = [f"{standing.before} of its priority by {'turn' if standing.fair else 'time'}"] if standing.before else []
-    parts += [f"{tied} of its priority and moment"] if tied else []
+    parts += [f"{tied} of its priority and {'round' if standing.fair else 'moment'}"] if tied else []
     parts += [f"{count} of priority {name}" for name, count in standing.higher.items() if count]
     return " and ".join(parts) or "nothing"
 

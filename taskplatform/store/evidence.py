@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -147,7 +148,7 @@ class Standing:
     before: int
     """Jobs of its priority that wait and are due before it."""
     tied: int
-    """Those due in the same millisecond, itself among them."""
+    """Those due in the same millisecond, or with a turn in the same round, itself among them."""
     higher: Mapping[str, int]
     """Jobs of each higher priority that are due and may go."""
     queued: Mapping[str, int]
@@ -220,12 +221,12 @@ class Evidence:
         pipe = self._redis.pipeline(transaction=False)
         for gid in ids:
             pipe.hgetall(self._key("group", gid))
-        rows = zip(ids, pipe.execute(), strict=True)
-        return {
-            gid: Group(gid, fields["definition"], schedule_from_json(fields["schedule"]), int(fields["cursor"]))
-            for gid, fields in rows
-            if "definition" in fields
-        }
+        found: dict[str, Group] = {}
+        for gid, fields in zip(ids, pipe.execute(), strict=True):
+            # one that cannot be read cannot be planned either: that it fails the planner tells
+            with suppress(ValueError, KeyError):
+                found[gid] = Group(gid, fields["definition"], schedule_from_json(fields["schedule"]), int(fields["cursor"]))
+        return found
 
     def seen(self, places: Sequence[tuple[str, str, int]]) -> list[Seen | None]:
         """What became of (group, suffix, time): of each its record, or that of the many which it was skipped with, or None."""
@@ -324,8 +325,10 @@ class Evidence:
             most = "+inf" if kind == "turn" and turn is None else f"({at}"
             # who has a turn goes before all that have none
             pipe.zcount(self._key(kind, f"{priority}:{name}"), "-inf", "-inf" if kind == "lane" and turn is not None else most)
-        for _, name in own:
-            pipe.zcount(self._key("lane", f"{priority}:{name}"), job.execute_after_ms, job.execute_after_ms)
+        for kind, name in own:
+            same = turn if turn is not None else job.execute_after_ms
+            alike = kind == ("lane" if turn is None else "turn")
+            pipe.zcount(self._key(kind, f"{priority}:{name}"), same if alike else "-inf", same if alike else "-inf")
         for worker, _ in beats:
             pipe.hgetall(self._key("worker", worker))
         pipe.zcount(self._key("gated", f"{priority}:{host}"), "-inf", f"({place}" if place is not None else "-inf")
@@ -346,7 +349,7 @@ class Evidence:
             tokens=_tokens(dict(zip(rates, buckets, strict=True)), in_force, now_ms),
             breaker=read_breaker(host, record, now_ms) if record else None,
             before=before,
-            tied=0 if turn is not None else tied,
+            tied=tied,
             higher=above,
             queued={one.value: row[0] for one, row in shown.items()},
             capacity={name: float(value) for name, value in capacity.items()},
@@ -413,7 +416,11 @@ def _entries(told: str | None) -> tuple[Entry, ...]:
 
 
 def _membership(definition: str, raw: str) -> Membership:
-    fields = json.loads(raw)
+    try:
+        fields = json.loads(raw)
+    except ValueError:
+        # as the planner takes it
+        fields = {"off": 1}
     return Membership(
         group=fields.get("group", definition),
         since_ms=int(fields.get("since", 0)),

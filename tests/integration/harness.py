@@ -474,6 +474,8 @@ def _check_plan(db: _Database) -> None:
     assert db.one("closed").keys() == occurrences.keys() - is_open
     indexed = {oid: at for members in db.under("occurrences").values() for oid, at in members.items()}
     assert indexed == {oid: float(fields["at"]) for oid, fields in occurrences.items()}
+    skipped = {oid for members in db.under("skipped").values() for oid in members}
+    assert skipped == {oid for oid, fields in occurrences.items() if fields["at"] != fields["last"]}, "where records of many are found"
     due = db.one("due")
     assert {member[2:] for member in due if member.startswith("o|")} == is_open, "what is open is not due"
     groups = db.under("group")

@@ -185,6 +185,12 @@ def group_fails(site: Site) -> None:
     site.to(MIDNIGHT_MS + 11 * MINUTE)
 
 
+def group_still_fails(site: Site) -> None:
+    site.to(MIDNIGHT_MS - 30 * MINUTE)
+    site.client.hset("tp:group:report", "schedule", "{broken")
+    site.to(MIDNIGHT_MS + 10 * MINUTE)
+
+
 def definition_paused(site: Site) -> None:
     site.to(MIDNIGHT_MS - 10 * MINUTE)
     site.store.pause_definition("report", why="the API is down", actor="anna")
@@ -410,6 +416,11 @@ def others_first(site: Site) -> None:
     site.store.release()
 
 
+def by_turns(site: Site) -> None:
+    site.store.set_options(fairness=True, share=0)
+    others_first(site)
+
+
 def retrying(site: Site) -> None:
     due(site)
     assert len(site.run(JobState.RETRYING, reason="HTTP 503", retry_in=timedelta(minutes=2))) == 1
@@ -460,6 +471,9 @@ TABLE = [
     Expected(planner_dead_for_long, Outcome.MISSED, ("no planner ran from", AT(MIDNIGHT_MS - 80 * MINUTE))),
     Expected(planner_dead_for_long, Outcome.MISSED, ("no planner ran from",), at_ms=MIDNIGHT_MS + HOUR),
     Expected(group_fails, Outcome.MISSED, ("report could not be planned from", "JSON")),
+    Expected(
+        group_still_fails, Outcome.WAITING, ("planner has not come to it", "fails: group report: JSONDecodeError"), "taskplatform health"
+    ),
     Expected(definition_paused, Outcome.SKIPPED, ("paused by anna at", "the API is down", "resumed by bert")),
     Expected(definition_still_paused, Outcome.SKIPPED, ("paused by anna at",), "taskplatform resume report"),
     Expected(user_paused_between, Outcome.SKIPPED, ("user u1 was paused by anna at", "until it was resumed by bert")),
@@ -488,6 +502,7 @@ TABLE = [
     Expected(limited_by_rate, Outcome.WAITING, ("limit definition:report", "next may start at"), "limits set definition:report"),
     Expected(host_limited, Outcome.WAITING, ("jobs call api.example.com", "1 of 1"), "limits set host:api.example.com"),
     Expected(others_first, Outcome.WAITING, ("all slots", "1 of its priority by time and 1 of priority high")),
+    Expected(by_turns, Outcome.WAITING, ("all slots", "1 of its priority and round and 1 of priority high")),
     Expected(rate_limited, Outcome.WAITING, ("limit total", "next may start at"), "limits set total"),
     Expected(user_capped, Outcome.WAITING, ("u1 has as many jobs in flight", "limit user:u1"), "limits set user:u1"),
     Expected(breaker, Outcome.WAITING, ("api.example.com is held back", "too many failed"), "breakers reset api.example.com"),
