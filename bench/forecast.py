@@ -30,8 +30,14 @@ ROUNDS = 3
 MORE = 200_000
 _NAMESPACE = "tp"
 _FILL = """
-for number = 1, tonumber(ARGV[1]) do redis.call('ZADD', KEYS[1], number / ARGV[1], 'u' .. number) end
+local some = {}
+for number = tonumber(ARGV[1]), tonumber(ARGV[2]) do
+  some[#some + 1] = number / ARGV[3]
+  some[#some + 1] = 'u' .. number
+end
+redis.call('ZADD', KEYS[1], unpack(some))
 """
+_CHUNK = 2000
 _KINDS: tuple[dict[str, Any], ...] = (
     {"type": "hourly"},
     {"type": "daily", "at_time": {"hour": 9}},
@@ -112,5 +118,6 @@ def _group(client: redis.Redis, definition: str, gid: str, schedule: Any, now_ms
     pipe.sadd(f"{_NAMESPACE}:groups:{definition}", gid)
     pipe.hset(f"{_NAMESPACE}:group:{gid}", mapping={"definition": definition, "schedule": schedule_to_json(schedule), "cursor": now_ms})
     pipe.zadd(f"{_NAMESPACE}:due", {f"g|{gid}": now_ms})
-    pipe.eval(_FILL, 1, f"{_NAMESPACE}:slots:{gid}", members)
-    pipe.execute()
+    for start in range(0, members, _CHUNK):
+        pipe.eval(_FILL, 1, f"{_NAMESPACE}:slots:{gid}", start, min(start + _CHUNK, members) - 1, members)
+        pipe.execute()

@@ -19,9 +19,9 @@ from datetime import timedelta
 from taskplatform import tracing
 from taskplatform.errors import StoreError, StoreUnavailable
 from taskplatform.message import message_template
-from taskplatform.model import Definition, Limit, format_duration
+from taskplatform.model import Definition, format_duration
 from taskplatform.store import DueItem, Outage, PublishedDefinition, Store
-from taskplatform.windows import GRACE, TOGETHER, Round, Windows, hosts_of, warning
+from taskplatform.windows import GRACE, TOGETHER, Round, Windows, hosts_of, limit_of, warning
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,6 @@ _LOGGED = 10
 
 def published(definition: Definition, environment: Mapping[str, str] | None = None) -> PublishedDefinition:
     """What the store must know of a definition; of its host only with an `environment` that gives it."""
-    limit = definition.rate_limit
     host = "" if definition.config is None else definition.config.host(environment or {})
     return PublishedDefinition(
         id=definition.id,
@@ -52,7 +51,7 @@ def published(definition: Definition, environment: Mapping[str, str] | None = No
         message=message_template(definition),
         window=definition.window,
         version=definition.version,
-        limit=Limit(limit.per_second if limit else None, limit.burst if limit else None, definition.concurrency),
+        limit=limit_of(definition),
         host=host,
         timeout=definition.timeout,
     )

@@ -154,6 +154,12 @@ def hosts_of(catalogue: Mapping[str, Definition], environment: Mapping[str, str]
     return {name: (config.host(environment or {}) or "") if config else "" for name, config in calls}
 
 
+def limit_of(definition: Definition) -> Limit:
+    """The definition's own limit."""
+    rate = definition.rate_limit
+    return Limit(rate.per_second if rate else None, rate.burst if rate else None, definition.concurrency)
+
+
 def _rank(priority: Priority, caught_up: bool = False) -> int:
     """Who goes first at a limit: the higher priority, and inside it what is due now before what was missed."""
     return 2 * _PLACES[priority] + caught_up

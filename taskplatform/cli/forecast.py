@@ -60,7 +60,7 @@ def forecast(
     *,
     as_json: bool,
 ) -> None:
-    """Say what the next hours bring, as things are or if something were changed.
+    """Say what the next hours bring, or would bring.
 
     Jobs and requests, where a limit is used up and windows become wider, what waits and for how long, and how many worker slots it
     takes. It is the platform's own planning, done ahead, with the run times and retries that were measured. It changes nothing.

@@ -17,6 +17,7 @@ from taskplatform.forecast.simulation import Added, Simulation
 from taskplatform.model import Definition, Limit, Priority
 from taskplatform.settings import Settings
 from taskplatform.store import Outlook, Store
+from taskplatform.windows import limit_of
 
 #: The longest forecast.
 MOST_HOURS = 168.0
@@ -99,6 +100,10 @@ class _Ahead:
         self._end_ms = end_ms
         self._bin_ms = bin_ms
         self._measures = measure(outlook.definitions)
+        #: Definitions that are not here as they are published.
+        self._changed = sorted(
+            name for name, known in outlook.definitions.items() if name in catalogue and known.version not in ("", catalogue[name].version)
+        )
 
     def forecast(self, more: Sequence[Added], limits: Mapping[str, Limit], slots: int | None, *, points: bool = True) -> Forecast:
         """With these subscribers, limits and slots beside what there is."""
@@ -150,7 +155,12 @@ class _Ahead:
             for name, state in in_force.items()
             if state.tokens is not None and name not in limits
         }
-        chosen = {name: state.limit for name, state in in_force.items()} | dict(limits)
+        chosen = {name: state.limit for name, state in in_force.items()}
+        for name in self._changed:
+            of = f"definition:{name}"
+            if of not in in_force or not in_force[of].live:
+                chosen[of] = limit_of(self._catalogue[name])
+        chosen |= limits
         simulation = Simulation(
             self._outlook,
             self._catalogue,
@@ -184,6 +194,8 @@ class _Ahead:
             found.append("No worker lives and takes jobs: it was taken that there are as many as are needed.")
         elif slots is not None:
             found.append(f"It was taken that workers have {slots:,} slots, as was asked for.")
+        if self._changed:
+            found.append(f"Not published as they are here, and forecast as they are here from now on: {_named(self._changed)}.")
         sources: dict[Source, list[str]] = {}
         for name in sorted({lane.definition for lane in simulation.stream.lanes.values()}):
             sources.setdefault(self._measures[name].source, []).append(name)

@@ -146,8 +146,14 @@ class Simulation:
     def _begin(self, more: Sequence[Added]) -> None:
         outlook, now_ms = self._outlook, self._outlook.now_ms
         for one in outlook.groups:
-            if one.group.definition in self.definitions:
-                self._add_group(one.group, one.members, one.due_ms)
+            definition = self.definitions.get(one.group.definition)
+            if definition is not None:
+                group, due_ms = one.group, one.due_ms
+                if group.id == definition.id and group.schedule != definition.schedule:
+                    # as if what is here were published now: the old schedule's occurrences are opened up to then
+                    group = replace(group, schedule=definition.schedule, cursor_ms=max(group.cursor_ms, now_ms))
+                    due_ms = now_ms
+                self._add_group(group, one.members, due_ms)
                 self._jobs[one.group.id] = one.members * outlook.definitions[one.group.definition].present
         for added in more:
             if added.definition in self.definitions:
@@ -231,8 +237,7 @@ class Simulation:
                 Opened(key.definition, key.at_ms, key.start_ms, key.window_ms, asked_ms, int(members), jobs, key.limit, key.following_ms)
             )
             self._open[key.definition, key.start_ms, key.window_ms] += int(members)
-            priority = self._outlook.definitions[key.definition].priority
-            self._come((key.definition, priority), key.start_ms, key.start_ms + key.window_ms, jobs)
+            self._come((key.definition, self.definitions[key.definition].priority), key.start_ms, key.start_ms + key.window_ms, jobs)
 
     def _open_round(self, one: Round, now_ms: int, found: Mapping[_Window, list[float]]) -> None:
         by_limit = {opening.at_ms: window.limit for opening, _, window in one.widened}

@@ -32,6 +32,8 @@ class KnownDefinition:
     measured: DefinitionCounts
     present: float
     """The part of its subscribers that had a job in its newest occurrences; 1 where there were none."""
+    version: str = ""
+    """See `Definition.version`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,20 +148,21 @@ def _definition_of(job_id: str) -> str:
 def _definitions(ask: _Asking, key: Callable[..., str], definitions: Sequence[str]) -> Iterator[KnownDefinition]:
     asked: list[tuple[Any, ...]] = []
     for name in definitions:
-        asked.append(("hmget", key("definition", name), ["priority", "host", "paused"]))
+        asked.append(("hmget", key("definition", name), ["priority", "host", "paused", "version"]))
         asked.append(("hgetall", key("stats", name)))
         asked.append(("zrange", key("occurrences", name), 0, _NEWEST - 1, True))
     rows = list(batches(ask(asked), 3))
     wanted = ["state", "planned", "paused", "disabled"]
     newest = iter(ask([("hmget", key("occurrence", oid), wanted) for _, _, oids in rows for oid in oids]))
-    for (priority, host, paused), stats, oids in rows:
+    for (priority, host, paused, version), stats, oids in rows:
         present = absent = 0
         for state, *counts in (next(newest) for _ in oids):
             if state == "done":
                 planned, away, off = (int(count or 0) for count in counts)
                 present, absent = present + planned, absent + away + off
         share = present / (present + absent) if present + absent else 1.0
-        yield KnownDefinition(Priority(priority or Priority.MEDIUM), host or "", paused or "", read_definition_counts(stats), share)
+        measured = read_definition_counts(stats)
+        yield KnownDefinition(Priority(priority or Priority.MEDIUM), host or "", paused or "", measured, share, version or "")
 
 
 def _groups(ask: _Asking, key: Callable[..., str], definitions: Sequence[str]) -> Iterator[KnownGroup]:

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import redis
 from click.testing import CliRunner, Result
@@ -306,6 +307,19 @@ def test_an_import_warns_first(site: Api, tmp_path: Path) -> None:
     again = run("subscriptions import many.csv --strict --json")
     assert again.exit_code == 0, again.output
     assert "warning" not in again.stderr
+
+
+def test_on_a_terminal_it_asks(site: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(click.testing._NamedTextIOWrapper, "isatty", lambda self: self.name == "<stdin>", raising=False)
+    write_subscriptions(tmp_path / "many.csv", 2000)
+    line = "subscriptions import many.csv --create-users --json"
+    refused = run(line, stdin="n\n")
+    assert "Import all the same? [y/N]" in refused.stderr
+    assert (refused.exit_code, site.platform.count_users()) == (1, 0)
+    assert json.loads(run(line, stdin="y\n").stdout)["created"] == 2000
+    write_subscriptions(tmp_path / "many.csv", 4000)
+    made = run(f"{line} --yes", stdin="")
+    assert ("Import all the same?" in made.output, json.loads(made.stdout)["created"]) == (False, 2000)
 
 
 def test_an_import_over_the_api_warns_too(site: Api, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -318,6 +319,23 @@ def test_what_is_paused_is_left_out_and_said() -> None:
     found = ahead(outlook((report, 500), paused_report="a test"), report).forecast((), {}, None)
     assert found.total.jobs == 0
     assert found.left_out == ("Paused, and left out with what waits of it: report.",)
+
+
+def test_what_is_not_published_yet_is_forecast_as_it_is_here() -> None:
+    """A release moves the report from nine to ten, makes it high, and lets 2/s of it go."""
+    old = define(window="10m")
+    new = define(interval={"type": "daily", "at_time": {"hour": 10}}, window="5m", priority="high", rate_limit="2/s")
+    look = outlook((old, 1200))
+    known = {"report": replace(look.definitions["report"], version=old.version)}
+    found = ahead(replace(look, definitions=known), new).forecast((), {}, None)
+    (widening,) = found.windows
+    assert (widening.at_ms, widening.asked_ms, widening.window_ms) == (DAY + 10 * HOUR, 5 * MINUTE, 10 * MINUTE)
+    assert widening.limit == "definition:report"
+    assert found.priorities[0].jobs == pytest.approx(1200)
+    assert any("as they are here" in line and "report" in line for line in found.assumptions)
+    same = ahead(replace(look, definitions=known), old).forecast((), {}, None)
+    assert same.total.peak_at_ms == DAY + 9 * HOUR
+    assert not any("as they are here" in line for line in same.assumptions)
 
 
 def test_open_occurrences_and_what_waits_come_first() -> None:
