@@ -136,7 +136,7 @@ class People:
         rule = self.rng.choice(
             (
                 Rule("daily", hour=self.rng.randrange(24), minute=self.rng.randrange(60), zone=self.rng.choice(ZONES)),
-                Rule("hourly", minute=self.rng.randrange(60)),
+                Rule("hourly", every=3, minute=self.rng.randrange(60)),
                 Rule("hourly", every=2, minute=self.rng.randrange(60), zone="Europe/Berlin"),
             )
         )
@@ -154,7 +154,7 @@ class People:
         upcoming = self._upcoming(pair)
         if upcoming is not None:
             act = self.rng.choice((self.pause_user, self.pause_subscription, self.disable, self.own_schedule, self.leave_and_return))
-            self._at(upcoming + self.rng.randrange(-12_000, 4_000), _bound(act, pair))
+            self._at(upcoming + self.rng.randrange(-18_000, 6_000), _bound(act, pair))
 
     def _set_schedule(self, pair: Pair, rule: Rule | None) -> None:
         actor = self.rng.choice(ACTORS)

@@ -21,7 +21,7 @@ from taskplatform.store.keys import key
 ZONES = ("UTC", "Europe/Berlin", "America/New_York", "Asia/Kolkata", "Australia/Sydney")
 #: Nights in which clocks change in Europe: back, and forward.
 NIGHTS = ((2026, 10, 25), (2027, 3, 28))
-HORIZON = timedelta(seconds=5)
+HORIZON = timedelta(seconds=10)
 _ENDPOINTS = {"steady": "https://steady.example/run/{{user}}", "shaky": "https://shaky.example/run/{{user}}"}
 
 
@@ -63,6 +63,8 @@ def plans() -> list[Plan]:
         Plan("bulk", Rule("daily", hour=11), 60, 1.0, profile=Profile(mean_s=40, sigma=0.3), more={"priority": "low"}),
         Plan("weekly", Rule("weekly", weekday=6, hour=8), 600, 1.0, zones=True),
         Plan("monthly", Rule("monthly", day=1, hour=6), 3600, 1.0),
+        *(Plan(f"weekly_{day}", Rule("weekly", weekday=day, hour=8), 600, 1.0) for day in (1, 2, 3)),
+        Plan("yearly", Rule("monthly", every=12, day=25, hour=6), 1800, 1.0),
         Plan("quarterly", Rule("monthly", every=3, day=25, hour=6), 1800, 1.0),
         Plan("hour_all", Rule("hourly", minute=20), 300, 0.03, catch_up="all", catch_up_h=3),
         Plan("hour_latest", Rule("hourly", minute=40), 240, 0.03),
@@ -153,7 +155,7 @@ def found(client: redis.Redis, *, seed: int, users: int, workers: int = 4, slots
         profiles={plan.name: plan.profile for plan in all_plans.values()},
         workers=workers,
         slots=slots,
-        pace=Pace(grid_ms=2000, tick_ms=4000, look_ms=1000),
+        pace=Pace(grid_ms=4000, tick_ms=8000, look_ms=1000),
     )
     world.lead()
     names = [f"user{number:04d}" for number in range(users)]

@@ -33,7 +33,7 @@ from tests.integration.harness import assert_consistent
 
 #: An even one: in its night the clocks of Europe go back.
 SEED = 8
-USERS, EVENTS, QUESTIONS = 270, 400, 200
+USERS, EVENTS, QUESTIONS = 170, 330, 240
 DAY_MS = 86_400_000
 
 Day = tuple[Town, Asker]
@@ -65,11 +65,10 @@ def test_the_platform_did_what_the_book_says(day: Day) -> None:
     assert len(town.book.pairs()) >= 2000
     # else nothing was held against anything
     counted = {fate: report.compared[f"book {fate}"] for fate in Fate}
-    assert counted[Fate.COMPLETED] > 2000
-    assert counted[Fate.SKIPPED] > 100
+    assert counted[Fate.COMPLETED] > 1500
+    assert counted[Fate.SKIPPED] > 60
     often = (Fate.MISSED, Fate.OVERLAP, Fate.CANCELED, Fate.COMING, Fate.FAILED, Fate.DISCARDED, Fate.POISON)
     assert not [fate for fate in often if counted[fate] < 3]
-    assert_consistent(town.world.client, town.world.store, complete=False)
 
 
 def test_why_says_of_every_occurrence_what_became_of_it_and_who_made_it_so(day: Day) -> None:
@@ -78,7 +77,7 @@ def test_why_says_of_every_occurrence_what_became_of_it_and_who_made_it_so(day: 
     check_why(day[0], report)
 
     assert not report.disagreements
-    assert report.compared.total() > 3000
+    assert report.compared.total() > 2000
 
 
 def test_an_occurrence_of_a_time_without_a_subscription_is_told_by_who_ended_it(day: Day) -> None:
@@ -103,7 +102,7 @@ def test_next_is_kept_to_the_millisecond(day: Day) -> None:
     check_next(day[1], report)
 
     assert not report.disagreements
-    assert report.compared["next: kept"] >= 40
+    assert report.compared["next: kept"] >= 30
     assert report.compared["next: said to be uncertain"] < report.compared["next: kept"]
 
 
@@ -122,28 +121,25 @@ def test_the_forecast_came_true(day: Day) -> None:
 
 def test_a_wrong_outcome_and_a_wrong_name_are_seen(day: Day, monkeypatch: pytest.MonkeyPatch) -> None:
     town, truth = day[0], Platform.why
-    wrong: list[str] = []
+    swapped = {Outcome.COMPLETED: Outcome.SKIPPED}
 
     def why(self: Platform, user: str, definition: str, **more: Any) -> list[Answer]:
         answers = truth(self, user, definition, **more)
-        if not wrong and answers and answers[0].outcome is Outcome.COMPLETED:
-            wrong.append("an outcome")
-            answers[0] = replace(answers[0], outcome=Outcome.SKIPPED)
-        for number, one in enumerate(answers):
-            if len(wrong) == 1 and one.outcome is Outcome.SKIPPED and "paused by" in one.reason:
-                wrong.append("a name")
-                answers[number] = replace(one, reason=one.reason.replace("paused by", "paused by not-"))
-        return answers
+        return [
+            replace(one, outcome=swapped.get(one.outcome, one.outcome), reason=one.reason.replace(" by ", " by not-")) for one in answers
+        ]
 
-    some = {pair: deeds for pair, deeds in town.book.of_pair.items() if pair[0] < "user0100"}
+    some = {pair: deeds for pair, deeds in town.book.of_pair.items() if pair[0] < "user0030"}
     monkeypatch.setattr(town.book, "of_pair", type(town.book.of_pair)(list, some))
     monkeypatch.setattr(Platform, "why", why)
     report = Report()
 
     check_why(town, report)
 
-    assert wrong == ["an outcome", "a name"]
-    assert len(report.disagreements) == 2, report.disagreements
+    triggered = sum("triggered:" in line for line in report.disagreements)
+    seen = sum("the outcome is skipped, and should be completed" in line for line in report.disagreements)
+    assert seen - triggered == report.compared["why completed"] > 100
+    assert sum("no cause is named" in line for line in report.disagreements) > 10
 
 
 def test_a_moment_that_is_a_millisecond_wrong_is_seen(day: Day) -> None:
@@ -220,7 +216,8 @@ def test_a_past_ends_at_present(own_server: EmbeddedServer, monkeypatch: pytest.
     often = [name for name, one in world.catalogue.items() if one.interval and (one.interval.type, one.interval.value) == ("minutely", 1)]
     newest = max((job for name in often for job in platform.jobs(definition=name, limit=1).items), key=lambda job: job.execute_after_ms)
     assert abs(platform.now_ms() - newest.execute_after_ms) < timedelta(minutes=3) / timedelta(milliseconds=1)
-    (answer,) = platform.why(newest.user, newest.definition)
+    at = datetime.fromtimestamp((newest.occurrence_ms or 0) / 1000, UTC)
+    (answer,) = platform.why(newest.user, newest.definition, at=at)
     assert answer.occurrence_ms == newest.occurrence_ms
     assert_consistent(client, platform.store, complete=False)
     with pytest.raises(SystemExit, match="has users already"):
