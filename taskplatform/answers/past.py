@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 from taskplatform.answers.timeline import Bar, Stretch, bars, by_whom, latest, schedules, stretches
 from taskplatform.answers.values import Answer, Outcome, instant, span
 from taskplatform.model import Job, JobState, Transition, planned_job_id, slot
+from taskplatform.schedule import occurrences
 from taskplatform.store import Background, Entry, Outage, Seen
 
 #: The planner looks at least this often, unless it is away (`planner._GRACE`).
@@ -167,7 +168,7 @@ def explain(facts: Background, case: Case, job: Job | None, history: tuple[Trans
     forgotten = facts.forgotten.get(case.place.suffix)
     if forgotten is not None:
         reason = f"its job died at {instant(forgotten.died_ms)} ({forgotten.reason}), and its record was {forgotten.what} at "
-        return _answer(facts, case, Outcome.DISCARDED, reason + instant(forgotten.at_ms), _again(facts))
+        return _answer(facts, case, Outcome.DISCARDED, reason + instant(forgotten.at_ms), _again(facts, case))
     if case.seen is None:
         return _without_record(facts, case)
     if not case.fits:
@@ -267,7 +268,7 @@ def _without_record(facts: Background, case: Case) -> Answer:
     if group is None or at_ms > group.cursor_ms:
         return _to_come(facts, case)
     reason = "the planner has passed its time and kept no record of it, as where the clock of the server was set"
-    return _answer(facts, case, Outcome.MISSED, f"{reason}; it had looked up to {instant(group.cursor_ms)}", _again(facts))
+    return _answer(facts, case, Outcome.MISSED, f"{reason}; it had looked up to {instant(group.cursor_ms)}", _again(facts, case))
 
 
 def _removed(trail: tuple[Entry, ...], at_ms: int) -> tuple[Entry, Entry | None] | None:
@@ -345,7 +346,7 @@ def _skipped(facts: Background, case: Case, seen: Seen) -> Answer:
         resumed = next((one for one in definition.trail if one.kind == "resumed" and one.at_ms >= ended_ms), None)
         if resumed is not None:
             reason += f", until it was resumed{by_whom(resumed)}"
-        mend = f"taskplatform resume {definition.id}" if definition.paused is not None and resumed is None else _again(facts)
+        mend = f"taskplatform resume {definition.id}" if definition.paused is not None and resumed is None else _again(facts, case)
         return _answer(facts, case, Outcome.SKIPPED, reason, mend)
     if record.reason == "definition removed":
         gone, back = _removed(definition.trail, ended_ms) or (_last(definition.trail, ("retracted",), ended_ms), None)
@@ -375,7 +376,7 @@ def _missed(facts: Background, case: Case, seen: Seen) -> Answer:
     else:
         cause = f"the planner came to it only at {instant(seen.opened_ms)}; no outage of it is on record (its clock may have been set, or "
         cause += "another catalogue have led)"
-    return _answer(facts, case, Outcome.MISSED, f"missed: {cause}; {policy_text}", _again(facts), told)
+    return _answer(facts, case, Outcome.MISSED, f"missed: {cause}; {policy_text}", _again(facts, case), told)
 
 
 def _outage(outage: Outage) -> str:
@@ -383,9 +384,14 @@ def _outage(outage: Outage) -> str:
     return f"{outage.what} could not be planned {when} ({outage.error})" if outage.what else f"no planner ran {when}"
 
 
-def _again(facts: Background) -> str:
-    """How to run an occurrence that was not."""
-    return f"taskplatform jobs submit {facts.definition.id} {facts.user}"
+def _again(facts: Background, case: Case) -> str:
+    """How to run an occurrence that was not: under its own id, where it is one of the schedule that the user has now."""
+    definition, place = facts.definition, case.place
+    group = facts.groups.get(place.group) if facts.membership and facts.membership.group == place.group and not place.trigger else None
+    if group is None or not any(occurrences(group.schedule, place.at_ms - 1, place.at_ms)):
+        return f"taskplatform jobs submit {definition.id} {facts.user}"
+    since, until = (f"{datetime.fromtimestamp(at, UTC):%Y-%m-%dT%H:%M:%SZ}" for at in (place.at_ms // 1000, place.at_ms // 1000 + 1))
+    return f"taskplatform backfill {definition.id} --from {since} --to {until} --users {facts.user}"
 
 
 # --- not decided yet, or decided against ------------------------------------------------------------------------------
@@ -442,7 +448,7 @@ def _passed_over(facts: Background, case: Case, seen: Seen) -> Answer:
         joint = " and " if together or len(chosen) == 1 else ", or "
         when = f"when the planner came to it, between {instant(from_ms)} and {instant(to_ms)}"
         lasting = next((one.mend for one in chosen if one.lasts), "")
-        return _answer(facts, case, outcome, f"{when}: {joint.join(one.text for one in chosen)}", lasting or _again(facts))
+        return _answer(facts, case, outcome, f"{when}: {joint.join(one.text for one in chosen)}", lasting or _again(facts, case))
     if facts.created_ms > from_ms:
         reason = f"user {facts.user} was created at {instant(facts.created_ms)}; one of that name before was deleted with all jobs"
         return _answer(facts, case, Outcome.NOT_SUBSCRIBED, reason)

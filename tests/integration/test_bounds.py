@@ -227,7 +227,7 @@ def site(client: redis.Redis, clock: Clock) -> Site:
 
 
 def _settle(sizes: dict[str, int]) -> dict[str, int]:
-    """What has a bound of another kind, apart: the change log is trimmed by whole nodes; words to stop a run and triggers go by themselves."""
+    """What has a bound of another kind, apart: the change log is trimmed by whole nodes; words to stop runs and triggers expire."""
     kept = dict(sizes)
     assert kept.pop("changes members") <= 250
     kept.pop("stops keys", None)

@@ -12,7 +12,7 @@ from fastapi import Path, Query, Request
 from fastapi.responses import Response
 
 from taskplatform.api.jobs import known_job
-from taskplatform.api.pages import bridge, frame, views
+from taskplatform.api.pages import frame, views
 from taskplatform.api.pages.visit import Administers, Leaves, Looks, Pages, Submits, check_origin, read_form
 from taskplatform.api.problem import Problem, with_status
 from taskplatform.api.routing import MOST_LOOKED_AT, cursor_of, token_of
@@ -181,9 +181,9 @@ def resume_definition(visit: Administers, definition: Name) -> Response:
 def show_user(visit: Looks, user: Name, cursor: Token = "") -> Response:
     """A user, what is subscribed to, and what became of it."""
     found = views.user(visit.platform, user, cursor=cursor_of(cursor or None))
-    coming = bridge.coming(visit.platform, user)
-    moments = None if coming is None else {one.definition: one for one in reversed(coming.moments)}
-    return visit.page("user.html", found=found, moments=moments, nothing=coming.none if coming else {}, next=token_of(found.jobs.cursor))
+    coming = visit.platform.coming(user)
+    moments = {one.definition: one for one in reversed(coming.moments)}
+    return visit.page("user.html", found=found, moments=moments, nothing=coming.none, next=token_of(found.jobs.cursor))
 
 
 @pages.post("/users/{user}/pause")
@@ -211,7 +211,7 @@ def show_subscription(visit: Looks, user: Name, definition: Name, at: Text = "",
     if known is None and subscription is None:
         raise UnknownDefinition(f"no definition {definition!r}")
     moment = _moment(at)
-    answers = views.told_once(bridge.why(platform, user, definition, at=moment, last=1 if moment else WHY_LAST))
+    answers = views.told_once(platform.why(user, definition, at=moment, last=1 if moment else WHY_LAST))
     schedule = (subscription.schedule if subscription else None) or (known.schedule if known else None)
     now_ms = platform.now_ms()
     why_paused = platform.store.definition_pauses().get(definition, "")
@@ -230,7 +230,7 @@ def show_subscription(visit: Looks, user: Name, definition: Name, at: Text = "",
         schedule=schedule,
         next_ms=next_occurrence(schedule, now_ms) if schedule else None,
         answers=answers,
-        coming=bridge.coming(platform, user, definition, count=NEXT_COUNT) if subscription else None,
+        coming=platform.coming(user, definition, count=NEXT_COUNT) if subscription else None,
         items=jobs.items,
         next=token_of(jobs.cursor),
         at=at,

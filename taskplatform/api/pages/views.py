@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
+from taskplatform.answers import Answer
 from taskplatform.api.growth import ONE_AT_A_TIME
 from taskplatform.api.problem import RETRY_SECONDS, with_status
 from taskplatform.forecast import Forecast, warnings_of
@@ -243,10 +243,8 @@ def user(platform: Platform, name: str, *, cursor: str | None) -> UserPage:
     )
 
 
-def told_once(answers: Sequence[Any] | None) -> Sequence[Any] | None:
+def told_once(answers: Sequence[Answer]) -> list[Answer]:
     """Answers without those that only say again that nobody was subscribed, or that it is too long ago."""
-    if answers is None:
-        return None
     before = [None, *(one.outcome for one in answers)]
     return [one for one, last in zip(answers, before, strict=False) if one.outcome != last or one.outcome not in _SAID_ONCE]
 
