@@ -10,6 +10,7 @@ from taskplatform.answers import future, past
 from taskplatform.answers.values import Answer, Coming, Moment, instant, span
 from taskplatform.answers.waiting import waiting
 from taskplatform.errors import InvalidInput, UnknownDefinition, UnknownUser
+from taskplatform.faults import did_you_mean
 from taskplatform.model import Definition, Job, JobState, Transition
 from taskplatform.store import Background, Seen, Store
 from taskplatform.windows import Due, Windows, hosts_of
@@ -107,7 +108,8 @@ def _background(store: Store, catalogue: Mapping[str, Definition], user: str, de
         raise UnknownUser(f"no user {user!r}{how}")
     known = facts.definition.published or facts.definition.trail or facts.membership or facts.trail or definition in catalogue
     if not known:
-        raise UnknownDefinition(f"no definition {definition!r}: it is not published, and was not for as long as changes are kept")
+        near = did_you_mean(definition, store.published())
+        raise UnknownDefinition(f"no definition {definition!r}{near}: it is not published, and was not for as long as changes are kept")
     return facts
 
 

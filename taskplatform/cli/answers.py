@@ -82,13 +82,8 @@ def _record(answer: Answer) -> dict[str, Any]:
 
 
 def _show(one: Answer) -> None:
-    shown: dict[str, object] = {
-        "outcome": one.outcome,
-        "why": one.reason,
-        "what helps": one.mend,
-        "job": one.job_id,
-        **dict(one.facts),
-    }
+    shown: dict[str, object] = {"outcome": one.outcome, "why": one.reason}
+    shown |= {name: text for name, text in (("what helps", one.mend), ("job", one.job_id)) if text} | dict(one.facts)
     for number, line in enumerate(one.history):
         shown[f"history {number + 1}"] = (
             f"{moment_text(line.at_ms)} {line.to_state}{f' {line.worker}' if line.worker else ''}: {line.reason}"

@@ -200,8 +200,8 @@ class _Ahead:
         for name in sorted({lane.definition for lane in simulation.stream.lanes.values()}):
             sources.setdefault(self._measures[name].source, []).append(name)
         taken = {
-            Source.PRIORITY: "the mean of all definitions of their priority was taken",
-            Source.ALL: "the mean of all definitions was taken",
+            Source.PRIORITY: "the median of the definitions of their priority was taken",
+            Source.ALL: "the median of all definitions was taken",
             Source.ASSUMED: f"it was taken that a run takes {ASSUMED_SECONDS:g} s, and that nothing is tried again",
         }
         for source, what in taken.items():

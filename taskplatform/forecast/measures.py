@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from statistics import median
 
 from taskplatform.model import JobState, Priority
 from taskplatform.store import DefinitionCounts, KnownDefinition
@@ -22,9 +23,9 @@ class Source(StrEnum):
     MEASURED = "measured"
     """The definition's own runs."""
     PRIORITY = "priority"
-    """It has too few: those of all definitions of its priority."""
+    """It has too few: what is usual for definitions of its priority, the median of theirs."""
     ALL = "all"
-    """These have too few: those of all definitions."""
+    """These have too few: what is usual for all definitions."""
     ASSUMED = "assumed"
     """There are too few in all: a second, and no retries."""
 
@@ -44,12 +45,20 @@ class Measure:
 
 def measure(definitions: Mapping[str, KnownDefinition]) -> dict[str, Measure]:
     """By definition."""
-    overall = _mean((one.measured for one in definitions.values()), Source.ALL) or Measure(ASSUMED_SECONDS, 1.0, 0, Source.ASSUMED)
+    overall = _usual([one.measured for one in definitions.values()], Source.ALL) or Measure(ASSUMED_SECONDS, 1.0, 0, Source.ASSUMED)
     of_priority = {
-        priority: _mean((one.measured for one in definitions.values() if one.priority is priority), Source.PRIORITY) or overall
+        priority: _usual([one.measured for one in definitions.values() if one.priority is priority], Source.PRIORITY) or overall
         for priority in Priority
     }
     return {name: _mean([one.measured], Source.MEASURED) or of_priority[one.priority] for name, one in definitions.items()}
+
+
+def _usual(counts: Sequence[DefinitionCounts], source: Source) -> Measure | None:
+    """One definition with runs of another size must not speak for all that were not measured: the median of those that were."""
+    known = [one for one in (_mean([each], source) for each in counts) if one is not None]
+    if not known:
+        return _mean(counts, source)
+    return Measure(median(one.seconds for one in known), median(one.attempts for one in known), sum(one.runs for one in known), source)
 
 
 def _mean(counts: Iterable[DefinitionCounts], source: Source) -> Measure | None:

@@ -364,6 +364,13 @@ def test_measures_fall_back_and_say_so() -> None:
     assert any("own" in line and "1 s" in line for line in ahead(outlook((own, 1)), own).forecast((), {}, None).assumptions)
 
 
+def test_one_definition_with_long_runs_does_not_speak_for_all() -> None:
+    names = ("short", "usual", "long", "new")
+    times = {"short": counts(50, ms=100), "usual": counts(20, ms=400), "long": counts(900, ms=1_200_000)}
+    known = outlook(*((define(name), 1) for name in names), measured=times)
+    assert measure(known.definitions)["new"].seconds == pytest.approx(0.4)
+
+
 def test_a_burst_of_a_low_rate_is_not_used_up() -> None:
     """Five runs of a bucket of 100 that gets one in an hour are more than the rate, and leave nearly all of it."""
     report = define()
