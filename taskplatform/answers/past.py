@@ -251,7 +251,8 @@ def _is_past(facts: Background, case: Case) -> bool:
 def _without_record(facts: Background, case: Case) -> Answer:
     """The planner has not come to it, or had no reason to."""
     definition, at_ms = facts.definition, case.place.at_ms
-    if _is_past(facts, case):
+    # of a time before there was the user nothing was forgotten
+    if _is_past(facts, case) and (case.fits or facts.created_ms <= case.moment_ms):
         kept = span(facts.retention_ms)
         reason = f"it is older than the retention: jobs that ended, and what became of occurrences, are kept for {kept}"
         return _answer(facts, case, Outcome.FORGOTTEN, reason)

@@ -514,6 +514,7 @@ TABLE = [
     Expected(retrying, Outcome.WAITING, ("attempt 1", "HTTP 503", "next is due at")),
     Expected(in_queue, Outcome.WAITING, ("lies in the queue medium",)),
     Expected(forgotten, Outcome.FORGOTTEN, ("older than the retention", "3d")),
+    Expected(completed, Outcome.NOT_SUBSCRIBED, ("user u1 was created only at",), at_ms=MIDNIGHT_MS - 10 * 24 * HOUR),
     Expected(before_this_version, Outcome.SKIPPED, ("user u1 was paused", "by whom is not known"), "users resume u1"),
 ]
 
