@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
+from itertools import count
 from typing import Any, cast
 
 import pytest
@@ -304,19 +305,23 @@ class Fault(Enum):
 class Disturbed:
     """A store for a planner, of which one call is handed to `hook`."""
 
-    def __init__(self, store: Store, call: int, hook: Callable[[Callable[[], Any]], Any]) -> None:
+    def __init__(self, store: Any, call: int, hook: Callable[[Callable[[], Any]], Any]) -> None:
         self._store = store
-        self._left = call
+        self._call = call
         self._hook = hook
+        self._calls = count(1)
 
     def __getattr__(self, name: str) -> Any:
         verb = getattr(self._store, name)
         if name == "now_ms":
             return verb
+        if not callable(verb):  # a part of the store, such as what it keeps for `why`
+            part = Disturbed(verb, self._call, self._hook)
+            part._calls = self._calls
+            return part
 
         def run(*args: Any, **options: Any) -> Any:
-            self._left -= 1
-            if self._left == 0:
+            if next(self._calls) == self._call:
                 return self._hook(lambda: verb(*args, **options))
             return verb(*args, **options)
 
