@@ -26,6 +26,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -345,7 +346,8 @@ class Stack:
         self._flower = flower
         self._sink = sink or (JsonLog(sys.stdout) if settings.log_format == "json" else PrefixedLog(sys.stdout))
         self._lock = DirectoryLock(self.data_dir, say=self._say_early)
-        self._ports: set[int] = set()
+        #: The ports that it chose, and what keeps other stacks away from them.
+        self._ports: dict[int, int | None] = {}
 
     def start(self) -> None:
         """Start everything and return when it is ready. Raises StartError, or KeyboardInterrupt after a signal."""
@@ -362,7 +364,7 @@ class Stack:
             self.supervisor = Supervisor(self._specs(), sink=self._sink, signals=True, lock=self._lock)
             self.supervisor.start()
         except BaseException:
-            self._lock.release()
+            self._release()
             raise
 
     def wait(self) -> None:
@@ -373,7 +375,14 @@ class Stack:
         """Stop everything, gracefully. Does nothing when it is stopped already."""
         if hasattr(self, "supervisor"):
             self.supervisor.stop()
+        self._release()
+
+    def _release(self) -> None:
         self._lock.release()
+        while self._ports:
+            _, reserved = self._ports.popitem()
+            if reserved is not None:
+                os.close(reserved)
 
     def __enter__(self) -> Stack:
         try:
@@ -422,10 +431,16 @@ class Stack:
         return self._settings.redis_url
 
     def _port(self, what: str, preferred: int) -> int:
-        port = find_port(preferred, avoid=self._ports)
+        taken: set[int] = set()
+        while True:
+            port = find_port(preferred, avoid=taken.union(self._ports))
+            try:
+                self._ports[port] = _reserve(port)
+                break
+            except BlockingIOError:
+                taken.add(port)
         if port != preferred:
             self._say_early(f"port {preferred} is taken; {what} uses {port}")
-        self._ports.add(port)
         return port
 
     def _say_early(self, line: str) -> None:
@@ -573,6 +588,25 @@ def find_port(preferred: int | None = None, *, avoid: Collection[int] = ()) -> i
         if port not in avoid and _is_free(port):
             return port
     raise StartError("no free port was found between 10000 and 32000")
+
+
+def _reserve(port: int) -> int | None:
+    """Keep other stacks of this user away from a port until the descriptor is closed: one that starts at the same time finds it free too.
+
+    Raises BlockingIOError where another has it. None where nothing can be kept in the folder for temporary files.
+    """
+    try:
+        folder = Path(tempfile.gettempdir(), f"taskplatform-ports-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        reserved = os.open(folder / str(port), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(reserved, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(reserved)
+        raise
+    return reserved
 
 
 class PrefixedLog:

@@ -97,7 +97,7 @@ def _fields(one: Backfill) -> Mapping[str, object]:
 
 @click.command(
     epilog=example(
-        "backfill daily_user_report --from 3d --dry-run",
+        "backfill daily_user_report --from 2d --dry-run",
         "backfill daily_user_report --from 2026-11-01 --to 2026-11-03T12:00:00Z --rate 100/m",
         "backfill daily_user_report --from 1d --users u1,u2",
     )

@@ -552,6 +552,23 @@ def test_a_taken_port_is_replaced(taken_port: int) -> None:
     assert find_port(port, avoid={port}) != port
 
 
+def test_stacks_that_start_at_the_same_time_choose_different_ports(tmp_path: Path) -> None:
+    """Each finds the port free, because neither listens yet."""
+    port, said = find_port(), []
+    first, second, third = (
+        local.Stack(load_settings(), sink=lambda _, line: said.append(line), data_dir=tmp_path / name)
+        for name in ("first", "second", "third")
+    )
+    assert first._port("API", port) == port
+    other = second._port("API", port)
+    assert other != port
+    assert said == [f"port {port} is taken; API uses {other}"]
+    first.stop()
+    assert third._port("API", port) == port
+    for stack in (second, third):
+        stack.stop()
+
+
 def test_a_server_on_all_addresses_takes_the_port() -> None:
     with socket.create_server(("0.0.0.0", 0)) as listener:
         port = listener.getsockname()[1]
