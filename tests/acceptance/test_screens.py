@@ -274,7 +274,8 @@ class Dashboard:
         )
         assert found, f"nothing is called {name!r} on\n{self.text}"
         found[0].click()
-        eventually(lambda: self.browser.find_element(By.TAG_NAME, "html") != before, "no page comes", seconds=SECONDS)
+        # between two pages there is none
+        eventually(lambda: self.browser.find_elements(By.TAG_NAME, "html") not in ([], [before]), "no page comes", seconds=SECONDS)
 
     @property
     def text(self) -> str:
