@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import requests
 import trustme
 import uvicorn
@@ -17,7 +18,7 @@ import uvicorn
 from taskplatform.api.server import listen, make_server, tls_context, url_of
 from taskplatform.catalogue import load
 from taskplatform.platform import Platform
-from taskplatform.settings import Settings, load_settings
+from taskplatform.settings import Settings, load_settings, settings
 from taskplatform.store import Store
 from tests.support import wait_until
 
@@ -118,3 +119,14 @@ def running_api(folder: Path, redis_url: str, *, send_buffer: int | None = None,
         thread.join(60)
         assert not thread.is_alive(), "the server did not end"
         platform.close()
+
+
+def work_beside_the_api(folder: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the settings be those of an API on this Redis, and the current folder have the same definitions, and the key."""
+    (folder / "tasks").mkdir()
+    (folder / "tasks/tasks.yaml").write_text(TASKS)
+    (folder / "key").write_text(f"{KEY}\n")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TASKPLATFORM_REDIS_URL", redis_url)
+    monkeypatch.setenv("TASKPLATFORM_VERIFY_DEFINITIONS", "false")
+    settings.cache_clear()

@@ -16,7 +16,7 @@ from taskplatform.platform import Platform
 from taskplatform.remote import RemotePlatform
 from taskplatform.settings import settings
 from taskplatform.store import Backfill, BackfillState
-from tests.integration.apiserver import KEY, TASKS, Api, running_api
+from tests.integration.apiserver import KEY, Api, running_api, work_beside_the_api
 from tests.integration.test_cli_remote import run
 
 
@@ -29,13 +29,7 @@ def served(server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def api(served: Api, server: EmbeddedServer, client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     """An API on an empty server with forty subscribers of `sync`, which is due at five past each hour; the settings are the same."""
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/tasks.yaml").write_text(TASKS)
-    (tmp_path / "key").write_text(f"{KEY}\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TASKPLATFORM_REDIS_URL", server.url)
-    monkeypatch.setenv("TASKPLATFORM_VERIFY_DEFINITIONS", "false")
-    settings.cache_clear()
+    work_beside_the_api(tmp_path, server.url, monkeypatch)
     served.platform.publish_missing()
     served.platform.create_users([f"u{number}" for number in range(40)])
     for number in range(40):

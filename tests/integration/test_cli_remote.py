@@ -31,7 +31,7 @@ from taskplatform.platform import JobRequest, Platform, SubscriptionRequest
 from taskplatform.remote import RemotePlatform
 from taskplatform.settings import settings
 from taskplatform.store import SubscribeResult
-from tests.integration.apiserver import KEY, TASKS, Api, running_api
+from tests.integration.apiserver import KEY, Api, running_api, work_beside_the_api
 
 WORKER = "w@host#1"
 Said = tuple[int, str, str]
@@ -46,13 +46,7 @@ def served(server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def api(served: Api, server: EmbeddedServer, client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     """An API on an empty server, which is also that of the settings; the current folder has the same definitions, and the key."""
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/tasks.yaml").write_text(TASKS)
-    (tmp_path / "key").write_text(f"{KEY}\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TASKPLATFORM_REDIS_URL", server.url)
-    monkeypatch.setenv("TASKPLATFORM_VERIFY_DEFINITIONS", "false")
-    settings.cache_clear()
+    work_beside_the_api(tmp_path, server.url, monkeypatch)
     served.platform.publish_missing()
     yield served
     settings.cache_clear()
