@@ -35,7 +35,7 @@ BEAT_LOCK_SECONDS = 2.0
 SETTINGS = {
     "TASKPLATFORM_TASKS_DIR": str(Path(__file__).parent / "definitions"),
     "TASKPLATFORM_HEARTBEAT_INTERVAL": "500ms",
-    "TASKPLATFORM_HEARTBEAT_TIMEOUT": f"{HEARTBEAT_TIMEOUT_SECONDS:g}s",
+    "TASKPLATFORM_HEARTBEAT_TIMEOUT": "15s",  # no machine stands still for so long that a worker is lost by chance
     "TASKPLATFORM_BEAT_INTERVAL": "200ms",
     "TASKPLATFORM_BEAT_LOCK_TIMEOUT": f"{BEAT_LOCK_SECONDS:g}s",
     "TASKPLATFORM_PLAN_HORIZON": "1s",
@@ -43,6 +43,9 @@ SETTINGS = {
     "TASKPLATFORM_VERIFY_DEFINITIONS": "false",  # but for the tests of `verify`
     "TASKPLATFORM_LOG_FORMAT": "console",  # the tests look for what people read
 }
+
+LOSING = {"TASKPLATFORM_HEARTBEAT_TIMEOUT": f"{HEARTBEAT_TIMEOUT_SECONDS:g}s"}
+"""For the tests whose workers are to be lost, soon."""
 
 
 def base_environment(target_url: str, guard: Mapping[str, str]) -> dict[str, str]:
