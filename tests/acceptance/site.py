@@ -30,7 +30,7 @@ from tests.support import wait_until
 
 N = TypeVar("N", bound=ProcessNode)
 
-HEARTBEAT_TIMEOUT_SECONDS = 2.0
+HEARTBEAT_TIMEOUT_SECONDS = 4.0
 BEAT_LOCK_SECONDS = 2.0
 SETTINGS = {
     "TASKPLATFORM_TASKS_DIR": str(Path(__file__).parent / "definitions"),
@@ -192,6 +192,14 @@ class Site:
     def wait_for_all(self, jobs: Sequence[str], *, seconds: float = 30) -> list[Job]:
         """The jobs, when all are finished."""
         return [self.wait_for(job_id, seconds=seconds) for job_id in jobs]
+
+    def wait_for_loss(self, job: Job, since_ms: int) -> Job:
+        """The job, which a worker began that was lost at `since_ms`, when it has ended elsewhere. It was taken back in time."""
+        ended = self.wait_for(job.id, seconds=60)
+        back = next(line for line in self.changes(job.id) if line.at_ms >= since_ms)
+        assert back.to_state in (JobState.PENDING, JobState.RETRYING), self.story(job.id)
+        assert back.at_ms - since_ms < (HEARTBEAT_TIMEOUT_SECONDS + 5) * 1000, self.story(job.id)
+        return ended
 
     def story(self, job_id: str) -> str:
         """The history, for messages."""
