@@ -24,7 +24,7 @@ from pytest_celery import (
 from taskplatform.platform import Platform
 from tests.acceptance.launcher import VARIABLE, Launcher
 from tests.acceptance.nodes import ROOT, Guard, ServerNode, WorkerNode
-from tests.acceptance.site import Site, base_environment, running_site
+from tests.acceptance.site import LOSING, Site, base_environment, running_site
 from tests.acceptance.target import Target
 from tests.acceptance.upnode import UpNode
 
@@ -50,15 +50,26 @@ def target() -> Iterator[Target]:
 
 @pytest.fixture(scope="module")
 def new_site(guard: Guard, target: Target, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Site]]:
-    """Makes installations, each with a server of its own. They end with the module: an idle one, too, takes its part of the machine."""
+    """Makes installations in which a silent worker is soon lost, each with a server of its own.
+
+    They end with the module: an idle one, too, takes its part of the machine.
+    """
+    environment = base_environment(target.url, guard.environment) | LOSING
     with ExitStack() as stack:
-        yield lambda: stack.enter_context(running_site(tmp_path_factory.mktemp("site"), base_environment(target.url, guard.environment)))
+        yield lambda: stack.enter_context(running_site(tmp_path_factory.mktemp("site"), environment))
 
 
 @pytest.fixture(scope="module")
 def own_site(new_site: Callable[[], Site]) -> Site:
-    """For a module whose tests need all workers or beats to be their own: it names this one as its `site`."""
+    """For a module whose tests need all workers or beats to be their own, and lose some: it names this one as its `site`."""
     return new_site()
+
+
+@pytest.fixture(scope="module")
+def calm_site(guard: Guard, target: Target, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """The same for a module whose tests lose none."""
+    with running_site(tmp_path_factory.mktemp("site"), base_environment(target.url, guard.environment)) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

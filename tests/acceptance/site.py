@@ -30,12 +30,12 @@ from tests.support import wait_until
 
 N = TypeVar("N", bound=ProcessNode)
 
-HEARTBEAT_TIMEOUT_SECONDS = 2.0
+HEARTBEAT_TIMEOUT_SECONDS = 4.0
 BEAT_LOCK_SECONDS = 2.0
 SETTINGS = {
     "TASKPLATFORM_TASKS_DIR": str(Path(__file__).parent / "definitions"),
     "TASKPLATFORM_HEARTBEAT_INTERVAL": "500ms",
-    "TASKPLATFORM_HEARTBEAT_TIMEOUT": f"{HEARTBEAT_TIMEOUT_SECONDS:g}s",
+    "TASKPLATFORM_HEARTBEAT_TIMEOUT": "15s",  # no machine stands still for so long that a worker is lost by chance
     "TASKPLATFORM_BEAT_INTERVAL": "200ms",
     "TASKPLATFORM_BEAT_LOCK_TIMEOUT": f"{BEAT_LOCK_SECONDS:g}s",
     "TASKPLATFORM_PLAN_HORIZON": "1s",
@@ -43,6 +43,9 @@ SETTINGS = {
     "TASKPLATFORM_VERIFY_DEFINITIONS": "false",  # but for the tests of `verify`
     "TASKPLATFORM_LOG_FORMAT": "console",  # the tests look for what people read
 }
+
+LOSING = {"TASKPLATFORM_HEARTBEAT_TIMEOUT": f"{HEARTBEAT_TIMEOUT_SECONDS:g}s"}
+"""For the tests whose workers are to be lost, soon."""
 
 
 def base_environment(target_url: str, guard: Mapping[str, str]) -> dict[str, str]:
@@ -189,6 +192,14 @@ class Site:
     def wait_for_all(self, jobs: Sequence[str], *, seconds: float = 30) -> list[Job]:
         """The jobs, when all are finished."""
         return [self.wait_for(job_id, seconds=seconds) for job_id in jobs]
+
+    def wait_for_loss(self, job: Job, since_ms: int) -> Job:
+        """The job, which a worker began that was lost at `since_ms`, when it has ended elsewhere. It was taken back in time."""
+        ended = self.wait_for(job.id, seconds=60)
+        back = next(line for line in self.changes(job.id) if line.at_ms >= since_ms)
+        assert back.to_state in (JobState.PENDING, JobState.RETRYING), self.story(job.id)
+        assert back.at_ms - since_ms < (HEARTBEAT_TIMEOUT_SECONDS + 5) * 1000, self.story(job.id)
+        return ended
 
     def story(self, job_id: str) -> str:
         """The history, for messages."""

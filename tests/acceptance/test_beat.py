@@ -25,9 +25,9 @@ TAKE_OVER_SECONDS = BEAT_LOCK_SECONDS + 4
 
 
 @pytest.fixture
-def site(own_site: Site) -> Site:
+def site(calm_site: Site) -> Site:
     """Its beats are this module's alone."""
-    return own_site
+    return calm_site
 
 
 @pytest.fixture(scope="module")

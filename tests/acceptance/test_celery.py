@@ -74,13 +74,13 @@ with start_worker(app, perform_ping_check=False):
 """
 
 
-def test_a_worker_of_celerys_test_kit_runs_jobs(own_site: Site) -> None:
+def test_a_worker_of_celerys_test_kit_runs_jobs(calm_site: Site) -> None:
     """It is not the worker program, with its signals, but a thread of another."""
     argv = [sys.executable, "-c", EMBEDDED]
-    with subprocess.Popen(argv, cwd=ROOT, env=own_site.environment, stdin=subprocess.PIPE) as process:
+    with subprocess.Popen(argv, cwd=ROOT, env=calm_site.environment, stdin=subprocess.PIPE) as process:
         try:
-            job = own_site.platform.enqueue("returning", user=own_site.user())
-            assert own_site.wait_for(job.id).state is JobState.COMPLETED
+            job = calm_site.platform.enqueue("returning", user=calm_site.user())
+            assert calm_site.wait_for(job.id).state is JobState.COMPLETED
             process.communicate(b"\n", timeout=20)
         finally:
             process.kill()

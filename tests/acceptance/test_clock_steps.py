@@ -178,6 +178,8 @@ def test_the_servers_clock_is_set(site: Site, workers: list[WorkerNode], target:
     before = {worker.id for worker in store.workers()}
     server_clock.step(-HOUR)
     victim.kill("SIGKILL")
+    # whose question the server would answer in an hour, as its clock goes, gets a message: deaf for the second time, it would end
+    site.wait_for_all([site.platform.enqueue("call", user=in_between).id for _ in range(4)])
     eventually(lambda: "workers_lost" in store.counters(), "nobody finds it", seconds=PATIENCE_SECONDS + 10)
     lost = before - {worker.id for worker in store.workers()}
     assert [worker.partition("#")[0] for worker in lost] == [victim.node], "\n".join(worker.logs() for worker in workers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,9 +16,9 @@ SECONDS = 90.0
 
 
 @pytest.fixture(scope="module")
-def site(new_site: Callable[[], Site]) -> Site:
+def site(calm_site: Site) -> Site:
     """Its processes are this module's alone."""
-    return new_site()
+    return calm_site
 
 
 def look(site: Site, *only: str) -> Report:

@@ -14,9 +14,9 @@ from tests.acceptance.site import Site, eventually
 
 
 @pytest.fixture
-def site(own_site: Site) -> Site:
+def site(calm_site: Site) -> Site:
     """All workers of these tests are their own."""
-    return own_site
+    return calm_site
 
 
 def only_worker(site: Site) -> Worker:

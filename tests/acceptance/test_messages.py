@@ -15,7 +15,7 @@ import pytest
 
 from taskplatform.model import JobState
 from tests.acceptance.nodes import WorkerNode
-from tests.acceptance.site import HEARTBEAT_TIMEOUT_SECONDS, Site, eventually
+from tests.acceptance.site import Site, eventually
 from tests.acceptance.target import Answer, Target
 from tests.support import wait_until
 
@@ -67,10 +67,11 @@ def test_a_job_that_was_received_and_not_started_runs_elsewhere(site: Site, targ
     inspect = site.app.control.inspect([victim.node])
     eventually(lambda: any(request["id"] == job.id for request in (inspect.reserved() or {}).get(victim.node, [])), "it was not received")
     assert site.platform.job(job.id).state is JobState.QUEUED
+    since_ms = site.platform.store.now_ms()
     victim.kill("SIGKILL")
 
     _worker(site, "--concurrency", "1")
-    assert site.wait_for(job.id, seconds=HEARTBEAT_TIMEOUT_SECONDS + 5).state is JobState.COMPLETED
+    assert site.wait_for_loss(job, since_ms).state is JobState.COMPLETED
     assert site.states(job.id) == ["pending", "queued", "pending", *RUN], site.story(job.id)
     assert site.changes(job.id)[2].reason == "its message was lost: released again"
     assert len(target.calls(user=user)) == 1

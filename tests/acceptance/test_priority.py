@@ -19,14 +19,14 @@ HIGH, MEDIUM, LOW = Priority.HIGH, Priority.MEDIUM, Priority.LOW
 
 
 @pytest.fixture
-def site(own_site: Site) -> Site:
+def site(calm_site: Site) -> Site:
     """No other worker must take what this module's one does."""
-    return own_site
+    return calm_site
 
 
 @pytest.fixture(scope="module")
-def one_slot(own_site: Site) -> WorkerNode:
-    worker = own_site.worker("--concurrency", "1")
+def one_slot(calm_site: Site) -> WorkerNode:
+    worker = calm_site.worker("--concurrency", "1")
     worker.ready()
     return worker
 

@@ -83,11 +83,12 @@ def test_pool_processes_end_with_their_worker_and_its_jobs_run_again(site: Site,
             site, target, [near, far], lambda user: site.platform.enqueue("sleeping", user=user, params={"seconds": 4}, priority="high")
         )
         _serve_high(site, other)
+        since_ms = site.platform.store.now_ms()
         for victim in (near, far):
             os.kill(victim.pid, signal.SIGKILL)
         eventually(lambda: not near.processes() and not far.processes(), "pool processes outlive their worker", seconds=2)
-        ended = {node: site.wait_for(job.id, seconds=HEARTBEAT_TIMEOUT_SECONDS + 5 + 4) for node, job in jobs.items()}
-    for node, how in ((near, "its process has ended"), (far, "silent for 2s")):
+        ended = {node: site.wait_for_loss(job, since_ms) for node, job in jobs.items()}
+    for node, how in ((near, "its process has ended"), (far, f"silent for {HEARTBEAT_TIMEOUT_SECONDS:g}s")):
         job = ended[node]
         assert site.states(job.id) == AGAIN, site.story(job.id)
         assert site.changes(job.id)[4].reason == f"worker {jobs[node].worker} lost: {how}; again in 1 s"
@@ -117,13 +118,14 @@ def test_a_worker_that_comes_back_stops_what_is_no_longer_its_own(how: str, site
         jobs = _one_on_each(site, target, victims, hang)
         _serve_high(site, other)
         before = site.platform.store.counters().get("discarded", 0)
+        since_ms = site.platform.store.now_ms()
         if how == "stopped":
             for victim in victims:
                 victim.pause()
         else:
             proxy.freeze()
         for job in jobs.values():
-            finished = site.wait_for(job.id, seconds=HEARTBEAT_TIMEOUT_SECONDS + 5)
+            finished = site.wait_for_loss(job, since_ms)
             assert _on(other, finished)
             assert site.notes(job.id) == []
         if how == "stopped":

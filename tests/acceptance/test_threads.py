@@ -13,14 +13,14 @@ from tests.support import wait_until
 
 
 @pytest.fixture
-def site(own_site: Site) -> Site:
+def site(calm_site: Site) -> Site:
     """The only worker here is the one with threads."""
-    return own_site
+    return calm_site
 
 
 @pytest.fixture(scope="module")
-def threads(own_site: Site) -> WorkerNode:
-    worker = own_site.worker("--pool", "threads", "--concurrency", "4")
+def threads(calm_site: Site) -> WorkerNode:
+    worker = calm_site.worker("--pool", "threads", "--concurrency", "4")
     worker.ready()
     return worker
 

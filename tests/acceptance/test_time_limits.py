@@ -18,9 +18,9 @@ from tests.support import wait_until
 
 
 @pytest.fixture(scope="module")
-def single_worker(own_site: Site) -> WorkerNode:
+def single_worker(calm_site: Site) -> WorkerNode:
     """Two slots, of which the tests know the processes."""
-    made = own_site.worker("--concurrency", "2")
+    made = calm_site.worker("--concurrency", "2")
     made.ready()
     return made
 
@@ -69,36 +69,36 @@ def test_a_function_that_ignores_the_soft_limit_is_killed(celery_setup: CeleryTe
     assert worker.status == "running"
 
 
-def test_the_signal_of_a_limit_that_comes_after_the_run_hurts_nobody(own_site: Site, target: Target, single_worker: WorkerNode) -> None:
+def test_the_signal_of_a_limit_that_comes_after_the_run_hurts_nobody(calm_site: Site, target: Target, single_worker: WorkerNode) -> None:
     """The pool knows a moment later that a run has ended, and sends it then: see `_under_soft_limit`."""
-    user = own_site.user()
+    user = calm_site.user()
     target.answer(user, Answer(after_seconds=0.3))
     pool = _pool(single_worker)
     for _ in range(5):
-        jobs = [own_site.platform.enqueue("call", user=user).id for _ in range(4)]
-        assert {job.state for job in own_site.wait_for_all(jobs)} == {JobState.COMPLETED}
+        jobs = [calm_site.platform.enqueue("call", user=user).id for _ in range(4)]
+        assert {job.state for job in calm_site.wait_for_all(jobs)} == {JobState.COMPLETED}
         for pid in pool:
             os.kill(pid, signal.SIGUSR1)
-    interrupted = own_site.wait_for(own_site.platform.enqueue("soft_limited", user=user).id)
+    interrupted = calm_site.wait_for(calm_site.platform.enqueue("soft_limited", user=user).id)
     assert interrupted.state is JobState.TIMED_OUT, "the handler of a run must be that of the next one too"
     assert _pool(single_worker) == pool
     assert "Traceback" not in single_worker.logs()
 
 
-def test_a_long_result_counts_though_it_is_read_after_the_limit(own_site: Site, target: Target, single_worker: WorkerNode) -> None:
-    user = own_site.user()
+def test_a_long_result_counts_though_it_is_read_after_the_limit(calm_site: Site, target: Target, single_worker: WorkerNode) -> None:
+    user = calm_site.user()
     pool, before = _pool(single_worker), len(single_worker.logs())
-    job = own_site.platform.enqueue("failing_deeply", user=user).id
+    job = calm_site.platform.enqueue("failing_deeply", user=user).id
     wait_until(lambda: target.calls(user=user), message="it must have begun")
     # its main process sees neither the result nor the time that passes
     os.kill(single_worker.pid, signal.SIGSTOP)
     try:
-        ended = own_site.wait_for(job)
+        ended = calm_site.wait_for(job)
         time.sleep(1 + HARD_LIMIT_MARGIN.total_seconds() + 1)
     finally:
         os.kill(single_worker.pid, signal.SIGCONT)
     assert (ended.state, ended.reason) == (JobState.FAILED, "ValueError: deep down")
-    after = own_site.wait_for_all([own_site.platform.enqueue("call", user=user).id for _ in range(4)])
+    after = calm_site.wait_for_all([calm_site.platform.enqueue("call", user=user).id for _ in range(4)])
     assert {one.state for one in after} == {JobState.COMPLETED}
     said = single_worker.logs()[before:]
     assert "ime limit" not in said

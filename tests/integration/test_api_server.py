@@ -26,7 +26,7 @@ from taskplatform.api import guard
 from taskplatform.api.server import tls_context
 from taskplatform.errors import SettingsError
 from taskplatform.keys import new_token
-from taskplatform.local import EmbeddedServer, embedded_server
+from taskplatform.local import EmbeddedServer, embedded_server, find_port
 from taskplatform.platform import Platform
 from taskplatform.settings import load_settings
 from taskplatform.store.acl import Role, rules
@@ -56,12 +56,6 @@ def api(served: Api, client: redis.Redis) -> Api:
     served.platform.publish_missing()
     served.platform.create_user("u1")
     return served
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
 
 
 def read_all(connection: ssl.SSLSocket) -> bytes:
@@ -511,7 +505,7 @@ def test_a_signal_ends_it_with_0(server: EmbeddedServer, client: redis.Redis, tm
 
 def test_a_signal_ends_it_also_while_it_waits_for_redis(tmp_path: Path) -> None:
     _, tls = certificates(tmp_path)
-    with started(tmp_path, redis_url=f"redis://127.0.0.1:{free_port()}/0", **tls) as process:
+    with started(tmp_path, redis_url=f"redis://127.0.0.1:{find_port()}/0", **tls) as process:
         assert process.stderr is not None
         assert "the start" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
@@ -520,7 +514,7 @@ def test_a_signal_ends_it_also_while_it_waits_for_redis(tmp_path: Path) -> None:
 
 def test_it_says_as_much_as_the_settings_want(server: EmbeddedServer, client: redis.Redis, tmp_path: Path) -> None:
     _, tls = certificates(tmp_path)
-    port = free_port()
+    port = find_port()
     with started(tmp_path, "--port", str(port), redis_url=server.url, log_level="WARNING", **tls) as process:
         with requests.Session() as session:
             session.trust_env = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from taskplatform.api.problem import kind_of
 from taskplatform.apiclient import _KINDS, ApiClient
 from taskplatform.cli import EXIT_CODES, cli
 from taskplatform.errors import ApiError, ApiUnavailable, Conflict, Forbidden, InvalidInput, NotFound, SettingsError
-from taskplatform.local import EmbeddedServer
+from taskplatform.local import EmbeddedServer, find_port
 from taskplatform.model import JobState, Priority
 from taskplatform.platform import JobRequest, Platform, SubscriptionRequest
 from taskplatform.remote import RemotePlatform
@@ -442,8 +441,7 @@ def test_an_api_that_cannot_be_asked_is_said(api: Api, tmp_path: Path, monkeypat
         assert "TASKPLATFORM_REDIS_URL" not in result.stderr
         assert key not in result.stderr
 
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
-        gone = nobody.getsockname()[1]
+    gone = find_port()
     ca = str(api.ca)
     says(f"https://127.0.0.1:{gone}", ca, f"the API at https://127.0.0.1:{gone} cannot be reached: Connection refused")
     says(api.url, ca, "does not accept the key: it is wrong, expired or revoked", key="wrong" * 8)
@@ -649,8 +647,7 @@ def test_nothing_that_is_typed_ends_in_a_traceback(
     api: Api, place: str, server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = prepare(api)
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
-        gone = nobody.getsockname()[1]
+    gone = find_port()
     given: list[str] = []
     if "api" in place or "key" in place:
         url = f"https://127.0.0.1:{gone}" if place == "no api" else api.url

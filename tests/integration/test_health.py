@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -532,8 +531,7 @@ def test_the_command_says_what_is_wrong(command: Callable[..., Any], server: Emb
 
 
 def test_the_command_says_that_redis_is_not_there(command: Callable[..., Any]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
-        port = nobody.getsockname()[1]
+    port = find_port()
     result = command(f"redis://127.0.0.1:{port}/0", "--json")
     assert result.exit_code == 3
     assert "Redis cannot be reached" in result.stderr

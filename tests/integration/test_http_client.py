@@ -38,6 +38,7 @@ from standardwebhooks.webhooks import Webhook
 from taskplatform import addresses
 from taskplatform.addresses import AllowList, Target
 from taskplatform.http import MAX_REDIRECTS, USER_AGENT, Abort, Call, CallAborted, Client, Outcome, OutcomeKind, render
+from taskplatform.local import find_port
 from taskplatform.model import HttpConfig
 
 DEADLINE = timedelta(seconds=0.3)
@@ -637,8 +638,7 @@ def test_more_than_was_announced_is_not_part_of_the_answer(serve: Serve, client:
 
 
 def test_refused(client: Client) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = find_port()
     outcome = get(client, f"http://127.0.0.1:{port}/")
     assert (outcome.kind, outcome.reason, outcome.status, outcome.excerpt) == (OutcomeKind.RETRY, "connection refused", None, "")
 
@@ -681,8 +681,7 @@ def test_a_name_server_that_hangs(client: Client, monkeypatch: pytest.MonkeyPatc
 
 def test_the_next_address_is_tried(serve: Serve, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     server = serve(always(OK))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        closed = listener.getsockname()
+    closed = ("127.0.0.1", find_port())
     real = socket.getaddrinfo
 
     def two(name: str, port: int, *args: Any, **options: Any) -> Any:
@@ -901,8 +900,7 @@ def test_a_location_is_read_as_utf8(serve: Serve, client: Client) -> None:
 
 
 def test_a_status_is_that_of_the_last_request(serve: Serve, client: Client) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = find_port()
     server = serve(redirecting(302, f"http://127.0.0.1:{port}/", b"Retry-After: 60\r\nContent-Length: 0\r\n\r\n"))
     outcome = get(client, f"{server.url}/")
     assert (outcome.reason, outcome.status, outcome.retry_after) == ("connection refused", None, None)
@@ -1130,8 +1128,7 @@ def test_of_several_addresses_those_that_are_allowed_are_used(
 
 def test_an_allowed_address_that_does_not_answer_is_a_fault_of_the_network(make_client: MakeClient, name_server: Name) -> None:
     """Worth another try, although the other address is refused."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = find_port()
     name_server("mixed.example", ["127.0.0.1", "10.0.0.5"])
     outcome = get(make_client(allowed=allow("127.0.0.1")), f"http://mixed.example:{port}/")
     assert (outcome.kind, outcome.reason) == (OutcomeKind.RETRY, "connection refused")

@@ -212,6 +212,7 @@ def test_a_stopped_process_can_be_ended(supervise: Supervise) -> None:
 DRIVER = """
 import re, signal, sys
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.path.insert(0, {root!r})
 from taskplatform import local
 directory = Path({directory!r})

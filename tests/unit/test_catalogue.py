@@ -591,10 +591,10 @@ def test_a_file_that_is_not_utf_8_is_told(content: bytes, line: int, message: st
 def test_an_alias_bomb_is_refused_before_it_grows(tmp_path: Path) -> None:
     lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"{after}: &{after} [{', '.join([f'*{before}'] * 10)}]" for before, after in zip("abcdefgh", "bcdefghi", strict=True)]
-    started = time.perf_counter()
+    started = time.process_time()
     [fault] = faults(tmp_path, file="\n".join(lines))
     assert fault.message == "holds more than 100,000 values, counting what its aliases stand for"
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_paths_that_hold_nothing_to_read(tmp_path: Path) -> None:
@@ -1021,9 +1021,9 @@ def test_300_definitions_load_in_well_under_a_second(tmp_path: Path) -> None:
         own = "".join(EXAMPLE.partition("\n")[2].replace("weekly_analytics", f"weekly_{number}_{index}") for index in range(15))
         write(tmp_path, **{f"domain{number}": f"defaults: {{retries: 5, config: {{headers: {{X: y}}}}}}\ntasks:\n{own}"})
     load(tmp_path)
-    started = time.perf_counter()
+    started = time.process_time()
     assert len(load(tmp_path, environment={"API_TOKEN": "x"})) == 300
-    assert time.perf_counter() - started < 0.75
+    assert time.process_time() - started < 0.75
 
 
 # --- anything at all -------------------------------------------------------------------------------------------------
