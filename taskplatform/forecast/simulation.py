@@ -8,7 +8,7 @@ with users.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -19,7 +19,7 @@ from taskplatform.fluid import Lane, Pool, Stream
 from taskplatform.forecast.measures import Measure
 from taskplatform.model import Definition, Limit, Priority, Schedule, schedule_to_json
 from taskplatform.schedule import next_occurrence
-from taskplatform.store import Commitment, Group, Outlook, commitment_of
+from taskplatform.store import BackfillState, Commitment, Group, Outlook, commitment_of
 from taskplatform.windows import TOGETHER, Round, Windows
 
 
@@ -77,9 +77,10 @@ class Simulation:
         limits: Mapping[str, Limit],
         tokens: Mapping[str, float],
         pools: Sequence[Pool] | None,
+        share: float,
         more: Sequence[Added],
     ) -> None:
-        """`pools` as for `Stream`."""
+        """`pools` and `share` as for `Stream`."""
         self._outlook = outlook
         self._measures = measures
         self._horizon = horizon
@@ -95,7 +96,7 @@ class Simulation:
         self._hosts = hosts
         self._windows = Windows(self, self.definitions, horizon=horizon, hosts=hosts)
         held = {one.name.removeprefix("host:"): one.held_until_ms for one in outlook.limits if one.held_until_ms is not None}
-        self.stream = Stream(outlook.now_ms, end_ms, bin_ms, limits=limits, tokens=tokens, pools=pools, holds=held)
+        self.stream = Stream(outlook.now_ms, end_ms, bin_ms, limits=limits, tokens=tokens, pools=pools, holds=held, share=share)
         self.opened: list[Opened] = []
         self._groups: dict[str, Group] = {}
         self._members: dict[str, int] = {}
@@ -159,12 +160,19 @@ class Simulation:
             if added.definition in self.definitions:
                 self._add_subscribers(added)
         heapify(self._due)
+        of_backfills = self._begin_backfills()
+
+        def others(place: tuple[str, Priority], jobs: int) -> int:
+            some = min(jobs, of_backfills[place])
+            of_backfills[place] -= some
+            return jobs - some
+
         for place, jobs in outlook.queued.items():
-            self._come(place, now_ms, now_ms, jobs)
+            self._come(place, now_ms, now_ms, others(place, jobs))
         for place, waiting in outlook.waiting.items():
-            self._come(place, now_ms, now_ms, waiting.due)
+            self._come(place, now_ms, now_ms, others(place, waiting.due))
             soon_ms = now_ms + self._horizon_ms
-            self._come(place, now_ms, soon_ms, waiting.soon)
+            self._come(place, now_ms, soon_ms, others(place, waiting.soon))
             for hour, jobs in enumerate(waiting.later):
                 begin_ms = soon_ms + hour * 3_600_000
                 self._come(place, begin_ms, begin_ms + 3_600_000, jobs)
@@ -180,6 +188,21 @@ class Simulation:
                 lane = self._lane(name, outlook.definitions[name].priority)
                 # halfway through, as the mean of those that are seen running
                 self.stream.run(lane, runs, now_ms + lane.seconds * 500)
+
+    def _begin_backfills(self) -> Counter[tuple[str, Priority]]:
+        """Let those that run go on. Returns how many jobs of theirs wait, which are no others'."""
+        outlook, found = self._outlook, Counter[tuple[str, Priority]]()
+        for one in outlook.backfills:
+            if one.definition in self.definitions and one.state is BackfillState.RUNNING:
+                # its jobs are low, whatever the definition is
+                place = (one.definition, Priority.LOW)
+                lane = self._lane(*place, backfill=one.id)
+                waiting = outlook.waiting.get(place)
+                there = outlook.queued.get(place, 0) + (waiting.due + waiting.soon if waiting else 0) - found[place]
+                found[place] += (unfinished := min(one.unfinished, there))
+                self.stream.add(lane, outlook.now_ms, outlook.now_ms, unfinished)
+                self.stream.supply(lane, one.per_second, one.left * outlook.definitions[one.definition].present, one.most_unfinished)
+        return found
 
     def _add_subscribers(self, added: Added) -> None:
         if added.users < 0:
@@ -215,9 +238,9 @@ class Simulation:
         if jobs and place[0] in self.definitions:
             self.stream.add(self._lane(*place), start_ms, end_ms, jobs)
 
-    def _lane(self, definition: str, priority: Priority) -> Lane:
-        measure = self._measures[definition]
-        return self.stream.lane(definition, priority, host=self._hosts[definition], attempts=measure.attempts, seconds=measure.seconds)
+    def _lane(self, definition: str, priority: Priority, *, backfill: str = "") -> Lane:
+        measure, host = self._measures[definition], self._hosts[definition]
+        return self.stream.lane(definition, priority, backfill=backfill, host=host, attempts=measure.attempts, seconds=measure.seconds)
 
     # --- planning ---------------------------------------------------------------------------------------------------
 
