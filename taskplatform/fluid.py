@@ -9,7 +9,7 @@ to wait. Each step ends where a bin does, for which the figures are kept. What g
 has gone or waits.
 
 A backfill is a supply: it makes its jobs evenly, and none while as many as may be of them are not finished. With a share, lower priorities
-that wait get that part of all runs of a step before the higher ones get the rest, by what ran in the step before.
+that wait get that part of all runs of a step before the higher ones get the rest, by what ran in the steps before.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _NOTHING = 1e-6
 _SHARES = 3
 #: Slots, where nobody asks how many there are.
 _ENOUGH = 10**9
+_LOWER = tuple(Priority)[1:]
 #: A supply that may not go on sees that one of its jobs has ended after this, in the mean: backfills look once a second.
 _SEEN_MS = 500
 
@@ -254,8 +255,9 @@ class Stream:
             priority: [places for pool, places in zip(found, self.slots, strict=True) if pool.priorities & set(list(Priority)[: place + 1])]
             for place, priority in enumerate(Priority)
         }
-        self._share_of = share
-        self._quotas = {priority: Quota(self.bins) for priority in list(Priority)[1:]} if share else {}
+        self._part, self._quota = share, Quota(self.bins)
+        #: Runs in a ms, of late.
+        self._pace = 0.0
         self._all: list[Resource] = [*self.buckets.values(), *self.places.values(), *self.slots]
         self.lanes: dict[tuple[str, Priority, str], Lane] = {}
         self._holds: dict[str, int] = {host: until_ms for host, until_ms in (holds or {}).items() if until_ms > now_ms}
@@ -401,14 +403,11 @@ class Stream:
         """Let all that comes in this span go, if nothing keeps it."""
         if not self._fits(self._active, span_ms):
             return False
-        for quota in self._quotas.values():
-            # nobody saves up
-            quota.give(0.0)
         for one in self._all:
             one.begin(self.now_ms, span_ms)
         for lane in self._active:
             self._go(lane, self._slots_for[lane.priority], lane.inflow * span_ms, bin_, span_ms)
-        self._end(bin_, span_ms)
+        self._end(bin_, span_ms, sum(lane.inflow * lane.attempts for lane in self._active) * span_ms)
         return True
 
     def _some_go(self, bin_: int, span_ms: int) -> None:
@@ -419,15 +418,12 @@ class Stream:
             if lane.inflow:
                 self._enter(lane, self.now_ms, lane.inflow * span_ms)
         runs = 0.0
-        for priority, quota in self._quotas.items():
-            if quota.free > _NOTHING:
-                runs += self._serve(priority, bin_, span_ms, quota)
+        for priority in _LOWER if self._part else ():
+            self._quota.give(self._part * self._pace * span_ms)
+            runs += self._serve(priority, bin_, span_ms, self._quota)
         for priority in Priority:
             runs += self._serve(priority, bin_, span_ms)
-        for priority, quota in self._quotas.items():
-            waits = any(lane.waits and lane.priority is priority for lane in self._active)
-            quota.give(self._share_of * runs if waits else 0.0)
-        self._end(bin_, span_ms)
+        self._end(bin_, span_ms, runs)
 
     def _serve(self, priority: Priority, bin_: int, span_ms: int, quota: Quota | None = None) -> float:
         """Let go what can of a priority; with a quota as far as that goes, in the slots of higher ones too. Returns how many runs went."""
@@ -523,9 +519,11 @@ class Stream:
             if runs <= 0:
                 return
 
-    def _end(self, bin_: int, span_ms: int) -> None:
+    def _end(self, bin_: int, span_ms: int, runs: float) -> None:
         for one in self._all:
             one.end(bin_)
+        # a burst at once counts as one of a short step
+        self._pace += (runs / span_ms - self._pace) * span_ms / (span_ms + STEP_MS)
         self.now_ms += span_ms
 
 

@@ -26,7 +26,7 @@ from taskplatform.settings import Settings, settings
 from taskplatform.store import Store, Subscribe
 from tests.conftest import Clock
 from tests.integration.apiserver import KEY, TASKS, Api, running_api
-from tests.integration.harness import ACTOR, HORIZON, define, enqueue, offer, publish, take
+from tests.integration.harness import ACTOR, HORIZON, Message, define, enqueue, offer, publish, take
 
 SECOND, MINUTE, HOUR, DAY = 1000, 60_000, 3_600_000, 86_400_000
 #: 2027-01-15 09:00 UTC.
@@ -210,10 +210,12 @@ def test_release_goes_as_it_was_foreseen(store: Store, clock: Clock, share: floa
     assert ended["priority:low"].delay_ms == pytest.approx(done["second"] - NINE, abs=15 * SECOND)
 
 
-def work(store: Store) -> list[str]:
-    """Workers do all that may go now. Returns the definitions of what they did."""
-    done = []
-    offer(store, "celery@host#1a2b", slots=10)
+def work(store: Store, running: list[tuple[int, Message]] | None = None, seconds: int = 0) -> list[str]:
+    """Workers do all that may go now, each in so many seconds. Returns the definitions of what they began."""
+    done, running = [], [] if running is None else running
+    while running and running[0][0] <= store.now_ms():
+        finish(store, running.pop(0)[1])
+    offer(store, "celery@host#1a2b", slots=100)
     store.release()
     while True:
         try:
@@ -221,13 +223,20 @@ def work(store: Store) -> list[str]:
         except LookupError:
             return done
         if store.start(message.job_id, delivery=message.delivery, worker="celery@host#1a2b").go:
-            store.finish(message.job_id, delivery=message.delivery, worker="celery@host#1a2b", state=JobState.COMPLETED, reason="done")
             done.append(message.job_id.partition(":")[0])
+            if seconds:
+                running.append((store.now_ms() + seconds * SECOND, message))
+            else:
+                finish(store, message)
 
 
-@pytest.mark.parametrize("limit", [None, 0.5])
-def test_a_backfill_goes_on_as_it_was_foreseen(store: Store, clock: Clock, limit: float | None) -> None:
-    """It makes a job a second, or as many as a limit lets go: then as many wait as may be unfinished, and no more."""
+def finish(store: Store, message: Message) -> None:
+    store.finish(message.job_id, delivery=message.delivery, worker="celery@host#1a2b", state=JobState.COMPLETED, reason="done")
+
+
+@pytest.mark.parametrize(("limit", "seconds"), [(None, 0), (0.5, 0), (None, 20)])
+def test_a_backfill_goes_on_as_it_was_foreseen(store: Store, clock: Clock, limit: float | None, seconds: int) -> None:
+    """It makes a job a second, or as many as a limit or the time of ten runs let go: then as many wait as may be unfinished, and no more."""
     clock.now_ms = NINE
     report = define(priority="high")
     leading = lead(store, report)
@@ -242,13 +251,15 @@ def test_a_backfill_goes_on_as_it_was_foreseen(store: Store, clock: Clock, limit
     held = site.backfill("report", since=at(NINE - 2 * DAY), until=at(NINE - DAY // 3), rate="1/s")
     store.backfills.pause(held.id, actor=ACTOR)
 
+    running: list[tuple[int, Message]] = []
+
     def second() -> int:
         leading.advance()
-        done = len(work(store))
+        done = len(work(store, running, seconds))
         clock.advance(1)
         return done
 
-    assert sum(second() for _ in range(25)) > 5
+    assert sum(second() for _ in range(40)) > 10
     found = site.forecast(hours=0.2)
     made = store.backfills.get(begun.id)
     assert made.total == 135
@@ -258,11 +269,12 @@ def test_a_backfill_goes_on_as_it_was_foreseen(store: Store, clock: Clock, limit
         starts[(clock.now_ms - found.start_ms) // MINUTE] += second()
         waited = max(waited, store.backfills.get(begun.id).unfinished)
 
-    assert found.total.jobs == pytest.approx(135 - made.made + made.unfinished, abs=3)
+    assert found.total.jobs == pytest.approx(135 - made.made + made.unfinished, abs=3 if not seconds else 11)
     assert found.priorities[2].requests == found.total.requests == pytest.approx(sum(starts.values()), abs=3)
-    points = {point.bin: point for point in found.total.points}
+    assert (max(starts) + 1) * MINUTE > (90 if limit is None and not seconds else 180) * SECOND
+    foreseen = {point.bin: point.requests for point in found.total.points}
     for minute in range(max(starts) + 1):
-        assert points[minute].requests == pytest.approx(starts[minute], abs=6), minute
+        assert foreseen.get(minute, 0) == pytest.approx(starts[minute], abs=6), minute
     assert waited <= 10
     if limit is None:
         assert found.backlogs == ()

@@ -160,6 +160,59 @@ def test_a_host_that_is_held_gets_nothing_until_then() -> None:
     assert lane.gone[5] == pytest.approx(100)
 
 
+def test_a_share_goes_to_each_lower_priority_that_waits() -> None:
+    """A tenth of all runs for each that waits; nothing for one that waits for nothing, nor for what nobody has to share."""
+    found = stream(limits={"total": Limit(10.0, 1)}, tokens={"total": 0.0}, share=0.1)
+    high, medium, low = (found.lane(name, priority) for name, priority in zip("abc", Priority, strict=True))
+    rate = (Limit(10.0, 1).sustained or 0) * 60
+    found.add(high, 0, 0, 20 * rate)
+    found.add(low, 0, 0, 5 * rate)
+    found.add(medium, 10 * MINUTE, 10 * MINUTE, 3 * rate)
+    flowed(found)
+    for bin_, parts in ((5, (0.9, 0, 0.1)), (15, (0.8, 0.1, 0.1))):
+        assert [lane.gone[bin_] / rate for lane in (high, medium, low)] == pytest.approx(parts, abs=0.002)
+    assert sum(map(sum, (high.gone, medium.gone, low.gone))) == pytest.approx(28 * rate)
+    # medium has all but the share of the lower one when the high one is done
+    done = next(bin_ for bin_ in range(20, 60) if high.gone[bin_] < 1)
+    assert (medium.gone[done], low.gone[done]) == pytest.approx((0.9 * rate, 0.1 * rate), rel=0.1)
+
+
+def test_a_share_takes_places_of_workers_that_serve_higher_queues_alone() -> None:
+    pools = [Pool(frozenset({HIGH}), 10)]
+    for share, part in ((0.0, 0.0), (0.2, 0.2)):
+        found = stream(pools=pools, share=share)
+        high, low = found.lane("a", HIGH, seconds=1), found.lane("b", LOW, seconds=1)
+        found.add(high, 0, 0, 30_000)
+        found.add(low, 0, 0, 30_000)
+        flowed(found)
+        assert low.gone[20] / 600 == pytest.approx(part, abs=0.002)
+
+
+def test_a_supply_makes_its_jobs_evenly_and_waits_while_it_may_not() -> None:
+    """Sixty a minute; while the high lane has everything, ten wait, and afterwards it goes on as before."""
+    found = stream(limits={"total": Limit(2.0, 1)}, tokens={"total": 0.0})
+    high, low = found.lane("first", HIGH), found.lane("second", LOW, backfill="b1")
+    rate = (Limit(2.0, 1).sustained or 0) * 60
+    found.supply(low, 1.0, 600, 10)
+    found.add(high, 5 * MINUTE, 5 * MINUTE, 10 * rate)
+    flowed(found)
+    assert low.gone[:5].tolist() == pytest.approx([60] * 5)
+    assert [low.backlog[bin_] for bin_ in range(5, 14)] == pytest.approx([10] * 9)
+    assert sum(low.gone[5:15]) == pytest.approx(0, abs=1.5)
+    assert low.gone[15] == pytest.approx(70, abs=1)
+    assert low.gone[16:19].tolist() == pytest.approx([60] * 3)
+    assert (sum(low.gone), sum(low.planned)) == pytest.approx((600, 600))
+    assert max(low.backlog) <= 10 + 1e-6
+
+
+def test_a_supply_with_long_runs_is_slower_than_its_rate() -> None:
+    found = stream()
+    lane = found.lane("report", LOW, backfill="b1", seconds=99.5)
+    found.supply(lane, 5.0, 10_000, 50)
+    flowed(found)
+    assert lane.gone[30] == pytest.approx(30)
+
+
 LANES = st.tuples(st.sampled_from(list(Priority)), st.sampled_from(["a", "b"]), st.floats(1, 3), st.floats(0.01, 200))
 FLOWS = st.tuples(st.integers(0, 3), st.integers(0, 50 * MINUTE), st.integers(0, 40 * MINUTE), st.floats(0.1, 5000))
 
@@ -172,6 +225,8 @@ FLOWS = st.tuples(st.integers(0, 3), st.integers(0, 50 * MINUTE), st.integers(0,
     host=st.none() | st.floats(0.05, 50),
     slots=st.none() | st.integers(0, 20),
     places=st.none() | st.integers(1, 5),
+    share=st.sampled_from([0.0, 0.05, 0.3]),
+    supply=st.none() | st.tuples(st.floats(0.001, 50), st.floats(1, 20_000), st.integers(10, 500)),
 )
 def test_nothing_is_lost_and_no_limit_broken(
     lanes: list[tuple[Priority, str, float, float]],
@@ -180,16 +235,25 @@ def test_nothing_is_lost_and_no_limit_broken(
     host: float | None,
     slots: int | None,
     places: int | None,
+    share: float,
+    supply: tuple[float, float, int] | None,
 ) -> None:
     limits = {"total": Limit(total, 5) if total else None, "host:a": Limit(host, 20, places) if host else None}
-    found = stream(hours=2, limits={name: one for name, one in limits.items() if one}, pools=None if slots is None else [Pool(ALL, slots)])
+    there = {name: one for name, one in limits.items() if one}
+    found = stream(hours=2, limits=there, pools=None if slots is None else [Pool(ALL, slots)], share=share)
     made = [
         found.lane(f"d{number}", priority, host=of, attempts=attempts, seconds=seconds)
         for number, (priority, of, attempts, seconds) in enumerate(lanes)
     ]
     for number, start_ms, window_ms, jobs in flows:
         found.add(made[number], start_ms, start_ms + window_ms, jobs)
+    if supply is not None:
+        made.append(found.lane("d0", LOW, backfill="b1", host="a"))
+        found.supply(made[-1], *supply)
     flowed(found)
+    if supply is not None:
+        assert sum(made[-1].planned) <= min(supply[1], supply[0] * 2 * HOUR / SECOND) + 1e-3
+        assert max(made[-1].backlog) <= supply[2] + 1e-3
     for lane in made:
         assert sum(lane.planned) == pytest.approx(sum(lane.gone) + lane.waits, rel=1e-6, abs=1e-3)
         came = went = 0.0
