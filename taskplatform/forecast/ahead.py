@@ -145,7 +145,7 @@ class _Ahead:
                 if any(lane.definition == name for lane in stream.lanes.values())
             ),
             assumptions=tuple(self._assumptions(simulation, pools, slots)),
-            left_out=tuple(self._left_out(more)),
+            left_out=tuple(self._left_out(simulation, more)),
         )
 
     def _simulate(self, more: Sequence[Added], limits: Mapping[str, Limit], pools: Sequence[Pool] | None) -> Simulation:
@@ -221,13 +221,15 @@ class _Ahead:
             )
         return found
 
-    def _left_out(self, more: Sequence[Added]) -> list[str]:
+    def _left_out(self, simulation: Simulation, more: Sequence[Added]) -> list[str]:
         outlook, found = self._outlook, []
         paused = sorted(name for name, one in outlook.definitions.items() if one.paused)
         if paused:
             found.append(f"Paused, and left out with what waits of it: {_named(paused)}.")
         if asked := sorted(name for name in _sums(more) if name in paused):
             found.append(f"More subscribers change nothing while it is paused: {_named(asked)}.")
+        if skipped := [f"{round(jobs):,} of {name}" for name, jobs in simulation.one_at_a_time.skipped.items() if jobs >= 1]:
+            found.append(f"Skipped, because the user's last job would not be finished (overlap: skip): {_named(skipped)}.")
         if waits := [f"{one.id} of {one.definition}" for one in outlook.backfills if one.state is BackfillState.PAUSED]:
             found.append(f"Backfills that are paused: {_named(waits)}.")
         unknown = sorted(outlook.definitions.keys() - self._catalogue.keys())

@@ -8,6 +8,7 @@ with users.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 from taskplatform.fluid import Lane, Pool, Stream
 from taskplatform.forecast.measures import Measure
+from taskplatform.forecast.overlap import OneAtATime
 from taskplatform.model import Definition, Limit, Priority, Schedule, schedule_to_json
 from taskplatform.schedule import next_occurrence
 from taskplatform.store import BackfillState, Commitment, Group, Outlook, commitment_of
@@ -98,6 +100,7 @@ class Simulation:
         held = {one.name.removeprefix("host:"): one.held_until_ms for one in outlook.limits if one.held_until_ms is not None}
         self.stream = Stream(outlook.now_ms, end_ms, bin_ms, limits=limits, tokens=tokens, pools=pools, holds=held, share=share)
         self.opened: list[Opened] = []
+        self.one_at_a_time = OneAtATime(self.stream, self._horizon_ms, lambda name: self._lane(name, self._priority(name)))
         self._groups: dict[str, Group] = {}
         self._members: dict[str, int] = {}
         self._jobs: dict[str, float] = {}
@@ -109,16 +112,24 @@ class Simulation:
     def run(self) -> None:
         """To the end."""
         end_ms = self.stream.end_ms
-        while self._due and self._due[0][0] <= end_ms:
-            now_ms = max(round(self._due[0][0]), self.stream.now_ms)
+        while (next_ms := self._next_ms()) < end_ms:
+            now_ms = max(round(next_ms), self.stream.now_ms)
             self.stream.advance(now_ms)
             if now_ms >= end_ms:
                 break
+            self.one_at_a_time.decide()
             together: list[str] = []
             while self._due and self._due[0][0] <= now_ms and len(together) < TOGETHER:
                 together.append(heappop(self._due)[1])
-            self._plan(together, now_ms)
+            if together:
+                self._plan(together, now_ms)
         self.stream.advance(end_ms)
+
+    def _next_ms(self) -> float:
+        """When something is to be planned."""
+        due_ms = self._due[0][0] if self._due else math.inf
+        decide_ms = self.one_at_a_time.next_ms
+        return due_ms if decide_ms is None else min(due_ms, decide_ms)
 
     # --- what the windows ask ---------------------------------------------------------------------------------------
 
@@ -176,12 +187,22 @@ class Simulation:
             for hour, jobs in enumerate(waiting.later):
                 begin_ms = soon_ms + hour * 3_600_000
                 self._come(place, begin_ms, begin_ms + 3_600_000, jobs)
+        users: defaultdict[str, float] = defaultdict(float)
+        for gid, jobs_of in self._jobs.items():
+            users[self._groups[gid].definition] += jobs_of
+        for name in filter(self._lets_one_be, self.definitions):
+            self.one_at_a_time.begin(name, users=users[name], running=outlook.running.get(name, 0))
         for occurrence in outlook.open:
             if occurrence.definition in self.definitions:
                 known = outlook.definitions[occurrence.definition]
                 end_ms = occurrence.start_ms + occurrence.window_ms
                 begin_ms = max(occurrence.start_ms, now_ms + self._horizon_ms)
-                self._come((occurrence.definition, known.priority), begin_ms, end_ms, occurrence.left * known.present)
+                left = occurrence.left * known.present
+                if self._lets_one_be(occurrence.definition):
+                    gid = occurrence.id.partition("|")[0]
+                    self.one_at_a_time.open(gid, occurrence.definition, occurrence.start_ms, occurrence.window_ms, left, begin_ms=begin_ms)
+                else:
+                    self._come((occurrence.definition, known.priority), begin_ms, end_ms, left)
                 self._open[occurrence.definition, occurrence.start_ms, occurrence.window_ms] += occurrence.members
         for name, runs in outlook.running.items():
             if name in self.definitions:
@@ -242,6 +263,12 @@ class Simulation:
         measure, host = self._measures[definition], self._hosts[definition]
         return self.stream.lane(definition, priority, backfill=backfill, host=host, attempts=measure.attempts, seconds=measure.seconds)
 
+    def _priority(self, definition: str) -> Priority:
+        return self.definitions[definition].priority
+
+    def _lets_one_be(self, definition: str) -> bool:
+        return self.definitions[definition].overlap == "skip"
+
     # --- planning ---------------------------------------------------------------------------------------------------
 
     def _plan(self, gids: Sequence[str], now_ms: int) -> None:
@@ -260,7 +287,8 @@ class Simulation:
                 Opened(key.definition, key.at_ms, key.start_ms, key.window_ms, asked_ms, int(members), jobs, key.limit, key.following_ms)
             )
             self._open[key.definition, key.start_ms, key.window_ms] += int(members)
-            self._come((key.definition, self.definitions[key.definition].priority), key.start_ms, key.start_ms + key.window_ms, jobs)
+            if not self._lets_one_be(key.definition):
+                self._come((key.definition, self._priority(key.definition)), key.start_ms, key.start_ms + key.window_ms, jobs)
 
     def _open_round(self, one: Round, now_ms: int, found: Mapping[_Window, list[float]]) -> None:
         by_limit = {opening.at_ms: window.limit for opening, _, window in one.widened}
@@ -283,3 +311,5 @@ class Simulation:
             sums = found[key]
             sums[0] += self._members[one.group.id]
             sums[1] += self._jobs[one.group.id]
+            if self._lets_one_be(one.definition.id):
+                self.one_at_a_time.open(one.group.id, one.definition.id, start_ms, window_ms, self._jobs[one.group.id])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -210,14 +210,15 @@ def test_release_goes_as_it_was_foreseen(store: Store, clock: Clock, share: floa
     assert ended["priority:low"].delay_ms == pytest.approx(done["second"] - NINE, abs=15 * SECOND)
 
 
-def work(store: Store, running: list[tuple[int, Message]] | None = None, seconds: int = 0) -> list[str]:
+def work(store: Store, running: list[tuple[int, Message]] | None = None, seconds: int = 0, slots: int = 100) -> list[str]:
     """Workers do all that may go now, each in so many seconds. Returns the definitions of what they began."""
-    done, running = [], [] if running is None else running
+    done: list[str] = []
+    running = [] if running is None else running
     while running and running[0][0] <= store.now_ms():
         finish(store, running.pop(0)[1])
-    offer(store, "celery@host#1a2b", slots=100)
+    offer(store, "celery@host#1a2b", slots=slots)
     store.release()
-    while True:
+    while len(running) < slots:
         try:
             message = take(store._redis)
         except LookupError:
@@ -228,6 +229,7 @@ def work(store: Store, running: list[tuple[int, Message]] | None = None, seconds
                 running.append((store.now_ms() + seconds * SECOND, message))
             else:
                 finish(store, message)
+    return done
 
 
 def finish(store: Store, message: Message) -> None:
@@ -236,7 +238,7 @@ def finish(store: Store, message: Message) -> None:
 
 @pytest.mark.parametrize(("limit", "seconds"), [(None, 0), (0.5, 0), (None, 20)])
 def test_a_backfill_goes_on_as_it_was_foreseen(store: Store, clock: Clock, limit: float | None, seconds: int) -> None:
-    """It makes a job a second, or as many as a limit or the time of ten runs let go: then as many wait as may be unfinished, and no more."""
+    """It makes a job a second, or as many as a limit or the time of ten runs let go; no more wait than may be unfinished."""
     clock.now_ms = NINE
     report = define(priority="high")
     leading = lead(store, report)
@@ -284,6 +286,39 @@ def test_a_backfill_goes_on_as_it_was_foreseen(store: Store, clock: Clock, limit
         assert of_all.end_ms == pytest.approx(clock.now_ms, abs=1.5 * MINUTE)
     assert any(begun.id in line for line in found.assumptions)
     assert any(held.id in line and "paused" in line for line in found.left_out)
+
+
+@pytest.mark.parametrize(("slots", "seconds"), [(1, 20), (100, 720)])
+def test_who_is_not_finished_is_skipped_as_it_was_foreseen(store: Store, clock: Clock, slots: int, seconds: int) -> None:
+    """Where a user has one job at a time, users whose last one waits for a worker, or runs for longer than the interval, get none."""
+    clock.now_ms = NINE - 10 * SECOND
+    poll = define("poll", interval={"type": "minutely", "value": 10}, window="2m", overlap="skip")
+    leading = lead(store, poll, horizon=LONG)
+    subscribers(store, "poll", names(60))
+    running: list[tuple[int, Message]] = []
+
+    def until(end_ms: int) -> None:
+        while clock.now_ms < end_ms:
+            leading.advance()
+            work(store, running, seconds, slots)
+            clock.advance(10)
+
+    until(NINE + 26 * MINUTE)
+    found = platform(store, poll).forecast(hours=50 / 60)
+    until(NINE + 76 * MINUTE)
+    jobs = [job for job in store.jobs(definition="poll", limit=1000).items if job.execute_after_ms >= NINE + 28 * MINUTE]
+    rejected = Counter((job.execute_after_ms - NINE) // MINUTE // 10 for job in jobs if job.state is JobState.REJECTED)
+    made = Counter((job.execute_after_ms - NINE) // MINUTE // 10 for job in jobs if job.state is not JobState.REJECTED)
+    foreseen: defaultdict[int, float] = defaultdict(float)
+    for point in found.total.points:
+        at_ms = found.start_ms + point.bin * MINUTE
+        if at_ms >= NINE + 28 * MINUTE:
+            foreseen[(at_ms - NINE) // MINUTE // 10] += point.jobs
+    print(made, rejected, foreseen, found.left_out)
+    assert sum(rejected.values()) > 100
+    for occurrence in range(3, 8):
+        assert foreseen[occurrence] == pytest.approx(made[occurrence], abs=9), occurrence
+    assert sum(foreseen.values()) == pytest.approx(sum(made.values()), rel=0.08)
 
 
 def at(instant_ms: int) -> datetime:
