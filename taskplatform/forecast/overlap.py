@@ -63,11 +63,10 @@ class OneAtATime:
         self._number = 0
         self._skipped: defaultdict[str, float] = defaultdict(float)
 
-    def begin(self, definition: str, *, users: float, running: float) -> None:
-        """So many users have jobs of it, and so many of its jobs run; what waits is in its lane."""
+    def begin(self, definition: str, *, users: float, running: float, until_ms: float) -> None:
+        """So many users have jobs of it, and so many of its jobs run until then; what waits is in its lane."""
         self._users[definition] = users
-        lane = self._lane_of(definition)
-        self._running[definition] = (running, self._stream.begin_ms + _run_ms(lane))
+        self._running[definition] = (running, until_ms)
 
     @property
     def skipped(self) -> dict[str, float]:

@@ -191,7 +191,10 @@ class Simulation:
         for gid, jobs_of in self._jobs.items():
             users[self._groups[gid].definition] += jobs_of
         for name in filter(self._lets_one_be, self.definitions):
-            self.one_at_a_time.begin(name, users=users[name], running=outlook.running.get(name, 0))
+            runs, measure = outlook.running.get(name, 0), self._measures[name]
+            self.one_at_a_time.begin(
+                name, users=users[name], running=runs, until_ms=self._ends_ms(name, measure.seconds * measure.attempts)
+            )
         for occurrence in outlook.open:
             if occurrence.definition in self.definitions:
                 known = outlook.definitions[occurrence.definition]
@@ -207,8 +210,13 @@ class Simulation:
         for name, runs in outlook.running.items():
             if name in self.definitions:
                 lane = self._lane(name, outlook.definitions[name].priority)
-                # halfway through, as the mean of those that are seen running
-                self.stream.run(lane, runs, now_ms + lane.seconds * 500)
+                self.stream.run(lane, runs, self._ends_ms(name, lane.seconds))
+
+    def _ends_ms(self, name: str, seconds: float) -> float:
+        """When those end that run now, if each takes so long."""
+        now_ms = self._outlook.now_ms
+        # halfway through, as the mean of those that are seen running, where nothing else is known
+        return max(now_ms, self._outlook.running_since_ms.get(name, now_ms - seconds * 500) + seconds * 1000)
 
     def _begin_backfills(self) -> Counter[tuple[str, Priority]]:
         """Let those that run go on. Returns how many jobs of theirs wait, which are no others'."""

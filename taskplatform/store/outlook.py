@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import redis
@@ -108,6 +108,8 @@ class Outlook:
     users: int
     backfills: tuple[OpenBackfill, ...] = ()
     """Those that run or are paused."""
+    running_since_ms: Mapping[str, float] = field(default_factory=dict)
+    """By definition, when those that run began, in the mean."""
     fairness: bool | None = None
     """As the planner that leads has it; None where none ever did, as for `share`."""
     share: float | None = None
@@ -123,7 +125,7 @@ def read_outlook(
         [
             ("smembers", key("definitions")),
             ("hgetall", key("committed")),
-            ("zrange", key("active"), 0, -1),
+            ("zrange", key("active"), 0, -1, False, True),
             ("zrange", key("workers"), 0, -1, False, True),
             ("zcard", key("users")),
             ("hmget", key("options"), ["fairness", "share"]),
@@ -134,6 +136,10 @@ def read_outlook(
     )
     known, committed, active, beats, users, (fairness, share), backfills, ended, *queued = first
     definitions = sorted(known)
+    running, began = Counter[str](), Counter[str]()
+    for job_id, began_ms in active:
+        running[_definition_of(job_id)] += 1
+        began[_definition_of(job_id)] += int(began_ms)
     return Outlook(
         now_ms=now_ms,
         definitions=dict(zip(definitions, _definitions(ask, key, definitions), strict=True)),
@@ -141,7 +147,8 @@ def read_outlook(
         open=tuple(_open(ask, key, committed)),
         waiting=_waiting(ask, key, definitions, now_ms, now_ms + horizon_ms, until_ms),
         queued=Counter((_definition_of(job_id), priority) for priority, ids in zip(Priority, queued, strict=True) for job_id in ids),
-        running=Counter(map(_definition_of, active)),
+        running=running,
+        running_since_ms={name: began[name] / runs for name, runs in running.items()},
         limits=tuple(limits),
         workers=tuple(
             read_worker(worker, int(beat), fields, ())

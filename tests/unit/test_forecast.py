@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from xml.etree import ElementTree
 
@@ -27,12 +28,14 @@ from taskplatform.forecast.simulation import Simulation
 from taskplatform.model import Definition, JobState, Limit, Priority
 from taskplatform.settings import Settings
 from taskplatform.store import (
+    BackfillState,
     DefinitionCounts,
     Group,
     Histogram,
     KnownDefinition,
     KnownGroup,
     LimitState,
+    OpenBackfill,
     OpenOccurrence,
     Outlook,
     Waiting,
@@ -414,6 +417,70 @@ def test_open_occurrences_and_what_waits_come_first() -> None:
     points = {point.bin: point.jobs for point in found.total.points}
     assert sum(points.get(bin_, 0) for bin_ in range(30)) == pytest.approx(480 + 27, abs=0.2)
     assert points[90] == pytest.approx(1)
+
+
+def hourly(found: Forecast) -> list[int]:
+    """How many jobs become due in each hour of the day, up to the last."""
+    jobs: defaultdict[int, float] = defaultdict(float)
+    for point in found.total.points:
+        jobs[(found.start_ms + point.bin * MINUTE - DAY) // HOUR] += point.jobs
+    return [round(jobs[hour]) for hour in range(max(jobs) + 1)]
+
+
+def test_who_has_an_unfinished_job_is_skipped() -> None:
+    """Runs of 90 minutes, each hour: every second one. What each user had before all began is not known, and counts for all alike."""
+    report = define(interval={"type": "hourly"}, window="10m", overlap="skip")
+    look = outlook((report, 1000), measured={"report": counts(100, ms=90 * MINUTE)}, now_ms=DAY + MINUTE)
+    found = ahead(look, report, hours=5.9).forecast((), {}, None)
+    assert hourly(found) == [0, 1000, 0, 1000, 0, 1000]
+    assert "Skipped, because the user's last job would not be finished (overlap: skip): 2,000 of report." in found.left_out
+    runs = replace(look, running={"report": 400}, running_since_ms={"report": look.now_ms})
+    assert hourly(ahead(runs, report, hours=5.9).forecast((), {}, None)) == [0, 600, 400, 600, 400, 600]
+    assert hourly(ahead(replace(runs, running_since_ms={}), report, hours=5.9).forecast((), {}, None))[1] == 1000
+    own = Group("report~own", "report", define(interval={"type": "hourly", "at_time": {"minute": 30}}).schedule, look.now_ms)
+    both = replace(look, groups=(*look.groups, KnownGroup(own, 500, float(look.now_ms))))
+    # users of one group have nothing to do with those of the other
+    assert hourly(ahead(both, report, hours=5.9).forecast((), {}, None)) == [500, 1000, 500, 1000, 500, 1000]
+
+
+def test_who_waits_for_a_worker_is_skipped_and_nobody_else() -> None:
+    """400 an hour can run, of 1000: so many are made, and never more wait than there are users."""
+    allow = define(interval={"type": "hourly"}, window="10m")
+    skip = define(interval={"type": "hourly"}, window="10m", overlap="skip")
+    look = outlook((skip, 1000), measured={"report": counts(100, ms=9 * SECOND)})
+    found = ahead(look, skip).forecast((), {}, 1)
+    assert found.total.jobs == pytest.approx(23 * 400 + 600, rel=0.05)
+    assert found.total.backlog <= 1000
+    assert ahead(look, allow).forecast((), {}, 1).total.jobs == 23_000
+    # with workers enough it is all one
+    assert ahead(look, skip).forecast((), {}, 4).to_dict() == ahead(look, allow).forecast((), {}, 4).to_dict()
+
+
+def test_a_paused_backfill_makes_nothing_and_one_that_runs_is_low() -> None:
+    report = define(priority="high")
+    backfills = (
+        OpenBackfill("b1", "report", BackfillState.RUNNING, 2.0, 20, 15, 600.0),
+        OpenBackfill("b2", "report", BackfillState.PAUSED, 2.0, 20, 0, 600.0),
+    )
+    # five of those that wait are others
+    look = outlook((report, 0), backfills=backfills, waiting={("report", LOW): Waiting(15, 5, ())})
+    found = ahead(look, report, hours=1).forecast((), {}, None)
+    assert found.priorities[2].jobs == found.total.jobs == pytest.approx(620, abs=0.1)
+    assert [round(point.jobs) for point in found.total.points] == [140, 120, 120, 120, 120]
+    assert any("b1 of report" in line for line in found.assumptions)
+    assert "Backfills that are paused: b2 of report." in found.left_out
+
+
+def test_share_and_fairness_are_those_of_the_leader() -> None:
+    high, low = define("first", priority="high"), define("second", priority="low")
+    waiting = {("first", HIGH): Waiting(6000, 0, ()), ("second", LOW): Waiting(6000, 0, ())}
+    look = outlook((high, 0), (low, 0), waiting=waiting, limits={"total": Limit(10.0, 1)})
+    asked = partial(_Ahead, catalogue={"first": high, "second": low}, horizon=HORIZON, end_ms=look.now_ms + HOUR // 3, bin_ms=MINUTE)
+    for share, own, part in ((None, 0.0, 0.0), (None, 0.25, 0.25), (0.1, 0.25, 0.1)):
+        known = replace(look, share=share, fairness=None if share is None else True)
+        found = asked(known, settings=Settings(lower_share=own)).forecast((), {}, None)
+        assert found.priorities[2].points[5].requests / found.total.points[5].requests == pytest.approx(part, abs=0.01)
+        assert any("fairness" in line for line in found.assumptions) == (share is not None)
 
 
 def test_measures_fall_back_and_say_so() -> None:
