@@ -87,7 +87,8 @@ class OneAtATime:
         occurrence = _Occurrence(start_ms, window_ms, [0.0] * parts)
         if not before and not self._unknown(definition):
             self._stream.add(self._lane_of(definition), begin_ms, occurrence.end_ms, jobs)
-            occurrence.made[:] = [1.0 if occurrence.due_ms(part + 1) > begin_ms else 0.0 for part in range(parts)]
+            # who was planned before it begins here is among those of whom nothing is known
+            occurrence.made[:] = [float(begin_ms <= start_ms or occurrence.due_ms(part + 1) > begin_ms) for part in range(parts)]
         else:
             length_ms = occurrence.end_ms - begin_ms
             for part in range(parts):

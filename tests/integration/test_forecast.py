@@ -288,6 +288,24 @@ def test_a_backfill_goes_on_as_it_was_foreseen(store: Store, clock: Clock, limit
     assert any(held.id in line and "paused" in line for line in found.left_out)
 
 
+def test_what_a_backfill_leaves_out_is_not_to_come(store: Store, clock: Clock) -> None:
+    """Two of three occurrences become older than the retention before it comes to them."""
+    clock.now_ms = NINE
+    report = define(priority="high")
+    leading = lead(store, report)
+    subscribers(store, "report", names(45))
+    site = platform(store, report)
+    begun = site.backfill("report", since=at(NINE - 5 * DAY // 2 - 5 * HOUR), until=at(NINE - DAY // 3), rate="1/s")
+    assert site.forecast(hours=1).priorities[2].jobs == pytest.approx(135)
+    clock.now_ms += 2 * DAY
+    for _ in range(5):
+        leading.advance()
+        clock.advance(1)
+    found = store.backfills.get(begun.id)
+    assert (found.forgotten, 0 < found.made < 10) == (2, True)
+    assert site.forecast(hours=1).priorities[2].jobs == pytest.approx(45, abs=0.1)
+
+
 @pytest.mark.parametrize(("slots", "seconds"), [(1, 20), (100, 720)])
 def test_who_is_not_finished_is_skipped_as_it_was_foreseen(store: Store, clock: Clock, slots: int, seconds: int) -> None:
     """Where a user has one job at a time, users whose last one waits for a worker, or runs for longer than the interval, get none."""

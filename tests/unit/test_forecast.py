@@ -427,9 +427,10 @@ def hourly(found: Forecast) -> list[int]:
     return [round(jobs[hour]) for hour in range(max(jobs) + 1)]
 
 
-def test_who_has_an_unfinished_job_is_skipped() -> None:
+@pytest.mark.parametrize("window", ["10m", "0s"])
+def test_who_has_an_unfinished_job_is_skipped(window: str) -> None:
     """Runs of 90 minutes, each hour: every second one. What each user had before all began is not known, and counts for all alike."""
-    report = define(interval={"type": "hourly"}, window="10m", overlap="skip")
+    report = define(interval={"type": "hourly"}, window=window, overlap="skip")
     look = outlook((report, 1000), measured={"report": counts(100, ms=90 * MINUTE)}, now_ms=DAY + MINUTE)
     found = ahead(look, report, hours=5.9).forecast((), {}, None)
     assert hourly(found) == [0, 1000, 0, 1000, 0, 1000]
