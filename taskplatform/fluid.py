@@ -32,6 +32,8 @@ _SHARES = 3
 #: Slots, where nobody asks how many there are.
 _ENOUGH = 10**9
 _LOWER = tuple(Priority)[1:]
+#: What shares are parts of is the pace of about so long: steps alone are uneven where runs end together.
+_PACE_MS = 30_000
 #: A supply that may not go on sees that one of its jobs has ended after this, in the mean: backfills look once a second.
 _SEEN_MS = 500
 
@@ -522,8 +524,8 @@ class Stream:
     def _end(self, bin_: int, span_ms: int, runs: float) -> None:
         for one in self._all:
             one.end(bin_)
-        # a burst at once counts as one of a short step
-        self._pace += (runs / span_ms - self._pace) * span_ms / (span_ms + STEP_MS)
+        # so that a burst in a short step is no pace
+        self._pace += (runs / span_ms - self._pace) * -math.expm1(-span_ms / _PACE_MS)
         self.now_ms += span_ms
 
 

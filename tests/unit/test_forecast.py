@@ -191,6 +191,16 @@ def test_a_share_takes_places_of_workers_that_serve_higher_queues_alone() -> Non
         assert low.gone[20] / 600 == pytest.approx(part, abs=0.002)
 
 
+def test_a_share_is_one_of_runs_however_long_they_take() -> None:
+    """Five slots do 100 runs in five minutes, of which 60 take 20 s, 20 take 5 s, and 20 take 10 s."""
+    found = stream(pools=[Pool(ALL, 5)], share=0.2)
+    lanes = [found.lane("a", HIGH, seconds=20), found.lane("b", MEDIUM, seconds=5), found.lane("c", LOW, seconds=10)]
+    for lane in lanes:
+        found.add(lane, 0, 0, 1000)
+    flowed(found)
+    assert [sum(lane.gone[10:40]) / 6 for lane in lanes] == pytest.approx([60, 20, 20], rel=0.03)
+
+
 def test_a_supply_makes_its_jobs_evenly_and_waits_while_it_may_not() -> None:
     """Sixty a minute; while the high lane has everything, ten wait, and afterwards it goes on as before."""
     found = stream(limits={"total": Limit(2.0, 1)}, tokens={"total": 0.0})
