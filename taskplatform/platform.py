@@ -31,7 +31,7 @@ from pydantic import ValidationError
 
 from taskplatform import backfill as backfilling
 from taskplatform import tracing
-from taskplatform.answers import Answer, Coming, Moment, coming, why
+from taskplatform.answers import Answer, Coming, Moment, Waits, coming, waits, why
 from taskplatform.catalogue import Catalogue, deployed
 from taskplatform.errors import Conflict, InvalidInput, TaskPlatformError, UnknownBackfill, UnknownDefinition, UnknownUser
 from taskplatform.faults import did_you_mean, explain
@@ -646,6 +646,11 @@ class Platform:
         """The host for which a due job waits, where that is held back; else None."""
         waits = job.state in (JobState.PENDING, JobState.RETRYING) and job.execute_after_ms <= self.store.now_ms()
         return self.store.breaker_of(job.definition) if waits else None
+
+    def waits(self, job: Job) -> Waits | None:
+        """For what a job waits that was not started, in a sentence that says by whom it is held back and behind how many it is. None
+        for one that runs or has ended."""
+        return waits(self.store, self.catalogue, job)
 
     def open_breaker(self, host: str, *, span: timedelta, reason: str = "") -> None:
         """Hold a host's jobs back for so long, up to 366 days. Then it is probed, as after failures. Raises InvalidInput."""

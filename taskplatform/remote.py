@@ -185,6 +185,12 @@ class RemotePlatform:
         """The host for which a due job waits, where that is held back; else None."""
         return self._get(lambda one: _breaker(one["breaker"]) if one["breaker"] else None, f"/jobs/{_quoted_job(job.id)}/held-back")
 
+    def waits(self, job: Job) -> answers.Waits | None:
+        """As `Platform.waits`."""
+        if job.state not in (JobState.PENDING, JobState.QUEUED, JobState.RETRYING):
+            return None
+        return self._get(lambda one: _waits(one["waits"]) if one["waits"] else None, f"/jobs/{_quoted_job(job.id)}")
+
     def jobs(
         self,
         *,
@@ -955,6 +961,10 @@ def _answer(one: Json) -> answers.Answer:
         history=tuple(map(_transition, one["history"])),
         facts=tuple(one["facts"].items()),
     )
+
+
+def _waits(one: Json) -> answers.Waits:
+    return answers.Waits(one["reason"], one["mend"], tuple(one["facts"].items()))
 
 
 def _moment(one: Json) -> Moment:
