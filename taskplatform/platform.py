@@ -90,6 +90,8 @@ LOG_LEVEL_SPAN = timedelta(minutes=10)
 LONGEST_LOG_LEVEL = timedelta(days=1)
 #: Dead letters that are redriven or discarded in one step.
 _DEAD_BATCH = 100
+#: And when they are only counted.
+_DEAD_COUNTED = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -467,6 +469,18 @@ class Platform:
             discarded += answers.count(DeadLetterResult.DONE)
             cursor = page.cursor
         return discarded, cursor
+
+    def count_dead(self, filters: DeadFilters, *, budget: timedelta) -> tuple[int, bool, str]:
+        """How many dead letters there are now that `filters` fit, counted for about `budget`; whether that is all of them; and the cursor
+        with which `redrive_page` and `discard_page` go through these, and through none that dies later. Raises InvalidInput."""
+        checked, until_ms, deadline = filters.checked, self.store.now_ms(), time.monotonic() + budget.total_seconds()
+        count, cursor = 0, None
+        while True:
+            page = self.store.dead_letters(**checked, until_ms=until_ms, cursor=cursor, limit=_DEAD_COUNTED, scan=_DEAD_COUNTED)
+            count, cursor = count + len(page.items), page.cursor
+            if cursor is None or time.monotonic() >= deadline:
+                # a job's id is no bare colon: the place before all that died in this millisecond or earlier
+                return count, cursor is None, f"{until_ms + 1}|:"
 
     def _dead_pages(
         self, filters: DeadFilters, cursor: str | None, limit: int | None, progress: Callable[[int], None] | None
@@ -1001,13 +1015,14 @@ class Platform:
         limits: Mapping[str, Limit] | None = None,
         slots: int | None = None,
         came: Sequence[tuple[str, int] | More] = (),
+        resume: Sequence[str] = (),
     ) -> Forecast:
         """What the next hours bring: jobs and requests, what limits and workers can carry, and what waits.
 
         `enable` are definitions with so many more subscribers, on the definition's schedule unless `More` gives another; `limits` go before
         those in force, each as a whole (`limit_of` makes them), and `slots` is how many places workers have, in place of those of the
-        workers that live. With any of them `Forecast.before` is the same without; with `came` it is as it was before these came. It
-        changes nothing. Raises InvalidInput, UnknownDefinition, StoreError.
+        workers that live; `resume` are definitions that are not paused any more. With any of them `Forecast.before` is the same without;
+        with `came` it is as it was before these came. It changes nothing. Raises InvalidInput, UnknownDefinition, StoreError.
         """
         for name in limits or {}:
             _limit_name(name)
@@ -1020,6 +1035,7 @@ class Platform:
             limits=limits,
             slots=slots,
             came=[self._added(*one) for one in came],
+            resume=[self.definition(one).id for one in resume],
         )
 
     def subscribed(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:

@@ -512,6 +512,14 @@ class DefinitionRecord(_Given):
         )
 
 
+class Resumed(DefinitionRecord):
+    """A definition whose pause ended."""
+
+    model_config = _example(**_DEFINITION, warnings=[])
+
+    warnings: list[str] = Field(default=[], description="what that spoils in the next 24 hours, by a forecast, where it has many subscribers")
+
+
 def _target(definition: Definition) -> str:
     if definition.config is None:
         return f"python {definition.call}"
