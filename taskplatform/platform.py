@@ -470,17 +470,18 @@ class Platform:
             cursor = page.cursor
         return discarded, cursor
 
-    def count_dead(self, filters: DeadFilters, *, budget: timedelta) -> tuple[int, bool, str]:
-        """How many dead letters there are now that `filters` fit, counted for about `budget`; whether that is all of them; and the cursor
-        with which `redrive_page` and `discard_page` go through these, and through none that dies later. Raises InvalidInput."""
+    def count_dead(self, filters: DeadFilters, *, cursor: str | None = None, budget: timedelta) -> tuple[int, bool, str]:
+        """How many dead letters there are now that `filters` fit, after `cursor`, counted for about `budget`; whether that is all of them;
+        and the cursor with which `redrive_page` and `discard_page` go through these, and through none that dies later. Raises
+        InvalidInput."""
         checked, until_ms, deadline = filters.checked, self.store.now_ms(), time.monotonic() + budget.total_seconds()
-        count, cursor = 0, None
+        # no id begins with that: the place before all that have died by now
+        count, begin = 0, cursor or f"{until_ms + 1}|!"
         while True:
             page = self.store.dead_letters(**checked, until_ms=until_ms, cursor=cursor, limit=_DEAD_COUNTED, scan=_DEAD_COUNTED)
             count, cursor = count + len(page.items), page.cursor
             if cursor is None or time.monotonic() >= deadline:
-                # a job's id is no bare colon: the place before all that died in this millisecond or earlier
-                return count, cursor is None, f"{until_ms + 1}|:"
+                return count, cursor is None, begin
 
     def _dead_pages(
         self, filters: DeadFilters, cursor: str | None, limit: int | None, progress: Callable[[int], None] | None
@@ -1035,7 +1036,7 @@ class Platform:
             limits=limits,
             slots=slots,
             came=[self._added(*one) for one in came],
-            resume=[self.definition(one).id for one in resume],
+            resume=resume,
         )
 
     def subscribed(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:

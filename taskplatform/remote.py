@@ -189,7 +189,7 @@ class RemotePlatform:
         """As `Platform.waits`."""
         if job.state not in (JobState.PENDING, JobState.QUEUED, JobState.RETRYING):
             return None
-        return self._get(lambda one: _waits(one["waits"]) if one["waits"] else None, f"/jobs/{_quoted_job(job.id)}")
+        return self._get(lambda one: _waits(one["waits"]) if one.get("waits") else None, f"/jobs/{_quoted_job(job.id)}")
 
     def jobs(
         self,

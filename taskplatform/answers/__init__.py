@@ -1,4 +1,4 @@
-"""Answers for operators: why a user's job ran or did not (`why`), for what one waits (`waits`), and when the next ones will be made (`coming`).
+"""Answers for operators: why a user's job ran or did not (`why`), for what one waits (`waits`), and when the next come (`coming`).
 
 The store gives the facts (`store.evidence`), `past`, `waiting` and `future` derive answers from them, without a clock or I/O, and `ask`
 brings the two together.

@@ -517,7 +517,9 @@ class Resumed(DefinitionRecord):
 
     model_config = _example(**_DEFINITION, warnings=[])
 
-    warnings: list[str] = Field(default=[], description="what that spoils in the next 24 hours, by a forecast, where it has many subscribers")
+    warnings: list[str] = Field(
+        default=[], description="what that spoils in the next 24 hours, by a forecast, where it has many subscribers"
+    )
 
 
 def _target(definition: Definition) -> str:

@@ -201,7 +201,8 @@ def list_(
 def show(ctx: click.Context, job_id: str, *, follow: bool, as_json: bool) -> None:
     """Show a job and its history.
 
-    Of one that waits also what holds it back, by whom and since when, behind how many it is, and what helps. With --follow and --json each line is a JSON object.
+    Of one that waits also what holds it back, by whom and since when, behind how many it is, and what helps. With --follow and --json each
+    line is a JSON object.
     """
     if not follow:
         show_job(job_id, as_json=as_json)

@@ -54,6 +54,8 @@ def look_ahead(
         raise InvalidInput(f"slots {slots!r} is not accepted: 0 to 1,000,000 is", field="slots")
     for one in (*enable, *came):
         _check(one, catalogue)
+    if unknown := [name for name in resume if name not in catalogue]:
+        raise InvalidInput(f"definition {unknown[0]!r} is not known; `taskplatform tasks list` shows all", field="resume")
     for name in limits or {}:
         if name.partition(":")[0] not in ("total", "definition", "host"):
             raise InvalidInput(f"limit {name!r} cannot be forecast: total, definition:ID and host:HOST can", field="limits")

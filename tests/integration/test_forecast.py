@@ -407,7 +407,7 @@ def test_the_api_says_what_a_resume_spoils(site: Api) -> None:
     assert asked["total"]["jobs"] > asked["before"]["total"]["jobs"] + 2900
     assert not any("Paused" in line for line in asked["left_out"])
     assert any("Paused" in line for line in asked["before"]["left_out"])
-    site("POST", "/v1/forecast", {"resume": ["nothing"]}, status=404)
+    site("POST", "/v1/forecast", {"resume": ["nothing"]}, status=422)
     first, *_ = site("POST", "/v1/definitions/report/resume")["warnings"]
     assert "limit total (1/s burst 2) would be used up" in first
     # what is not paused spoils nothing, and who does not want to know is told nothing
