@@ -457,16 +457,16 @@ def test_many_are_resumed_after_it_was_said_what_that_brings(api: Api, platform:
     for place in (routes, growth):
         monkeypatch.setattr(place, "MANY", 2)
     for user in ("u1", "u2"):
-        platform.subscribe(user, "report", params={"format": "pdf"})
+        platform.subscribe(user, "sync")
     platform.set_limit("total", "1/h", burst=1)
-    platform.pause_definition("report")
-    guest, page = browser(api, "admin"), "/ui/definitions/report/resume"
-    answer = guest.send("/ui/definitions/report", page)
+    platform.pause_definition("sync")
+    guest, page = browser(api, "admin"), "/ui/definitions/sync/resume"
+    answer = guest.send("/ui/definitions/sync", page)
     assert (answer.status_code, answer.headers["location"]) == (303, page)
     asked = guest.get(page)
     assert "It has 2 subscribers." in asked
     assert "limit total (1/h burst 1) would be used up from" in asked
-    assert "report" in platform.store.definition_pauses()
+    assert "sync" in platform.store.definition_pauses()
     assert browser(api, "read").raw("GET", page).status_code == 403
     assert "Resumed." in guest.get(guest.send(page, page).headers["location"])
     assert platform.store.definition_pauses() == {}
