@@ -8,7 +8,7 @@ import html
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -470,6 +470,34 @@ def test_many_are_resumed_after_it_was_said_what_that_brings(api: Api, platform:
     assert browser(api, "read").raw("GET", page).status_code == 403
     assert "Resumed." in guest.get(guest.send(page, page).headers["location"])
     assert platform.store.definition_pauses() == {}
+
+
+def test_a_backfill_is_counted_and_then_begun_once(api: Api, platform: Platform) -> None:
+    for user in ("u1", "u2"):
+        platform.subscribe(user, "sync")
+    guest, path = browser(api, "admin", name="ann"), "/ui/definitions/sync/backfill"
+    assert f'action="{path}"' in guest.get("/ui/definitions/sync")
+    assert f'action="{path}"' not in browser(api, "read").get("/ui/definitions/sync")
+    since = datetime.now(UTC) - 3 * HOUR
+    page = f"{path}?since={since:%Y-%m-%dT%H:%M}&until="
+    asked = guest.get(page)
+    fields = {name: html.unescape(value) for name, value in re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', asked)}
+    since, until = (datetime.fromisoformat(fields[name]) for name in ("since", "until"))
+    expected = platform.backfill("sync", since=since, until=until, dry_run=True)
+    assert f"<dt>would be made</dt><dd>{expected.made} jobs</dd>" in asked
+    assert expected.made >= 6
+    assert platform.backfills() == []  # it only counted
+    for refused in (path, f"{path}?since=x", f"{path}?since=2999-01-01T00:00", f"{path}?since={since:%Y-%m-%dT%H:%M}&rate=x"):
+        assert guest.raw("GET", refused).status_code == 422, refused
+    assert guest.raw("POST", path, data={"token": _token(asked), "since": "2026-11-22T09:00"}).status_code == 422
+    other = browser(api, "submit", "read")
+    assert other.raw("GET", page).status_code == other.raw("POST", path, data={"token": _token(other.get("/ui/"))}).status_code == 403
+    for _ in range(2):  # the button was pressed twice
+        answer = guest.raw("POST", path, data=fields | {"token": _token(asked)})
+        assert answer.status_code == 303, answer.text
+    (made,) = platform.backfills()
+    assert (made.definition, made.actor, made.since_ms, made.until_ms) == ("sync", "ui:ann", expected.since_ms, expected.until_ms)
+    assert "<code>taskplatform backfills list</code>" in guest.get(answer.headers["location"])
 
 
 def test_each_form_takes_the_token_of_its_session(api: Api, platform: Platform) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import shlex
 import time
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Annotated
 from urllib.parse import quote
@@ -22,6 +23,7 @@ from taskplatform.api.problem import Problem, with_status
 from taskplatform.api.routing import MOST_LOOKED_AT, cursor_of, token_of
 from taskplatform.api.security import Door
 from taskplatform.api.sessions import ROOT, SIGN_IN
+from taskplatform.backfill import DEFAULT_RATE
 from taskplatform.errors import InvalidInput, UnknownDefinition, UnknownSubscription
 from taskplatform.forecast import MOST_HOURS, asked_limit
 from taskplatform.keys import Scope
@@ -31,6 +33,8 @@ from taskplatform.schedule import next_occurrence
 
 pages = Pages()
 
+#: So long a page counts what a backfill would make.
+BACKFILL_BUDGET = timedelta(seconds=2)
 #: Occurrences of which a subscription's page says what became, and moments that it tells ahead.
 WHY_LAST, NEXT_COUNT = 10, 5
 #: What a forecast may be asked for at the most.
@@ -187,6 +191,46 @@ def ask_resume(visit: Looks, definition: Name) -> Response:
     _check_admin(visit, "to resume a definition")
     warnings = warnings_of_resume(visit.platform, definition)
     return visit.page("resume.html", definition=definition, subscribers=visit.platform.count_subscribers(definition), warnings=warnings)
+
+
+@pages.get("/definitions/{definition}/backfill")
+def ask_backfill(visit: Looks, definition: Name, since: Text = "", until: Text = "", rate: Text = "") -> Response:
+    """What a backfill would make: a dry run, before it is begun."""
+    _check_admin(visit, "to begin a backfill")
+    begin, rate = _moment(since.strip()), rate.strip() or DEFAULT_RATE
+    if begin is None:
+        raise InvalidInput("from when on is not given: 2026-11-22T09:00 is a time, in UTC", field="since")
+    counted, rest = visit.platform.count_backfill(
+        definition,
+        since=begin,
+        until=_moment(until.strip()),
+        users=None,
+        rate=rate,
+        beyond_retention=False,
+        cursor=None,
+        budget=BACKFILL_BUDGET,
+    )
+    # what is begun is what was counted, though it was "until now", and once, however often the form is sent
+    fields = {"since": _iso(counted.since_ms), "until": _iso(counted.until_ms), "rate": rate, "key": secrets.token_hex(8)}
+    return visit.page("backfill.html", counted=counted, whole=rest is None, fields=fields)
+
+
+def _iso(at_ms: int) -> str:
+    return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="milliseconds")
+
+
+@pages.post("/definitions/{definition}/backfill")
+def begin_backfill(visit: Administers, definition: Name) -> Response:
+    """Begin it, for all subscribers."""
+    form = visit.form
+    begin, end, key = _moment(form.get("since", "")), _moment(form.get("until", "")), form.get("key", "")
+    if begin is None or end is None or not key:
+        raise InvalidInput("a backfill is begun with since, until, rate and key, as its dry run gives them", field="since")
+    made = visit.platform.backfill(
+        definition, since=begin, until=end, rate=form.get("rate", DEFAULT_RATE), idempotency_key=f"ui:{visit.key.name}:{key}"
+    )
+    visit.note(backfill=made.id)
+    return visit.done("backfill")
 
 
 # --- users -----------------------------------------------------------------------------------------------------------

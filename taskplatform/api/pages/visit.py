@@ -40,6 +40,7 @@ _SAID = {
     "canceled": "Canceled.",
     "redriven_all": "Redriven: {number}. They run again, each with a fresh budget of retries.",
     "left": "Redriven: {number}. Others are left: their definitions were removed from the catalogue.",
+    "backfill": "Begun. How far it is says `taskplatform backfills list`.",
     "discarded_all": "Discarded: {number}. The change log keeps that it was done.",
 }
 #: How many things were done, in such an address.
