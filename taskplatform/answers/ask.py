@@ -7,14 +7,15 @@ from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 
 from taskplatform.answers import future, past
-from taskplatform.answers.values import Answer, Coming, Moment, instant, span
-from taskplatform.answers.waiting import waiting
+from taskplatform.answers.values import Answer, Coming, Moment, Waits, instant, span
+from taskplatform.answers.waiting import held, waiting
 from taskplatform.errors import InvalidInput, UnknownDefinition, UnknownUser
 from taskplatform.faults import did_you_mean
 from taskplatform.model import Definition, Job, JobState, Transition
 from taskplatform.store import Background, Seen, Store
 from taskplatform.windows import Due, Windows, hosts_of
 
+_WAITING = (JobState.PENDING, JobState.QUEUED, JobState.RETRYING)
 #: Occurrences that are explained in one go, and moments of a definition.
 MOST_ANSWERS = 200
 #: Times before and after now that can be asked for.
@@ -45,6 +46,21 @@ def why(
     ids = past.job_ids(facts, found)
     jobs = {job.id: job for job in store.jobs_by_id(ids)}
     return [_answer(store, catalogue, facts, case, jobs.get(job_id)) for case, job_id in zip(found, ids, strict=True)]
+
+
+def waits(store: Store, catalogue: Mapping[str, Definition], job: Job) -> Waits | None:
+    """For what a job waits; None where it does not, or went while it was looked at: see `Platform.waits`."""
+    if job.state not in _WAITING:
+        return None
+    facts = store.evidence.background(job.user, job.definition)
+    if facts is None:  # its user was deleted just now, and it with them
+        return None
+    known = catalogue.get(job.definition)
+    standing, history = store.evidence.standing(job, facts.definition.host), _history(store, job)
+    found = held(facts, job, standing, history, None if known is None else known.retries)
+    # what was read of one that goes meanwhile is of no state that there was
+    now = store.jobs_by_id([job.id])
+    return found if now and (now[0].state, now[0].delivery) == (job.state, job.delivery) else None
 
 
 def coming(

@@ -59,6 +59,18 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Waits:
+    """For what a job waits: of its `Answer` what is not the job's own record."""
+
+    reason: str
+    """One sentence, with who and since when."""
+    mend: str = ""
+    """A command that helps; empty where nothing needs to be mended."""
+    facts: tuple[tuple[str, str], ...] = ()
+    """More, by name: its limits, behind how many."""
+
+
+@dataclass(frozen=True, slots=True)
 class Moment:
     """When a job will be made for a user."""
 

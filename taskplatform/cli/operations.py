@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from taskplatform.cli.arguments import connected, definition_argument, duration, example, json_option, limit_option
+from taskplatform.cli.arguments import FEW, connected, definition_argument, duration, example, json_option, limit_option, warned_options
 from taskplatform.cli.completion import workers as worker_ids
-from taskplatform.cli.output import Columns, counted, moment_text, plain, remark, seconds_text, show_json, show_rows
+from taskplatform.cli.output import Columns, counted, heed, moment_text, plain, remark, seconds_text, show_json, show_rows
 from taskplatform.errors import TaskPlatformError
 
 # the same as Role, without its module's imports
 ROLES = ("platform", "observer")
 
 if TYPE_CHECKING:
+    from taskplatform.cli.arguments import AnyPlatform
     from taskplatform.health import Problem
     from taskplatform.store import Beat, Change, Garbage, Occurrence, Worker
 
@@ -63,10 +64,32 @@ def pause(definition: str, why: str) -> None:
 
 @click.command(epilog=example("resume daily_user_report"))
 @definition_argument
-def resume(definition: str) -> None:
-    """End the pause of a definition."""
+@warned_options("Resume")
+@click.pass_context
+def resume(ctx: click.Context, definition: str, *, yes: bool, strict: bool) -> None:
+    """End the pause of a definition.
+
+    With 1,000 subscribers or more it is first forecast what they bring in the next 24 hours, with what waits. Where a limit would be used
+    up or jobs would wait, that is said; on a terminal you are asked, elsewhere it goes on, unless --strict.
+    """
     with connected() as platform:
+        warnings = _warnings_of_resume(platform, definition)
+        heed(ctx, warnings, question="Resume all the same?", refused="nothing was resumed", yes=yes, strict=strict)
         click.echo(f"{definition} {'resumed' if platform.resume_definition(definition) else 'was not paused'}")
+
+
+def _warnings_of_resume(platform: AnyPlatform, definition: str) -> list[str]:
+    """What a forecast says against it; nothing where there are few subscribers."""
+    from taskplatform.errors import InvalidInput, NotFound
+    from taskplatform.forecast import warnings_of
+
+    if platform.count_subscribers(definition) < FEW:
+        return []
+    try:
+        return warnings_of(platform.forecast(resume=[definition]))
+    except (InvalidInput, NotFound) as fault:
+        remark(f"what it brings cannot be forecast: {fault}")
+        return []
 
 
 def _window_text(one: Occurrence) -> str:

@@ -49,6 +49,19 @@ def remark(text: str) -> None:
     click.echo(text, err=True)
 
 
+def heed(ctx: click.Context, warnings: Iterable[str], *, question: str, refused: str, yes: bool, strict: bool) -> None:
+    """Say what a forecast warns of. With `strict` that is the end, and where it is answered no on a terminal: exit code 1."""
+    found = list(warnings)
+    for line in found:
+        remark(f"warning: {line}")
+    if found and strict:
+        complain(f"{refused}, because of the warnings and --strict")
+        ctx.exit(1)
+    if found and not yes and sys.stdin.isatty() and not click.confirm(question, err=True):
+        complain(refused)
+        ctx.exit(1)
+
+
 def show_rows(items: Iterable[T], columns: Columns[T], *, as_json: bool, record: Callable[[T], Any] | None = None) -> None:
     """Show a listing. In JSON it is an array of `record(item)`, which is `plain` unless given."""
     if as_json:

@@ -38,11 +38,13 @@ def look_ahead(
     limits: Mapping[str, Limit] | None = None,
     slots: int | None = None,
     came: Sequence[Added] = (),
+    resume: Sequence[str] = (),
 ) -> Forecast:
     """What the next hours bring, as things are, or with what is asked for beside that.
 
     `enable` are more subscribers; `came` those who just came, without whom things were before. `limits` go before those in force, each as a
     whole; one without rate and concurrency is none. `slots` is how many places workers have; without it those of the workers that live.
+    `resume` are definitions that are not paused any more.
 
     Raises InvalidInput, StoreError.
     """
@@ -52,6 +54,8 @@ def look_ahead(
         raise InvalidInput(f"slots {slots!r} is not accepted: 0 to 1,000,000 is", field="slots")
     for one in (*enable, *came):
         _check(one, catalogue)
+    if unknown := [name for name in resume if name not in catalogue]:
+        raise InvalidInput(f"definition {unknown[0]!r} is not known; `taskplatform tasks list` shows all", field="resume")
     for name in limits or {}:
         if name.partition(":")[0] not in ("total", "definition", "host"):
             raise InvalidInput(f"limit {name!r} cannot be forecast: total, definition:ID and host:HOST can", field="limits")
@@ -59,12 +63,21 @@ def look_ahead(
     bin_ms = _MINUTE_MS * max(1, math.ceil(span_ms / _MINUTE_MS / _MOST_BINS))
     horizon = _horizon(store, settings)
     outlook = store.outlook(horizon=horizon, until_ms=store.now_ms() + span_ms)
-    ahead = _Ahead(outlook, catalogue, settings, horizon=horizon, end_ms=outlook.now_ms + span_ms, bin_ms=bin_ms)
-    found = ahead.forecast(enable, limits or {}, slots)
-    if not (enable or limits or came or slots is not None):
+
+    def ahead(of: Outlook) -> _Ahead:
+        return _Ahead(of, catalogue, settings, horizon=horizon, end_ms=outlook.now_ms + span_ms, bin_ms=bin_ms)
+
+    found = ahead(_resumed(outlook, resume)).forecast(enable, limits or {}, slots)
+    if not (enable or limits or came or resume or slots is not None):
         return found
     less = [replace(one, users=-one.users) for one in came]
-    return replace(found, before=ahead.forecast(less, {}, None, points=False))
+    return replace(found, before=ahead(outlook).forecast(less, {}, None, points=False))
+
+
+def _resumed(outlook: Outlook, names: Sequence[str]) -> Outlook:
+    """With these definitions not paused."""
+    known = {name: replace(outlook.definitions[name], paused="") for name in names if name in outlook.definitions}
+    return replace(outlook, definitions={**outlook.definitions, **known}) if known else outlook
 
 
 def _check(more: Added, catalogue: Mapping[str, Definition]) -> None:

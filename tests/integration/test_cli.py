@@ -891,8 +891,9 @@ def test_breakers(platform: Platform) -> None:
     assert (record["state"], record["openings"], record["reason"], record["probe"]) == ("open", 1, "maintenance", "")
     job = platform.enqueue("clean", user="u1")
     assert job.state == "pending"
-    (held,) = [line for line in run(f"jobs show {job.id}").stdout.splitlines() if "held back" in line]
-    assert "host api.example.com is open, until " in held
+    shown = run(f"jobs show {job.id}").stdout
+    assert re.search(r"waits\tits host api.example.com is held back since .* until .*: its breaker is open \(maintenance\)", shown)
+    assert "what helps\ttaskplatform breakers reset api.example.com" in shown
     assert run_json(f"jobs show {job.id}")["held_back"]["host"] == "api.example.com"
     (limit,) = [row for row in rows(run("limits list").stdout) if row[0] == "host:api.example.com"]
     assert limit[LIMIT_COLUMNS.index("held until")]

@@ -373,7 +373,7 @@ def run(line: str, *, over: Api | None = None, stdin: str | None = None) -> Resu
     return CliRunner().invoke(cli, [*words, *shlex.split(line)], input=stdin)
 
 
-def write_subscriptions(path: Path, count: int, *, definition: str = "report") -> None:
+def write_subscriptions(path: Path, count: int, *, definition: str = "sync") -> None:
     path.write_text("user,definition\n" + "".join(f"n{number},{definition}\n" for number in range(count)))
 
 
@@ -464,7 +464,7 @@ def test_a_batch_says_what_the_many_that_came_spoil(server: EmbeddedServer, clie
         api.platform.set_limit("total", "1/s")
 
         def warnings(start: int, count: int) -> list[str]:
-            items = [{"user": f"b{number}", "definition": "report"} for number in range(start, start + count)]
+            items = [{"user": f"b{number}", "definition": "sync"} for number in range(start, start + count)]
             found: list[str] = api("POST", "/v1/subscriptions/batch", {"items": items, "create_users": True})["warnings"]
             return found
 
@@ -473,3 +473,66 @@ def test_a_batch_says_what_the_many_that_came_spoil(server: EmbeddedServer, clie
         assert "limit total (1/s burst 2) would be used up" in first
         # it is said once, and not at each batch
         assert warnings(1400, 900) == []
+
+
+def many_paused(site: Api, count: int = 3000) -> None:
+    """So many who are subscribed to a definition that is paused. It is an hourly one: whenever that is, a day has its windows."""
+    subscribers(site.platform.store, "sync", names(count))
+    site.platform.pause_definition("sync", why="the target moves")
+
+
+@pytest.mark.parametrize("over_api", [False, True])
+def test_a_resume_warns_first(site: Api, over_api: bool) -> None:
+    """While it is paused nothing comes of it; a second start in each second is too little for what comes then."""
+    many_paused(site)
+    over = site if over_api else None
+    refused = run("resume sync --strict", over=over)
+    assert refused.exit_code == 1, refused.output
+    assert "warning: limit total (1/s burst 2) would be used up from" in refused.stderr
+    assert "nothing was resumed, because of the warnings and --strict" in refused.stderr
+    assert "sync" in site.platform.store.definition_pauses()
+    made = run("resume sync", over=over)
+    assert (made.exit_code, made.stdout) == (0, "sync resumed\n")
+    assert "warning: limit total" in made.stderr
+    assert site.platform.store.definition_pauses() == {}
+    # it is as it was: nothing gets worse
+    again = run("resume sync --strict", over=over)
+    assert (again.exit_code, again.stdout, again.stderr) == (0, "sync was not paused\n", "")
+
+
+def test_on_a_terminal_a_resume_asks(site: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(click.testing._NamedTextIOWrapper, "isatty", lambda self: self.name == "<stdin>", raising=False)
+    many_paused(site)
+    refused = run("resume sync", stdin="n\n")
+    assert "Resume all the same? [y/N]" in refused.stderr
+    assert (refused.exit_code, list(site.platform.store.definition_pauses())) == (1, ["sync"])
+    assert run("resume sync", stdin="y\n").stdout == "sync resumed\n"
+    site.platform.pause_definition("sync")
+    assert "Resume all the same?" not in run("resume sync --yes", stdin="").output
+    assert site.platform.store.definition_pauses() == {}
+
+
+def test_a_resume_of_few_is_not_forecast(site: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Platform, "forecast", lambda *_, **__: pytest.fail("it was forecast"))
+    many_paused(site, 900)
+    for over in (None, site):
+        site.platform.pause_definition("sync")
+        assert run("resume sync --strict", over=over).stdout == "sync resumed\n"
+    site.platform.pause_definition("sync")
+    assert site("POST", "/v1/definitions/sync/resume")["warnings"] == []
+
+
+def test_the_api_says_what_a_resume_spoils(site: Api) -> None:
+    many_paused(site)
+    asked = site("POST", "/v1/forecast", {"resume": ["sync"]})
+    assert asked["total"]["jobs"] > asked["before"]["total"]["jobs"] + 2900
+    assert not any("Paused" in line for line in asked["left_out"])
+    assert any("Paused" in line for line in asked["before"]["left_out"])
+    site("POST", "/v1/forecast", {"resume": ["nothing"]}, status=422)
+    first, *_ = site("POST", "/v1/definitions/sync/resume")["warnings"]
+    assert "limit total (1/s burst 2) would be used up" in first
+    # what is not paused spoils nothing, and who does not want to know is told nothing
+    assert site("POST", "/v1/definitions/sync/resume")["warnings"] == []
+    site.platform.pause_definition("sync")
+    quiet = site("POST", "/v1/definitions/sync/resume?forecast=false")
+    assert (quiet["warnings"], quiet["paused"]) == ([], None)
