@@ -174,7 +174,7 @@ class Site:
         self.platform.create_user(name)
         return name
 
-    def wait_for(self, job_id: str, *states: JobState, seconds: float = 30) -> Job:
+    def wait_for(self, job_id: str, *states: JobState, seconds: float = 60) -> Job:
         """The job, when it is in one of the states; without any, when it is finished."""
 
         def reached() -> bool:
@@ -189,7 +189,7 @@ class Site:
             ) from None
         return self.platform.job(job_id)
 
-    def wait_for_all(self, jobs: Sequence[str], *, seconds: float = 30) -> list[Job]:
+    def wait_for_all(self, jobs: Sequence[str], *, seconds: float = 60) -> list[Job]:
         """The jobs, when all are finished."""
         return [self.wait_for(job_id, seconds=seconds) for job_id in jobs]
 
@@ -259,6 +259,6 @@ def _fresh_app(environment: Mapping[str, str]) -> ModuleType:
     return module
 
 
-def eventually(holds: Callable[[], bool], message: str, *, seconds: float = 25) -> None:
+def eventually(holds: Callable[[], bool], message: str, *, seconds: float = 60) -> None:
     """Wait until it holds; `message` says what did not."""
     wait_until(holds, seconds=seconds, message=message)

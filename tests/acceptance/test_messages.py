@@ -123,6 +123,6 @@ def test_a_worker_that_stops_still_tells_of_what_it_ends(site: Site, target: Tar
         job = site.platform.enqueue("call", user=user)
         wait_until(lambda: target.calls(user=user), message="the job has not started")
         worker.kill("SIGTERM")
-        assert worker.wait(15) == 0, worker.logs()
+        assert worker.wait() == 0, worker.logs()
         assert site.platform.job(job.id).state is JobState.COMPLETED
         eventually(lambda: "task-succeeded" in _of(job.id, so_far()), "nobody heard of its end")
