@@ -24,7 +24,7 @@ from tests.support import wait_until
 
 MINUTE_MS = 60_000
 #: Longer than nobody leads: what is planned after its moment would be moved.
-HORIZON = "10s"
+HORIZON = "8s"
 #: Each time is the same in all of them, and each is a group of its own, which the next leader opens.
 ZONES = ("Africa/Abidjan", "Africa/Lagos", "America/Lima", "Asia/Tokyo", "Asia/Dubai", "Asia/Manila", "Asia/Kolkata", "America/Bogota")
 FAULTS = (

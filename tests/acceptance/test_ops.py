@@ -423,8 +423,8 @@ def ill_site(new_site: Callable[[], Site]) -> Site:
 
 def test_a_port_that_is_taken_stops_nothing_and_a_loop_that_stands_still_is_ill_health(ill_site: Site) -> None:
     hangs = ill_site.deafness("loop")
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
+    port = find_port()  # which nobody else is given, when it is free
+    with socket.create_server(("127.0.0.1", port)):
         worker = ill_site.worker("--concurrency", "1", fault=hangs, ops_port=str(port), ops_patience="1500ms", heartbeat_timeout="20s")
         worker.ready()
         assert ill_site.wait_for(ill_site.platform.enqueue("returning", user=ill_site.user()).id).state is JobState.COMPLETED
