@@ -278,7 +278,10 @@ def resumed(stage: Stage, target: Target) -> Stage:
     for act in frozen:
         act.worker.resume()
     for act in frozen:
-        eventually(lambda act=act: _was_told(act, site), f"{act.case}: nobody told it")  # type: ignore[misc]
+        try:
+            eventually(lambda act=act: _was_told(act, site), "")  # type: ignore[misc]
+        except AssertionError:
+            raise AssertionError(f"{act.case}: nobody told it:\n{act.worker.logs()}\n{site.story(act.job)}") from None
     served: set[str] = set()
     for _ in range(10):
         user = site.user()

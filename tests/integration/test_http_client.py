@@ -45,7 +45,7 @@ from tests.support import wait_until
 DEADLINE = timedelta(seconds=0.3)
 AMPLE = timedelta(seconds=20)
 SOON = 15.0
-"""Seconds within which a call with DEADLINE must have returned, wherever the machine stands still. Without it, it would take AMPLE or longer."""
+"""Seconds within which a call with DEADLINE must have returned, also where the machine stands still. Else it takes AMPLE or longer."""
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 LOOPBACK = AllowList([Target.parse("127.0.0.0/8"), Target.parse("::1")])
