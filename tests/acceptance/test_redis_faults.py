@@ -142,10 +142,10 @@ REFUSALS = [
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.outage)
 def test_a_server_refuses_for_a_time(refusal: Refusal, crew: Crew, site: Site, target: Target, user: str) -> None:
-    target.answer(user, Answer(after_seconds=0.5))
+    target.answer(user, Answer(after_seconds=0.4))
     before = [len(node.logs()) for node in crew.nodes]
     # the time limit of a run passes while there is no connection
-    jobs = _submit(site, user, 24, definition="short_call")
+    jobs = _submit(site, user, 24, definition="brief_call")
     wait_until(lambda: len(target.calls(user=user)) >= 4, message="four jobs must run")
     refusal.begin(site.redis)
     begun = len(target.calls(user=user))
