@@ -100,8 +100,16 @@ class Coming:
     """By definition, why nothing comes of it."""
 
 
+_LAST_MS = datetime.max.replace(tzinfo=UTC).timestamp() * 1000
+
+
 def instant(at_ms: float) -> str:
-    """An instant as sentences have it: UTC, to the second, or to the millisecond where that says more."""
+    """An instant as sentences have it: UTC, to the second, or to the millisecond where that says more.
+
+    A rate may be so low that its next token comes when dates have ended.
+    """
+    if at_ms > _LAST_MS:
+        return "after the year 9999"
     seconds, milliseconds = divmod(round(at_ms), 1000)
     shown = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"
     return f"{shown}.{milliseconds:03} UTC" if milliseconds else f"{shown} UTC"
