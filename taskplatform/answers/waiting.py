@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from taskplatform.answers.past import Case
 from taskplatform.answers.timeline import Bar, bars, by_whom
-from taskplatform.answers.values import Answer, Outcome, instant, span
-from taskplatform.model import Job, JobState, Limit, Priority, Transition, format_rate
+from taskplatform.answers.values import Answer, Outcome, instant
+from taskplatform.model import Job, JobState, Limit, Priority, Transition, format_rate, span_text
 from taskplatform.store import Background, BreakerState, Standing
 from taskplatform.store.evidence import EVENT, GATED
 
@@ -42,7 +42,7 @@ def waiting(facts: Background, case: Case, job: Job, standing: Standing, history
 
 def _due(job: Job, now_ms: int) -> str:
     left = job.execute_after_ms - now_ms
-    return f"{instant(job.execute_after_ms)}, {f'in {span(left)}' if left > 0 else f'{span(-left)} ago'}"
+    return f"{instant(job.execute_after_ms)}, {f'in {span_text(left)}' if left > 0 else f'{span_text(-left)} ago'}"
 
 
 def _before(standing: Standing) -> str:

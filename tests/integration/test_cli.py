@@ -24,7 +24,7 @@ from click.testing import CliRunner, Result
 
 from taskplatform.cli import cli, main
 from taskplatform.cli.arguments import PRIORITIES, STATES, moment, past
-from taskplatform.cli.output import moment_text, schedule_text, seconds_text
+from taskplatform.cli.output import exact_text, moment_text, schedule_text, span_text
 from taskplatform.local import EmbeddedServer
 from taskplatform.model import Cron, Definition, Interval, JobState, Limit, Priority
 from taskplatform.planner import published
@@ -1115,7 +1115,7 @@ def test_values_are_shown_in_one_way() -> None:
     assert moment_text(1_800_000_000_007) == "2027-01-15T08:00:00.007Z"
     assert moment_text(0) == "1970-01-01T00:00:00.000Z"
     assert moment_text(None) == ""
-    assert (seconds_text(1234), seconds_text(0), seconds_text(None)) == ("1.2 s", "0.0 s", "")
+    assert (span_text(1234), exact_text(1234)) == ("1.2 s", "1s234ms")
 
 
 @pytest.mark.parametrize(
