@@ -768,7 +768,7 @@ def test_nodes(platform: Platform) -> None:
     platform.store.heartbeat("w@host", slots=3, queues=["high", "low"], buffer=1.0, info={"host": "host", "pid": "7"})
     cells = dict(zip(*rows(run("nodes").stdout), strict=True))
     assert (cells["worker"], cells["queues"], cells["running"]) == ("w@host", "high,low", "0 of 3")
-    assert re.fullmatch(r"\d\.\d s", cells["silent for"])
+    assert re.fullmatch(r"\d+ ms|\d\.\d s", cells["silent for"])
     (node,) = run_json("nodes")
     assert ISO.fullmatch(node.pop("heartbeat"))
     assert node == {
@@ -787,7 +787,7 @@ def test_beats(platform: Platform) -> None:
     platform.store.attend("beat@host#1", catalogue="0a1b2c", number=None, leads=True, alive=alive, account=20 * alive)
     cells = dict(zip(*rows(run("beats").stdout), strict=True))
     assert (cells["beat"], cells["leads"], cells["catalogue"], cells["number"]) == ("beat@host#1", "yes", "0a1b2c", "1")
-    assert re.fullmatch(r"\d\.\d s", cells["silent for"])
+    assert re.fullmatch(r"\d+ ms|\d\.\d s", cells["silent for"])
     (beat,) = run_json("beats")
     assert ISO.fullmatch(beat.pop("since"))
     assert ISO.fullmatch(beat.pop("heartbeat"))
