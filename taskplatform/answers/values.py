@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from enum import StrEnum
 from zoneinfo import ZoneInfo
 
-from taskplatform.model import Transition, format_duration
+from taskplatform.model import Transition
 
 
 class Outcome(StrEnum):
@@ -113,12 +113,6 @@ def instant(at_ms: float) -> str:
     seconds, milliseconds = divmod(round(at_ms), 1000)
     shown = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"
     return f"{shown}.{milliseconds:03} UTC" if milliseconds else f"{shown} UTC"
-
-
-def span(span_ms: float) -> str:
-    """A span of time as sentences have it: to the second where it is longer than ten."""
-    exact = round(span_ms)
-    return format_duration(timedelta(milliseconds=exact if exact < 10_000 else round(exact / 1000) * 1000))
 
 
 def local(at_ms: int, zone: str) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from taskplatform.answers.past import Case
 from taskplatform.answers.timeline import Bar, bars, by_whom
-from taskplatform.answers.values import Answer, Outcome, Waits, instant, span
-from taskplatform.model import Job, JobState, Limit, Priority, Transition, format_rate
+from taskplatform.answers.values import Answer, Outcome, Waits, instant
+from taskplatform.model import Job, JobState, Limit, Priority, Transition, format_rate, span_text
 from taskplatform.store import Background, BreakerState, Standing
 from taskplatform.store.evidence import EVENT, GATED
 
@@ -48,7 +48,7 @@ def held(facts: Background, job: Job, standing: Standing, history: tuple[Transit
 
 def _due(job: Job, now_ms: int) -> str:
     left = job.execute_after_ms - now_ms
-    return f"{instant(job.execute_after_ms)}, {f'in {span(left)}' if left > 0 else f'{span(-left)} ago'}"
+    return f"{instant(job.execute_after_ms)}, {f'in {span_text(left)}' if left > 0 else f'{span_text(-left)} ago'}"
 
 
 def _before(standing: Standing) -> str:

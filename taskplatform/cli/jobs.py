@@ -37,10 +37,10 @@ from taskplatform.cli.output import (
     moment_text,
     plain,
     remark,
-    seconds_text,
     show_fields,
     show_line,
     show_rows,
+    span_text,
 )
 from taskplatform.cli.progress import steps
 from taskplatform.errors import Conflict, UnknownDefinition, UnknownJob
@@ -57,7 +57,7 @@ _MOST_LINES = 300
 def _took(job: Job) -> str:
     if job.started_ms is None or job.finished_ms is None:
         return ""
-    return seconds_text(job.finished_ms - job.started_ms)
+    return span_text(job.finished_ms - job.started_ms)
 
 
 _COLUMNS: Columns[Job] = {

@@ -128,9 +128,18 @@ def moment_text(instant_ms: int | None) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{milliseconds:03}Z"
 
 
-def seconds_text(span_ms: int | None) -> str:
-    """A span of time as text; nothing for None."""
-    return "" if span_ms is None else f"{span_ms / 1000:.1f} s"
+def span_text(span_ms: float) -> str:
+    """A span of time for people."""
+    from taskplatform.model import span_text
+
+    return span_text(span_ms)
+
+
+def exact_text(span_ms: float) -> str:
+    """A span of time as settings have it."""
+    from taskplatform.model import format_ms
+
+    return format_ms(span_ms)
 
 
 def rate_text(per_second: float | None) -> str:

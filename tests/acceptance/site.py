@@ -32,8 +32,8 @@ N = TypeVar("N", bound=ProcessNode)
 
 HEARTBEAT_TIMEOUT_SECONDS = 4.0
 BEAT_LOCK_SECONDS = 2.0
-#: The promise is five; how long this machine stands still, and how long the worker takes to start that finds the loss, nobody knows.
-LATE_SECONDS = 30.0
+#: Within so long after the timeout a lost worker's jobs are taken back.
+LATE_SECONDS = 5.0
 SETTINGS = {
     "TASKPLATFORM_TASKS_DIR": str(Path(__file__).parent / "definitions"),
     "TASKPLATFORM_HEARTBEAT_INTERVAL": "500ms",

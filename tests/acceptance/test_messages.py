@@ -67,10 +67,10 @@ def test_a_job_that_was_received_and_not_started_runs_elsewhere(site: Site, targ
     inspect = site.app.control.inspect([victim.node])
     eventually(lambda: any(request["id"] == job.id for request in (inspect.reserved() or {}).get(victim.node, [])), "it was not received")
     assert site.platform.job(job.id).state is JobState.QUEUED
-    since_ms = site.platform.store.now_ms()
     victim.kill("SIGKILL")
 
     _worker(site, "--concurrency", "1")
+    since_ms = site.platform.store.now_ms()  # before that nobody was there to look
     assert site.wait_for_loss(job, since_ms).state is JobState.COMPLETED
     assert site.states(job.id) == ["pending", "queued", "pending", *RUN], site.story(job.id)
     assert site.changes(job.id)[2].reason == "its message was lost: released again"

@@ -24,7 +24,7 @@ from click.testing import CliRunner, Result
 
 from taskplatform.cli import cli, main
 from taskplatform.cli.arguments import PRIORITIES, STATES, moment, past
-from taskplatform.cli.output import moment_text, schedule_text, seconds_text
+from taskplatform.cli.output import exact_text, moment_text, schedule_text, span_text
 from taskplatform.local import EmbeddedServer
 from taskplatform.model import Cron, Definition, Interval, JobState, Limit, Priority
 from taskplatform.planner import published
@@ -768,7 +768,7 @@ def test_nodes(platform: Platform) -> None:
     platform.store.heartbeat("w@host", slots=3, queues=["high", "low"], buffer=1.0, info={"host": "host", "pid": "7"})
     cells = dict(zip(*rows(run("nodes").stdout), strict=True))
     assert (cells["worker"], cells["queues"], cells["running"]) == ("w@host", "high,low", "0 of 3")
-    assert re.fullmatch(r"\d\.\d s", cells["silent for"])
+    assert re.fullmatch(r"\d+ ms|\d\.\d s", cells["silent for"])
     (node,) = run_json("nodes")
     assert ISO.fullmatch(node.pop("heartbeat"))
     assert node == {
@@ -787,7 +787,7 @@ def test_beats(platform: Platform) -> None:
     platform.store.attend("beat@host#1", catalogue="0a1b2c", number=None, leads=True, alive=alive, account=20 * alive)
     cells = dict(zip(*rows(run("beats").stdout), strict=True))
     assert (cells["beat"], cells["leads"], cells["catalogue"], cells["number"]) == ("beat@host#1", "yes", "0a1b2c", "1")
-    assert re.fullmatch(r"\d\.\d s", cells["silent for"])
+    assert re.fullmatch(r"\d+ ms|\d\.\d s", cells["silent for"])
     (beat,) = run_json("beats")
     assert ISO.fullmatch(beat.pop("since"))
     assert ISO.fullmatch(beat.pop("heartbeat"))
@@ -1116,7 +1116,7 @@ def test_values_are_shown_in_one_way() -> None:
     assert moment_text(1_800_000_000_007) == "2027-01-15T08:00:00.007Z"
     assert moment_text(0) == "1970-01-01T00:00:00.000Z"
     assert moment_text(None) == ""
-    assert (seconds_text(1234), seconds_text(0), seconds_text(None)) == ("1.2 s", "0.0 s", "")
+    assert (span_text(1234), exact_text(1234)) == ("1.2 s", "1s234ms")
 
 
 @pytest.mark.parametrize(

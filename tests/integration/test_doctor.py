@@ -539,7 +539,7 @@ def test_a_backlog_that_grew_for_half_an_hour(server: EmbeddedServer, client: re
 
     notes(client, arrive)
     finding = found(look(server.url, "work.sets"))["backlog_grows"]
-    assert re.fullmatch(r"450 jobs are due and wait, the first for 1h\S*, 200 more than 20m before\.", finding.what)
+    assert re.fullmatch(r"450 jobs are due and wait, the first for 1 h[^,]*, 200 more than 20 min before\.", finding.what)
 
 
 def test_what_was_noted_before_a_gap_does_not_count(server: EmbeddedServer, client: redis.Redis, live: Store) -> None:
@@ -577,7 +577,7 @@ def test_dead_letters_that_become_more(server: EmbeddedServer, client: redis.Red
         store.finish(job_id, delivery=1, worker="w1", state=JobState.FAILED, reason="test")
 
     notes(client, die)
-    assert found(look(server.url, "work.sets"))["dead_letters_grow"].what == "There are 20 dead letters more than 20m before."
+    assert found(look(server.url, "work.sets"))["dead_letters_grow"].what == "There are 20 dead letters more than 20 min before."
 
 
 def test_what_is_kept_too_long(server: EmbeddedServer, client: redis.Redis, live: Store) -> None:
@@ -678,7 +678,7 @@ def test_windows_longer_than_their_intervals(server: EmbeddedServer, live: Store
     publish(live, define("often", interval={"type": "minutely"}, window="2m"))
     subscribe(live, "u1", "often")
     finding = found(look(server.url, "work.capacity"))["windows_overlap"]
-    assert (finding.subject, finding.what) == ("often", "Its window is 2m long, and it comes due every 1m.")
+    assert (finding.subject, finding.what) == ("often", "Its window is 2 min long, and it comes due every 1 min.")
 
 
 def test_run_times_that_slots_cannot_carry(server: EmbeddedServer, client: redis.Redis, live: Store, tmp_path: Path) -> None:
@@ -723,7 +723,7 @@ def test_run_times_that_slots_cannot_carry(server: EmbeddedServer, client: redis
         store.finish(f"long:u{number}:m", delivery=1, worker="w0", state=JobState.COMPLETED, reason="")
     store.leave("w0")
     finding = codes(1000)["runs_overlap"]
-    assert finding.what == "Its runs take 1m30s on average, and it comes due every 1m."
+    assert finding.what == "Its runs take 1 min 30 s on average, and it comes due every 1 min."
     assert "occurrences are skipped" in finding.why
 
 
