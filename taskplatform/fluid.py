@@ -7,6 +7,9 @@ rate that it is under and a place for `seconds`. What cannot go waits in its lan
 Time goes in steps: as long as a stretch in which nothing begins or ends where all that comes may go, and short ones where something has
 to wait. Each step ends where a bin does, for which the figures are kept. What goes in a step is never more than came, and all that came
 has gone or waits.
+
+A backfill is a supply: it makes its jobs evenly, and none while as many as may be of them are not finished. With a share, lower priorities
+that wait get that part of all runs of a step before the higher ones get the rest, by what ran in the steps before.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
@@ -28,6 +31,11 @@ _NOTHING = 1e-6
 _SHARES = 3
 #: Slots, where nobody asks how many there are.
 _ENOUGH = 10**9
+_LOWER = tuple(Priority)[1:]
+#: What shares are parts of is the pace of about so long: steps alone are uneven where runs end together.
+_PACE_MS = 30_000
+#: A supply that may not go on sees that one of its jobs has ended after this, in the mean: backfills look once a second.
+_SEEN_MS = 500
 
 
 class Resource:
@@ -135,6 +143,26 @@ class Places(Resource):
         self.used[bin_] += self._occupied + (0.0 if math.isinf(self._had) else self._had - self.free)
 
 
+class Quota(Resource):
+    """So many runs."""
+
+    def surely(self, span_ms: float) -> float:  # noqa: ARG002
+        return self.free
+
+    def need(self, seconds: float, span_ms: float) -> float:  # noqa: ARG002
+        return 1.0
+
+    def begin(self, now_ms: float, span_ms: float) -> None:
+        """It is given anew by whoever gives it."""
+
+    def end(self, bin_: int) -> None:
+        """Nothing is noted of it."""
+
+    def give(self, runs: float) -> None:
+        """From now on it is so many."""
+        self.free = self._had = runs
+
+
 @dataclass(frozen=True, slots=True)
 class Pool:
     """Slots of workers that serve the same queues."""
@@ -172,6 +200,19 @@ class Lane:
     """What waits, the longest due first: [due since, jobs]."""
     under: list[Resource] = field(default_factory=list)
     """The limits that apply; slots come on top."""
+    supply: Supply | None = None
+    """What makes its jobs, where they are those of a backfill."""
+
+
+@dataclass(slots=True, eq=False)
+class Supply:
+    """Jobs of a lane that are made one after the other, at a rate, as long as not too many of them are unfinished."""
+
+    per_ms: float
+    left: float
+    """To be made."""
+    most: float
+    """So many may wait."""
 
 
 class Stream:
@@ -187,9 +228,10 @@ class Stream:
         tokens: Mapping[str, float] | None = None,
         pools: Sequence[Pool] | None = None,
         holds: Mapping[str, int] | None = None,
+        share: float = 0.0,
     ) -> None:
         """`tokens`: what is in the buckets; they are full where nothing is said. `pools`: None is as many slots as are needed. `holds`:
-        the hosts to which nothing goes until then.
+        the hosts to which nothing goes until then. `share`: which part of all runs each lower priority gets at least while it waits.
         """
         self.begin_ms = self.now_ms = now_ms
         # a bin of a minute is one of the clock
@@ -210,22 +252,32 @@ class Stream:
             priority: [places for pool, places in zip(found, self.slots, strict=True) if priority in pool.priorities]
             for priority in Priority
         }
+        # a job that goes for its share takes a place of a higher queue
+        self._slots_for_share = {
+            priority: [places for pool, places in zip(found, self.slots, strict=True) if pool.priorities & set(list(Priority)[: place + 1])]
+            for place, priority in enumerate(Priority)
+        }
+        self._part, self._quota = share, Quota(self.bins)
+        #: Runs in a ms, of late.
+        self._pace = 0.0
         self._all: list[Resource] = [*self.buckets.values(), *self.places.values(), *self.slots]
-        self.lanes: dict[tuple[str, Priority], Lane] = {}
+        self.lanes: dict[tuple[str, Priority, str], Lane] = {}
         self._holds: dict[str, int] = {host: until_ms for host, until_ms in (holds or {}).items() if until_ms > now_ms}
         self._changes: list[tuple[int, int, Lane, float, float]] = []
         self._number = 0
         self._active: dict[Lane, None] = {}
 
-    def lane(self, definition: str, priority: Priority, *, host: str = "", attempts: float = 1.0, seconds: float = 1.0) -> Lane:
-        """The lane of these; the rest counts when it is made."""
-        found = self.lanes.get((definition, priority))
+    def lane(
+        self, definition: str, priority: Priority, *, backfill: str = "", host: str = "", attempts: float = 1.0, seconds: float = 1.0
+    ) -> Lane:
+        """The lane of these, where a backfill has one of its own; the rest counts when it is made."""
+        found = self.lanes.get((definition, priority, backfill))
         if found is None:
             names = (f"definition:{definition}", *((f"host:{host}",) if host else ()), "total")
             planned, gone, backlog, delay = (array("d", bytes(8 * self.bins)) for _ in range(4))
             found = Lane(definition, priority, host, names, attempts, seconds, planned, gone, backlog, delay)
             found.under = [limits[name] for limits in (self.buckets, self.places) for name in names if name in limits]
-            self.lanes[definition, priority] = found
+            self.lanes[definition, priority, backfill] = found
         return found
 
     def add(self, lane: Lane, start_ms: float, end_ms: float, jobs: float) -> None:
@@ -241,6 +293,15 @@ class Stream:
         self._change(start_ms, lane, per_ms, 0.0)
         self._change(end_ms, lane, -per_ms, 0.0)
         self._count(lane, start_ms, min(end_ms, self.end_ms), per_ms)
+
+    def supply(self, lane: Lane, per_second: float, jobs: float, most: float) -> None:
+        """Make so many jobs from now on, evenly, into a lane of their own. Not more than `most` of them wait or run at a time."""
+        if jobs > _NOTHING:
+            # no more of them run than have ended
+            per_ms = min(per_second / 1000, most / (lane.seconds * lane.attempts * 1000 + _SEEN_MS))
+            lane.supply = Supply(per_ms, jobs, most)
+            lane.flows = 1
+            self._active[lane] = None
 
     def run(self, lane: Lane, runs: float, until_ms: float) -> None:
         """So many run already, until then."""
@@ -300,11 +361,15 @@ class Stream:
     def _stretch(self, bin_: int, end_ms: int) -> None:
         """To `end_ms`; nothing begins or ends before it, and it is in one bin."""
         while self.now_ms < end_ms:
-            span_ms = end_ms - self.now_ms
+            begin_ms, span_ms = self.now_ms, end_ms - self.now_ms
+            supplied = [lane for lane in self._active if lane.supply is not None]
+            _offer(supplied, span_ms)
             if not self._all_go(bin_, span_ms):
-                # what has waited for long needs no short steps
-                waits_ms = max((self.now_ms - lane.cohorts[0][0] for lane in self._active if lane.cohorts), default=0.0)
-                self._some_go(bin_, min(span_ms, max(STEP_MS, int(waits_ms / 6))))
+                span_ms = self._step_ms(span_ms)
+                _offer(supplied, span_ms)
+                self._some_go(bin_, span_ms)
+            for lane in supplied:
+                _take(lane, bin_, self.now_ms - begin_ms)
         if end_ms - self.start_ms >= (bin_ + 1) * self.bin_ms or end_ms >= self.end_ms:
             for lane in list(self._active):
                 lane.backlog[bin_] = lane.waits
@@ -313,24 +378,38 @@ class Stream:
                 elif not lane.flows:
                     del self._active[lane]
 
-    def _all_go(self, bin_: int, span_ms: int) -> bool:
-        """Let all that comes in this span go, if nothing keeps it."""
-        if any(lane.waits or lane.host in self._holds for lane in self._active):
+    def _step_ms(self, span_ms: int) -> int:
+        """How long a step is in which something has to wait."""
+        others = [lane for lane in self._active if lane.supply is None]
+        waits_ms = [self.now_ms - lane.cohorts[0][0] for lane in others if lane.cohorts]
+        if not waits_ms and all(lane.priority is not Priority.LOW or not lane.inflow for lane in others) and self._fits(others, span_ms):
+            # only backfills wait: what goes before them goes at once, and of them no more waits in a long step than in short ones
+            return span_ms
+        # what has waited for long needs no short steps
+        return min(span_ms, max(STEP_MS, int(max(waits_ms, default=0.0) / 6)))
+
+    def _fits(self, lanes: Collection[Lane], span_ms: int) -> bool:
+        """Whether all that comes in these can go at once."""
+        if any(lane.waits or lane.host in self._holds for lane in lanes):
             return False
         wanted: dict[Resource, float] = {}
-        for lane in self._active:
+        for lane in lanes:
             runs = lane.inflow * span_ms * lane.attempts
             for one in (*lane.under, *self._slots_for[lane.priority][:1]):
                 wanted[one] = wanted.get(one, 0.0) + runs * one.need(lane.seconds, span_ms)
         if any(amount > one.surely(span_ms) for one, amount in wanted.items()):
             return False
-        if any(lane.inflow and not self._slots_for[lane.priority] for lane in self._active):
+        return not any(lane.inflow and not self._slots_for[lane.priority] for lane in lanes)
+
+    def _all_go(self, bin_: int, span_ms: int) -> bool:
+        """Let all that comes in this span go, if nothing keeps it."""
+        if not self._fits(self._active, span_ms):
             return False
         for one in self._all:
             one.begin(self.now_ms, span_ms)
         for lane in self._active:
-            self._go(lane, lane.inflow * span_ms, bin_, span_ms)
-        self._end(bin_, span_ms)
+            self._go(lane, self._slots_for[lane.priority], lane.inflow * span_ms, bin_, span_ms)
+        self._end(bin_, span_ms, sum(lane.inflow * lane.attempts for lane in self._active) * span_ms)
         return True
 
     def _some_go(self, bin_: int, span_ms: int) -> None:
@@ -340,45 +419,63 @@ class Stream:
         for lane in self._active:
             if lane.inflow:
                 self._enter(lane, self.now_ms, lane.inflow * span_ms)
+        runs = 0.0
+        for priority in _LOWER if self._part else ():
+            self._quota.give(self._part * self._pace * span_ms)
+            runs += self._serve(priority, bin_, span_ms, self._quota)
         for priority in Priority:
-            heads: list[tuple[float, int, Lane]] = []
-            for number, lane in enumerate(self._active):
-                if lane.priority is priority and lane.cohorts and lane.host not in self._holds:
-                    heads.append((lane.cohorts[0][0], number, lane))
-            heapify(heads)
-            while heads:
-                due_ms = heads[0][0]
-                together: list[tuple[int, Lane]] = []
-                while heads and heads[0][0] == due_ms:
-                    together.append(heappop(heads)[1:])
-                self._share([lane for _, lane in together], bin_, span_ms)
-                for number, lane in together:
-                    # what could not go as a whole is at its limit
-                    if lane.cohorts and lane.cohorts[0][0] > due_ms:
-                        heappush(heads, (lane.cohorts[0][0], number, lane))
-        self._end(bin_, span_ms)
+            runs += self._serve(priority, bin_, span_ms)
+        self._end(bin_, span_ms, runs)
 
-    def _share(self, lanes: Sequence[Lane], bin_: int, span_ms: float) -> None:
-        """Let go what can of the first cohorts of these lanes, which are equal: each the same part, as far as its limits let it."""
-        slots = self._slots_for[lanes[0].priority]
+    def _serve(self, priority: Priority, bin_: int, span_ms: int, quota: Quota | None = None) -> float:
+        """Let go what can of a priority; with a quota as far as that goes, in the slots of higher ones too. Returns how many runs went."""
+        slots = self._slots_for[priority] if quota is None else self._slots_for_share[priority]
+        heads: list[tuple[float, int, Lane]] = []
+        runs = 0.0
+        for number, lane in enumerate(self._active):
+            if lane.priority is priority and lane.cohorts and lane.host not in self._holds:
+                heads.append((lane.cohorts[0][0], number, lane))
+        heapify(heads)
+        while heads and (quota is None or quota.free > _NOTHING):
+            due_ms = heads[0][0]
+            together: list[tuple[int, Lane]] = []
+            while heads and heads[0][0] == due_ms:
+                together.append(heappop(heads)[1:])
+            runs += self._share([lane for _, lane in together], slots, bin_, span_ms, quota)
+            for number, lane in together:
+                # what could not go as a whole is at its limit
+                if lane.cohorts and lane.cohorts[0][0] > due_ms:
+                    heappush(heads, (lane.cohorts[0][0], number, lane))
+        return runs
+
+    def _share(self, lanes: Sequence[Lane], slots: Sequence[Places], bin_: int, span_ms: float, quota: Quota | None) -> float:
+        """Let go what can of the first cohorts of these lanes, which are equal: each the same part, as far as its limits let it.
+
+        Returns how many runs went.
+        """
+        went, bound = 0.0, () if quota is None else (quota,)
         left = list(lanes)
         for _ in range(_SHARES):
             wanted: dict[Resource, float] = {}
             wanted_slots = 0.0
             for lane in left:
                 runs = lane.cohorts[0][1] * lane.attempts
-                for one in lane.under:
+                for one in (*lane.under, *bound):
                     wanted[one] = wanted.get(one, 0.0) + runs * one.need(lane.seconds, span_ms)
                 wanted_slots += runs * _slot_need(lane.seconds, span_ms)
             parts = {one: min(1.0, one.free / amount) for one, amount in wanted.items()}
             free = sum(one.free for one in slots)
             of_slots = min(1.0, free / wanted_slots)
+            of_quota = min((parts[one] for one in bound), default=1.0)
             again = []
             for lane in left:
-                part = min([of_slots, *(parts[one] for one in lane.under)])
+                part = min([of_slots, of_quota, *(parts[one] for one in lane.under)])
                 cohort = lane.cohorts[0]
                 jobs = cohort[1] * part
-                self._go(lane, jobs, bin_, span_ms)
+                self._go(lane, slots, jobs, bin_, span_ms)
+                went += jobs * lane.attempts
+                for one in bound:
+                    one.free = max(0.0, one.free - jobs * lane.attempts)
                 if self.now_ms > cohort[0] and jobs > _NOTHING:
                     # the last of them goes when so much of the step has been used up
                     used = max(one.used_up for one in (*lane.under, *slots))
@@ -393,15 +490,20 @@ class Stream:
                         lane.waits = 0.0
                 else:
                     again.append(lane)
-            left = [lane for lane in again if all(one.free > _NOTHING for one in lane.under) and any(one.free > _NOTHING for one in slots)]
+            left = [
+                lane
+                for lane in again
+                if all(one.free > _NOTHING for one in (*lane.under, *bound)) and any(one.free > _NOTHING for one in slots)
+            ]
             for lane in again:
                 for one in (*lane.under, *slots):
                     if one.free <= _NOTHING:
                         one.short[bin_] = 1
             if not left:
-                return
+                break
+        return went
 
-    def _go(self, lane: Lane, jobs: float, bin_: int, span_ms: float) -> None:
+    def _go(self, lane: Lane, slots: Sequence[Places], jobs: float, bin_: int, span_ms: float) -> None:
         """Let jobs go for which there is room."""
         if jobs <= 0:
             return
@@ -411,7 +513,7 @@ class Stream:
             one.free = max(0.0, one.free - runs * one.need(lane.seconds, span_ms))
             one.keep(runs, lane.seconds, self.now_ms, span_ms)
         need = _slot_need(lane.seconds, span_ms)
-        for one in self._slots_for[lane.priority]:
+        for one in slots:
             some = min(runs, one.free / need)
             one.free = max(0.0, one.free - some * need)
             one.keep(some, lane.seconds, self.now_ms, span_ms)
@@ -419,10 +521,39 @@ class Stream:
             if runs <= 0:
                 return
 
-    def _end(self, bin_: int, span_ms: int) -> None:
+    def _end(self, bin_: int, span_ms: int, runs: float) -> None:
         for one in self._all:
             one.end(bin_)
+        # so that a burst in a short step is no pace
+        self._pace += (runs / span_ms - self._pace) * -math.expm1(-span_ms / _PACE_MS)
         self.now_ms += span_ms
+
+
+def _offer(lanes: Iterable[Lane], span_ms: int) -> None:
+    """What backfills make in the next span, if they may."""
+    for lane in lanes:
+        if lane.supply is not None:
+            lane.inflow = min(lane.supply.per_ms, lane.supply.left / span_ms)
+
+
+def _take(lane: Lane, bin_: int, span_ms: int) -> None:
+    """A backfill made what it may: not what would wait beside as much as may."""
+    supply = lane.supply
+    assert supply is not None
+    made = lane.inflow * span_ms
+    over = max(0.0, min(made, lane.waits - supply.most))
+    while over > 0 and lane.cohorts:
+        some = min(over, lane.cohorts[-1][1])
+        lane.cohorts[-1][1] -= some
+        lane.waits -= some
+        made -= some
+        over -= some
+        if lane.cohorts[-1][1] < _NOTHING:
+            lane.waits -= lane.cohorts.pop()[1]
+    supply.left -= made
+    lane.planned[bin_] += made
+    if supply.left < _NOTHING:
+        lane.supply, lane.flows, lane.inflow = None, 0, 0.0
 
 
 def _slot_need(seconds: float, span_ms: float) -> float:

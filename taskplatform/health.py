@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 
-from taskplatform.model import Priority, format_duration
+from taskplatform.model import Priority, format_duration, format_ms
 from taskplatform.settings import Settings
 from taskplatform.store import BreakerState, Store, Vitals, Worker
 
@@ -262,7 +262,7 @@ def _runs(vitals: Vitals) -> Iterator[Problem]:
             yield _error(
                 "run_too_long",
                 f"Job {job_id} runs since {_instant(started_ms)}, longer than its timeout of "
-                f"{format_duration(timedelta(milliseconds=timeout_ms))}. "
+                f"{format_ms(timeout_ms)}. "
                 f"`taskplatform jobs show {job_id}` says where; cancel it, and restart that worker.",
                 since_ms=started_ms,
                 subject=job_id,

@@ -111,6 +111,32 @@ def format_duration(duration: timedelta) -> str:
     return text or "0s"
 
 
+def format_ms(span_ms: float) -> str:
+    """`format_duration` of milliseconds: for settings, and for reasons that must be exact."""
+    return format_duration(timedelta(milliseconds=span_ms))
+
+
+_SPAN_UNITS = (("day", 86_400_000), ("h", 3_600_000), ("min", 60_000), ("s", 1000))
+
+
+def span_text(span_ms: float) -> str:
+    """A span of time for people, as exact as its size needs: `450 ms`, `3.2 s`, `12 s`, `2 h 5 min`, `3 days 4 h`.
+
+    It is rounded to milliseconds below a second, to tenths below ten, and else to seconds, of which the two largest units are shown. For
+    what is read back, and for settings, there is `format_duration`.
+    """
+    if round(span_ms) < 1000:
+        return f"{round(span_ms)} ms"
+    if round(span_ms) < 9_950:
+        return f"{span_ms / 1000:.1f} s"
+    left, parts = round(span_ms / 1000) * 1000, []
+    for name, size in _SPAN_UNITS:
+        amount, left = divmod(left, size)
+        if amount:
+            parts.append(f"{amount:,} {name}{'s' if name == 'day' and amount > 1 else ''}")
+    return " ".join(parts[:2])
+
+
 _DURATION_SCHEMA = {
     "anyOf": [
         {"type": "string", "minLength": 1, "pattern": r"^(\d+d)?(\d+h)?(\d+m)?(\d+(\.\d+)?s)?(\d+ms)?$", "description": _DURATION_RULE},

@@ -31,7 +31,7 @@ from pydantic import ValidationError
 
 from taskplatform import backfill as backfilling
 from taskplatform import tracing
-from taskplatform.answers import Answer, Coming, Moment, coming, why
+from taskplatform.answers import Answer, Coming, Moment, Waits, coming, waits, why
 from taskplatform.catalogue import Catalogue, deployed
 from taskplatform.errors import Conflict, InvalidInput, TaskPlatformError, UnknownBackfill, UnknownDefinition, UnknownUser
 from taskplatform.faults import did_you_mean, explain
@@ -90,6 +90,8 @@ LOG_LEVEL_SPAN = timedelta(minutes=10)
 LONGEST_LOG_LEVEL = timedelta(days=1)
 #: Dead letters that are redriven or discarded in one step.
 _DEAD_BATCH = 100
+#: And when they are only counted.
+_DEAD_COUNTED = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -468,6 +470,19 @@ class Platform:
             cursor = page.cursor
         return discarded, cursor
 
+    def count_dead(self, filters: DeadFilters, *, cursor: str | None = None, budget: timedelta) -> tuple[int, bool, str]:
+        """How many dead letters there are now that `filters` fit, after `cursor`, counted for about `budget`; whether that is all of them;
+        and the cursor with which `redrive_page` and `discard_page` go through these, and through none that dies later. Raises
+        InvalidInput."""
+        checked, until_ms, deadline = filters.checked, self.store.now_ms(), time.monotonic() + budget.total_seconds()
+        # no id begins with that: the place before all that have died by now
+        count, begin = 0, cursor or f"{until_ms + 1}|!"
+        while True:
+            page = self.store.dead_letters(**checked, until_ms=until_ms, cursor=cursor, limit=_DEAD_COUNTED, scan=_DEAD_COUNTED)
+            count, cursor = count + len(page.items), page.cursor
+            if cursor is None or time.monotonic() >= deadline:
+                return count, cursor is None, begin
+
     def _dead_pages(
         self, filters: DeadFilters, cursor: str | None, limit: int | None, progress: Callable[[int], None] | None
     ) -> Iterator[Page[Job]]:
@@ -646,6 +661,11 @@ class Platform:
         """The host for which a due job waits, where that is held back; else None."""
         waits = job.state in (JobState.PENDING, JobState.RETRYING) and job.execute_after_ms <= self.store.now_ms()
         return self.store.breaker_of(job.definition) if waits else None
+
+    def waits(self, job: Job) -> Waits | None:
+        """For what a job waits that was not started, in a sentence that says by whom it is held back and behind how many it is. None
+        for one that runs or has ended."""
+        return waits(self.store, self.catalogue, job)
 
     def open_breaker(self, host: str, *, span: timedelta, reason: str = "") -> None:
         """Hold a host's jobs back for so long, up to 366 days. Then it is probed, as after failures. Raises InvalidInput."""
@@ -996,13 +1016,14 @@ class Platform:
         limits: Mapping[str, Limit] | None = None,
         slots: int | None = None,
         came: Sequence[tuple[str, int] | More] = (),
+        resume: Sequence[str] = (),
     ) -> Forecast:
         """What the next hours bring: jobs and requests, what limits and workers can carry, and what waits.
 
         `enable` are definitions with so many more subscribers, on the definition's schedule unless `More` gives another; `limits` go before
         those in force, each as a whole (`limit_of` makes them), and `slots` is how many places workers have, in place of those of the
-        workers that live. With any of them `Forecast.before` is the same without; with `came` it is as it was before these came. It
-        changes nothing. Raises InvalidInput, UnknownDefinition, StoreError.
+        workers that live; `resume` are definitions that are not paused any more. With any of them `Forecast.before` is the same without;
+        with `came` it is as it was before these came. It changes nothing. Raises InvalidInput, UnknownDefinition, StoreError.
         """
         for name in limits or {}:
             _limit_name(name)
@@ -1015,6 +1036,7 @@ class Platform:
             limits=limits,
             slots=slots,
             came=[self._added(*one) for one in came],
+            resume=resume,
         )
 
     def subscribed(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:

@@ -185,6 +185,12 @@ class RemotePlatform:
         """The host for which a due job waits, where that is held back; else None."""
         return self._get(lambda one: _breaker(one["breaker"]) if one["breaker"] else None, f"/jobs/{_quoted_job(job.id)}/held-back")
 
+    def waits(self, job: Job) -> answers.Waits | None:
+        """As `Platform.waits`."""
+        if job.state not in (JobState.PENDING, JobState.QUEUED, JobState.RETRYING):
+            return None
+        return self._get(lambda one: _waits(one["waits"]) if one.get("waits") else None, f"/jobs/{_quoted_job(job.id)}")
+
     def jobs(
         self,
         *,
@@ -323,8 +329,9 @@ class RemotePlatform:
         return self.client.call("POST", f"/definitions/{_quoted_definition(definition)}/pause", {"why": why}).changed
 
     def resume_definition(self, definition: str) -> bool:
-        """Returns whether that changed something."""
-        return self.client.call("POST", f"/definitions/{_quoted_definition(definition)}/resume").changed
+        """Returns whether that changed something. What it would spoil `forecast` says before, and is not asked for again."""
+        path = f"/definitions/{_quoted_definition(definition)}/resume"
+        return self.client.call("POST", path, query={"forecast": "false"}).changed
 
     def occurrences(self, definition: str, *, since: datetime | None = None, limit: int = 100) -> list[Occurrence]:
         """As `Platform.occurrences`, 500 at the most."""
@@ -611,6 +618,7 @@ class RemotePlatform:
         enable: Sequence[tuple[str, int] | More] = (),
         limits: Mapping[str, Limit] | None = None,
         slots: int | None = None,
+        resume: Sequence[str] = (),
     ) -> Forecast:
         """As `Platform.forecast`."""
         body: dict[str, Any] = {
@@ -618,6 +626,7 @@ class RemotePlatform:
             "enable": [{"definition": one[0], "users": one[1], "schedule": _override(More(*one).schedule)} for one in enable],
             "limits": {name: _limit_body(limit) for name, limit in (limits or {}).items()},
             "slots": slots,
+            **({"resume": list(resume)} if resume else {}),
         }
         answer = self.client.call("POST", "/forecast", body, query={"points": "all"})
         with self._read():
@@ -955,6 +964,10 @@ def _answer(one: Json) -> answers.Answer:
         history=tuple(map(_transition, one["history"])),
         facts=tuple(one["facts"].items()),
     )
+
+
+def _waits(one: Json) -> answers.Waits:
+    return answers.Waits(one["reason"], one["mend"], tuple(one["facts"].items()))
 
 
 def _moment(one: Json) -> Moment:

@@ -464,7 +464,10 @@ def load_settings(**overrides: Any) -> Settings:
         for place, message in found:
             if place and place[0] not in Settings.model_fields:
                 known = sorted(Settings.model_fields)
-                message = f"is not a setting{did_you_mean(place[0], known)}; settings are {', '.join(known)}"
+                hint = did_you_mean(place[0], known)
+                if origins[place[0]].upper().startswith("TASKPLATFORM_"):  # as it is written there, to be copied
+                    hint = re.sub(r'"(\w+)"', lambda near: f'"TASKPLATFORM_{near[1].upper()}"', hint)
+                message = f"is not a setting{hint}; settings are {', '.join(known)}"
             detail = "".join(f"{step}: " for step in place[1:])
             lines.append(f"{origins[place[0]]}: {detail}{message}" if place else message)
         if fault.error_count() > len(found):

@@ -14,7 +14,7 @@ from functools import cache, partial
 from typing import Protocol
 
 from taskplatform.capacity import Demand, Fit, Load, fit
-from taskplatform.model import CatchUpPolicy, Definition, Limit, Priority, format_duration
+from taskplatform.model import CatchUpPolicy, Definition, Limit, Priority, format_ms
 from taskplatform.schedule import latest_occurrence, next_occurrence, occurrences
 from taskplatform.store import Commitment, Group, Opening
 
@@ -172,9 +172,9 @@ def _window(due: Due, demand: Demand, found: Fit, rates: Mapping[str, float]) ->
         return Window(window_ms)
     changes = []
     if window_ms != due.window_ms:
-        changes.append(f"widened from {_text(due.window_ms)} to {_text(window_ms)}")
+        changes.append(f"widened from {format_ms(due.window_ms)} to {format_ms(window_ms)}")
     if delay_ms:
-        changes.append(f"put off by {_text(delay_ms)}")
+        changes.append(f"put off by {format_ms(delay_ms)}")
     jobs = f"{due.jobs} jobs" if found.together == due.jobs else f"{due.jobs} of {found.together} jobs that go together"
     note = f"window {' and '.join(changes)}: limit {found.limit} {rates[found.limit]:g}/s, {jobs}"
     return Window(window_ms, delay_ms, note, found.limit, rates[found.limit])
@@ -242,15 +242,11 @@ def warning(group: Group, opening: Opening, asked: Due, window: Window) -> str:
         return line
     between_ms = following_ms - opening.at_ms
     carried = math.floor(window.per_second * between_ms / 1000)
-    line += f". It ends {_text(end_ms - following_ms)} after the next occurrence is due: "
-    line += f"{asked.jobs} jobs are asked for every {_text(between_ms)}, and {window.limit} can carry {carried}"
+    line += f". It ends {format_ms(end_ms - following_ms)} after the next occurrence is due: "
+    line += f"{asked.jobs} jobs are asked for every {format_ms(between_ms)}, and {window.limit} can carry {carried}"
     if asked.jobs > carried:
         return f"{line}, {asked.jobs - carried} less. While that stays so, each occurrence is later than the last"
     return f"{line}, which others use as well"
-
-
-def _text(span_ms: int) -> str:
-    return format_duration(timedelta(milliseconds=span_ms))
 
 
 def _ms(duration: timedelta) -> int:

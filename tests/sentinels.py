@@ -70,7 +70,7 @@ class Program:
     def end(self, number: signal.Signals = signal.SIGTERM) -> None:
         assert self._process is not None
         self._process.send_signal(number)
-        self._process.wait(20)
+        self._process.wait(60)
 
 
 class Cluster:

@@ -12,7 +12,7 @@ _ROUND_SECONDS = 0.1
 _MOST = 4
 
 
-def wait_until(condition: Callable[[], T], *, seconds: float = 25, message: str = "") -> T:
+def wait_until(condition: Callable[[], T], *, seconds: float = 60, message: str = "") -> T:
     """The first truthy value of `condition`, which is asked again and again. Raises AssertionError after `seconds`.
 
     Time in which the machine lets nobody run does not count, so that a busy one fails no test: of each round at most

@@ -106,7 +106,7 @@ def tls_redis(
             yield running
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(10)
+            process.wait(60)
 
 
 def _listens(server: TlsRedis) -> bool:

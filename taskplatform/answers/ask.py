@@ -7,14 +7,15 @@ from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 
 from taskplatform.answers import future, past
-from taskplatform.answers.values import Answer, Coming, Moment, instant, span
-from taskplatform.answers.waiting import waiting
+from taskplatform.answers.values import Answer, Coming, Moment, Waits, instant
+from taskplatform.answers.waiting import held, waiting
 from taskplatform.errors import InvalidInput, UnknownDefinition, UnknownUser
 from taskplatform.faults import did_you_mean
-from taskplatform.model import Definition, Job, JobState, Transition
+from taskplatform.model import Definition, Job, JobState, Transition, format_ms
 from taskplatform.store import Background, Seen, Store
 from taskplatform.windows import Due, Windows, hosts_of
 
+_WAITING = (JobState.PENDING, JobState.QUEUED, JobState.RETRYING)
 #: Occurrences that are explained in one go, and moments of a definition.
 MOST_ANSWERS = 200
 #: Times before and after now that can be asked for.
@@ -44,7 +45,23 @@ def why(
         found = past.proper(_cases(store, facts, past.of_day(facts, at, MOST_ANSWERS)))[:MOST_ANSWERS]
     ids = past.job_ids(facts, found)
     jobs = {job.id: job for job in store.jobs_by_id(ids)}
-    return [_answer(store, catalogue, facts, case, jobs.get(job_id)) for case, job_id in zip(found, ids, strict=True)]
+    histories = store.evidence.histories(list(jobs.values()))
+    return [_answer(store, catalogue, facts, case, jobs.get(id_), histories.get(id_, ())) for case, id_ in zip(found, ids, strict=True)]
+
+
+def waits(store: Store, catalogue: Mapping[str, Definition], job: Job) -> Waits | None:
+    """For what a job waits; None where it does not, or went while it was looked at: see `Platform.waits`."""
+    if job.state not in _WAITING:
+        return None
+    facts = store.evidence.background(job.user, job.definition)
+    if facts is None:  # its user was deleted just now, and it with them
+        return None
+    known = catalogue.get(job.definition)
+    standing, history = store.evidence.standing(job, facts.definition.host), store.evidence.histories([job]).get(job.id, ())
+    found = held(facts, job, standing, history, None if known is None else known.retries)
+    # what was read of one that goes meanwhile is of no state that there was
+    now = store.jobs_by_id([job.id])
+    return found if now and (now[0].state, now[0].delivery) == (job.state, job.delivery) else None
 
 
 def coming(
@@ -119,18 +136,15 @@ def _cases(store: Store, facts: Background, places: Sequence[past.Place]) -> lis
     return past.cases(facts, places, seen)
 
 
-def _answer(store: Store, catalogue: Mapping[str, Definition], facts: Background, case: past.Case, job: Job | None) -> Answer:
-    history = () if job is None else _history(store, job)
+def _answer(
+    store: Store, catalogue: Mapping[str, Definition], facts: Background, case: past.Case, job: Job | None, history: tuple[Transition, ...]
+) -> Answer:
     answer = past.explain(facts, case, job, history)
     if answer is not None:
         return answer
     assert job is not None
     known = catalogue.get(job.definition)
     return waiting(facts, case, job, store.evidence.standing(job, facts.definition.host), history, None if known is None else known.retries)
-
-
-def _history(store: Store, job: Job) -> tuple[Transition, ...]:
-    return tuple(store.history(job.id))
 
 
 def _planned_jobs(store: Store, user: str) -> list[Job]:
@@ -171,8 +185,8 @@ class _Certainty:
             together = self._jobs_under(name)
             if together > self._rates[name] * moment.window_ms / 1000:
                 note = (
-                    f"limit {name} may make its window of {span(moment.window_ms)} wider: it lets {self._rates[name]:g}/s start, and up to "
-                    f"{together} subscribers may come due together"
+                    f"limit {name} may make its window of {format_ms(moment.window_ms)} wider: it lets {self._rates[name]:g}/s start, and "
+                    f"up to {together} subscribers may come due together"
                 )
                 return replace(moment, certain=False, note=_joined(moment.note, note))
         return moment

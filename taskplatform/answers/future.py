@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from taskplatform.answers.timeline import Stretch, bars, by_whom, schedules, stretches
-from taskplatform.answers.values import Moment, instant, local, span
-from taskplatform.model import Job, slot
+from taskplatform.answers.values import Moment, instant, local
+from taskplatform.model import Job, slot, span_text
 from taskplatform.schedule import occurrences
 from taskplatform.store import Background, Seen
 
@@ -125,7 +125,7 @@ def _moment(facts: Background, place: float, found: _Found) -> Moment:
         certain = False
     tick = int(facts.planner.get("tick", 0))
     if found.note != "its job is made" and (not tick or facts.now_ms - tick > _AWAY_MS):
-        ago = f"since {instant(tick)}, {span(facts.now_ms - tick)} ago" if tick else "yet"
+        ago = f"since {instant(tick)}, {span_text(facts.now_ms - tick)} ago" if tick else "yet"
         notes.append(f"no planner has looked {ago}: it comes later if that lasts")
         certain = False
     return Moment(

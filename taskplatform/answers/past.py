@@ -13,8 +13,8 @@ from datetime import UTC, date, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 from taskplatform.answers.timeline import Bar, Stretch, bars, by_whom, latest, schedules, stretches
-from taskplatform.answers.values import Answer, Outcome, instant, span
-from taskplatform.model import Job, JobState, Transition, planned_job_id, slot
+from taskplatform.answers.values import Answer, Outcome, instant
+from taskplatform.model import Job, JobState, Transition, format_ms, planned_job_id, slot, span_text
 from taskplatform.schedule import occurrences
 from taskplatform.store import Background, Entry, Outage, Seen
 
@@ -228,9 +228,9 @@ def with_job(facts: Background, case: Case, job: Job, history: tuple[Transition,
             mend = f"taskplatform dead-letters redrive {job.id}"
     told = [("moment", instant(case.moment_ms)), ("priority", job.priority.value), ("attempts", str(job.attempt))]
     if job.started_ms is not None:
-        told.append(("started", f"{instant(job.started_ms)}, {span(max(0, job.started_ms - job.execute_after_ms))} after it was due"))
+        told.append(("started", f"{instant(job.started_ms)}, {span_text(max(0, job.started_ms - job.execute_after_ms))} after it was due"))
     if job.started_ms is not None and job.finished_ms is not None:
-        told.append(("the last attempt took", span(job.finished_ms - job.started_ms)))
+        told.append(("the last attempt took", span_text(job.finished_ms - job.started_ms)))
     if job.source == "catch_up":
         told.append(("caught up", "the planner came to it late"))
     answer = _answer(facts, case, outcome, reason, mend, told)
@@ -253,7 +253,7 @@ def _without_record(facts: Background, case: Case) -> Answer:
     definition, at_ms = facts.definition, case.place.at_ms
     # of a time before there was the user nothing was forgotten
     if _is_past(facts, case) and (case.fits or facts.created_ms <= case.moment_ms):
-        kept = span(facts.retention_ms)
+        kept = format_ms(facts.retention_ms)
         reason = f"it is older than the retention: jobs that ended, and what became of occurrences, are kept for {kept}"
         return _answer(facts, case, Outcome.FORGOTTEN, reason)
     if not case.fits:
@@ -402,7 +402,7 @@ def _to_come(facts: Background, case: Case) -> Answer:
     """The planner has not come to the user's moment."""
     horizon_ms = int(facts.planner.get("horizon", 0))
     moment_ms, definition = case.moment_ms, facts.definition
-    told = [("moment", instant(moment_ms)), ("slot", f"{slot(facts.user, definition.id):.4f} of {span(_window(facts, case.seen))}")]
+    told = [("moment", instant(moment_ms)), ("slot", f"{slot(facts.user, definition.id):.4f} of {format_ms(_window(facts, case.seen))}")]
     against = [one for one in bars(facts) if one.lasts]
     mend = against[0].mend if against else ""
     if definition.paused is not None:
@@ -422,8 +422,8 @@ def _to_come(facts: Background, case: Case) -> Answer:
     if failing:
         looked += f", and since {instant(int(failing))} fails: {facts.planner.get('error', '')}"
     elif tick and facts.now_ms - tick > _GRACE_MS:
-        looked += f", {span(facts.now_ms - tick)} ago: no beat leads"
-    late = span(facts.now_ms - (moment_ms - horizon_ms))
+        looked += f", {span_text(facts.now_ms - tick)} ago: no beat leads"
+    late = span_text(facts.now_ms - (moment_ms - horizon_ms))
     reason = f"the planner has not come to it for {late}: {looked}{but}"
     return _answer(facts, case, Outcome.WAITING, reason, mend or "taskplatform health", told)
 
@@ -458,7 +458,7 @@ def _passed_over(facts: Background, case: Case, seen: Seen) -> Answer:
         reason = f"the subscription changed so often that changes up to {instant(lost.at_ms)} were not kept; it was not in force then"
         return _answer(facts, case, Outcome.SKIPPED, reason)
     if _is_past(facts, case):
-        return _answer(facts, case, Outcome.FORGOTTEN, f"its job is past the retention of {span(facts.retention_ms)}")
+        return _answer(facts, case, Outcome.FORGOTTEN, f"its job is past the retention of {format_ms(facts.retention_ms)}")
     # nothing else that is kept account of can be the cause
     reason = (
         "the planner passed it, and there is neither a job nor a change that would have kept it from being made: that was before changes "

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from enum import StrEnum
 from zoneinfo import ZoneInfo
 
-from taskplatform.model import Transition, format_duration
+from taskplatform.model import Transition
 
 
 class Outcome(StrEnum):
@@ -59,6 +59,18 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Waits:
+    """For what a job waits: of its `Answer` what is not the job's own record."""
+
+    reason: str
+    """One sentence, with who and since when."""
+    mend: str = ""
+    """A command that helps; empty where nothing needs to be mended."""
+    facts: tuple[tuple[str, str], ...] = ()
+    """More, by name: its limits, behind how many."""
+
+
+@dataclass(frozen=True, slots=True)
 class Moment:
     """When a job will be made for a user."""
 
@@ -88,17 +100,19 @@ class Coming:
     """By definition, why nothing comes of it."""
 
 
+_LAST_MS = datetime.max.replace(tzinfo=UTC).timestamp() * 1000
+
+
 def instant(at_ms: float) -> str:
-    """An instant as sentences have it: UTC, to the second, or to the millisecond where that says more."""
+    """An instant as sentences have it: UTC, to the second, or to the millisecond where that says more.
+
+    A rate may be so low that its next token comes when dates have ended.
+    """
+    if at_ms > _LAST_MS:
+        return "after the year 9999"
     seconds, milliseconds = divmod(round(at_ms), 1000)
     shown = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"
     return f"{shown}.{milliseconds:03} UTC" if milliseconds else f"{shown} UTC"
-
-
-def span(span_ms: float) -> str:
-    """A span of time as sentences have it: to the second where it is longer than ten."""
-    exact = round(span_ms)
-    return format_duration(timedelta(milliseconds=exact if exact < 10_000 else round(exact / 1000) * 1000))
 
 
 def local(at_ms: int, zone: str) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from taskplatform.answers.past import Case
 from taskplatform.answers.timeline import Bar, bars, by_whom
-from taskplatform.answers.values import Answer, Outcome, instant, span
-from taskplatform.model import Job, JobState, Limit, Priority, Transition, format_rate
+from taskplatform.answers.values import Answer, Outcome, Waits, instant
+from taskplatform.model import Job, JobState, Limit, Priority, Transition, format_rate, span_text
 from taskplatform.store import Background, BreakerState, Standing
 from taskplatform.store.evidence import EVENT, GATED
 
@@ -20,29 +20,35 @@ _NEARLY = 1e-9
 
 def waiting(facts: Background, case: Case, job: Job, standing: Standing, history: tuple[Transition, ...], retries: int | None) -> Answer:
     """Why a job that was made does not run yet. `retries` is how many its definition allows, where that is known."""
-    reason, mend = _reason(facts, job, standing, history, retries)
-    told = [("moment", instant(case.moment_ms)), ("due", _due(job, standing.now_ms)), ("priority", job.priority.value)]
-    if job.state is not JobState.QUEUED and job.execute_after_ms <= standing.now_ms:
-        told.append(("before it", _before(standing)))
-    told += [(f"limit {name}", _limit(name, limit, standing)) for name, limit in sorted(standing.limits.items())]
-    told.append(("workers", _workers(job.priority, standing)))
+    found = held(facts, job, standing, history, retries)
     return Answer(
         user=facts.user,
         definition=facts.definition.id,
         occurrence_ms=case.place.at_ms,
         moment_ms=case.moment_ms,
         outcome=Outcome.WAITING if job.execute_after_ms <= standing.now_ms or job.attempt else Outcome.COMING,
-        reason=reason,
+        reason=found.reason,
         job_id=job.id,
         history=history,
-        facts=tuple(told),
-        mend=mend,
+        facts=(("moment", instant(case.moment_ms)), *found.facts),
+        mend=found.mend,
     )
+
+
+def held(facts: Background, job: Job, standing: Standing, history: tuple[Transition, ...], retries: int | None) -> Waits:
+    """The same of any job that waits, whatever made it."""
+    reason, mend = _reason(facts, job, standing, history, retries)
+    told = [("due", _due(job, standing.now_ms)), ("priority", job.priority.value)]
+    if job.state is not JobState.QUEUED and job.execute_after_ms <= standing.now_ms:
+        told.append(("before it", _before(standing)))
+    told += [(f"limit {name}", _limit(name, limit, standing)) for name, limit in sorted(standing.limits.items())]
+    told.append(("workers", _workers(job.priority, standing)))
+    return Waits(reason, mend, tuple(told))
 
 
 def _due(job: Job, now_ms: int) -> str:
     left = job.execute_after_ms - now_ms
-    return f"{instant(job.execute_after_ms)}, {f'in {span(left)}' if left > 0 else f'{span(-left)} ago'}"
+    return f"{instant(job.execute_after_ms)}, {f'in {span_text(left)}' if left > 0 else f'{span_text(-left)} ago'}"
 
 
 def _before(standing: Standing) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Annotated, Any
 
@@ -208,20 +209,18 @@ def cancel_backfill(call: Administers, backfill: BackfillId) -> Response:
 @backfills("POST", "/backfills/{backfill}/pause", BackfillRecord, faults=(404,))
 def pause_backfill(call: Administers, backfill: BackfillId) -> Response:
     """Make nothing more of it until it is resumed. What was made goes on."""
-
-    def act() -> Response:
-        changed = call.platform.pause_backfill(backfill)
-        return call.changed(_one(call, backfill), changed)
-
-    return call.once(act)
+    return _change(call, backfill, call.platform.pause_backfill)
 
 
 @backfills("POST", "/backfills/{backfill}/resume", BackfillRecord, faults=(404,))
 def resume_backfill(call: Administers, backfill: BackfillId) -> Response:
     """Let a paused one go on."""
+    return _change(call, backfill, call.platform.resume_backfill)
 
+
+def _change(call: Call, backfill: str, change: Callable[[str], bool]) -> Response:
     def act() -> Response:
-        changed = call.platform.resume_backfill(backfill)
+        changed = change(backfill)
         return call.changed(_one(call, backfill), changed)
 
     return call.once(act)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import Query
@@ -58,6 +59,7 @@ class AskedForecast(_Taken):
     enable: list[MoreUsers] = Field(default=[], max_length=1000)
     limits: dict[str, NewLimit] = Field(default={}, description="by name: total, definition:ID or host:HOST, in place of those in force")
     slots: int | None = Field(default=None, ge=0, le=1_000_000, description="how many places workers have; null: those that live")
+    resume: list[str] = Field(default=[], max_length=1000, description="definitions that are not paused any more")
 
 
 class TrackRecord(_Given):
@@ -219,7 +221,7 @@ def ask_forecast(call: Reads, points: Points = "some") -> Response:
     enable = [More(one.definition, one.users, one.schedule) for one in body.enable]
 
     def act() -> Response:
-        return _forecast(call, points, hours=body.hours, enable=enable, limits=limits, slots=body.slots)
+        return _forecast(call, points, hours=body.hours, enable=enable, limits=limits, slots=body.slots, resume=body.resume)
 
     return call.once(act)
 
@@ -232,7 +234,8 @@ def _forecast(
     enable: list[More] | None = None,
     limits: dict[str, Limit] | None = None,
     slots: int | None = None,
+    resume: Sequence[str] = (),
 ) -> Response:
     with ONE_AT_A_TIME:
-        found: Forecast = call.platform.forecast(hours=hours, enable=enable or (), limits=limits, slots=slots)
+        found: Forecast = call.platform.forecast(hours=hours, enable=enable or (), limits=limits, slots=slots, resume=resume)
     return call.answer(ForecastRecord.model_validate(found.to_dict(points=points == "all")))

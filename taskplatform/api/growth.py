@@ -1,4 +1,4 @@
-"""What subscriptions that are made in bulk would spoil."""
+"""What subscriptions that are made in bulk, or a pause that ends, would spoil."""
 
 from __future__ import annotations
 
@@ -13,6 +13,25 @@ from taskplatform.platform import Platform
 ONE_AT_A_TIME = threading.Lock()
 
 
+#: So many subscribers and more are many.
+MANY = 1000
+#: A forecast that others hold up for longer is left out: nothing of what was asked for waits for it.
+_PATIENCE = 10.0
+
+
+def warnings_of_resume(platform: Platform, definition: str) -> list[str]:
+    """What gets worse in the next 24 hours if a definition is not paused any more. It is asked before that; of few subscribers
+    nothing. Raises UnknownDefinition, StoreError."""
+    if platform.count_subscribers(definition) < MANY or definition not in platform.store.definition_pauses():
+        return []
+    if not ONE_AT_A_TIME.acquire(timeout=_PATIENCE):
+        return []
+    try:
+        return warnings_of(platform.forecast(resume=[definition]))
+    finally:
+        ONE_AT_A_TIME.release()
+
+
 class Growth:
     """Looks ahead when many subscriptions were made through this process since it last did, and says what that would spoil.
 
@@ -20,7 +39,7 @@ class Growth:
     what is made one by one is never held up.
     """
 
-    MANY = 1000
+    MANY = MANY
     PAUSE = 30.0
 
     def __init__(self) -> None:

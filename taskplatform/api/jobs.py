@@ -25,10 +25,12 @@ from taskplatform.api.records import (
     JobPage,
     JobRecord,
     NewPriority,
+    OneJob,
     ProblemRecord,
     Redriven,
     Submission,
     TransitionRecord,
+    WaitsRecord,
 )
 from taskplatform.api.routing import MOST_LOOKED_AT, Cursor, PageSize, Routes, Since, Until, cursor_of, token_of
 from taskplatform.errors import InvalidInput, TaskPlatformError, UnknownDefinition, UnknownJob, UnknownUser
@@ -153,10 +155,13 @@ def list_jobs(
     return call.answer(_page(found))
 
 
-@jobs("GET", "/jobs/{job_id}", JobRecord, faults=(404,))
+@jobs("GET", "/jobs/{job_id}", OneJob, faults=(404,))
 def get_job(call: Reads, job_id: JobId) -> Response:
-    """Get a job."""
-    return _answer(call, call.platform.job(known_job(job_id)))
+    """Get a job, and of one that waits what holds it back, by whom, and behind how many it is."""
+    job = call.platform.job(known_job(job_id))
+    waits = call.platform.waits(job)
+    record = JobRecord.model_validate(job)
+    return call.answer(OneJob.model_construct(**dict(record), waits=None if waits is None else WaitsRecord.model_validate(waits)))
 
 
 @jobs("GET", "/jobs/{job_id}/history", History, faults=(404,))

@@ -9,6 +9,7 @@ from fastapi.responses import Response
 
 from taskplatform.api import problem
 from taskplatform.api.call import Administers, Call, Reads
+from taskplatform.api.growth import warnings_of_resume
 from taskplatform.api.people import DefinitionName
 from taskplatform.api.records import (
     BeatRecord,
@@ -35,6 +36,7 @@ from taskplatform.api.records import (
     OccurrenceRecord,
     Occurrences,
     Pause,
+    Resumed,
     Trigger,
     Triggered,
 )
@@ -89,13 +91,22 @@ def pause_definition(call: Administers, definition: DefinitionName) -> Response:
     return call.once(act)
 
 
-@definitions("POST", "/definitions/{definition}/resume", DefinitionRecord, faults=(404,))
-def resume_definition(call: Administers, definition: DefinitionName) -> Response:
-    """End the pause of a definition."""
+@definitions("POST", "/definitions/{definition}/resume", Resumed, faults=(404,))
+def resume_definition(
+    call: Administers,
+    definition: DefinitionName,
+    forecast: Annotated[bool, Query(description="false: without a forecast, and so without warnings")] = True,
+) -> Response:
+    """End the pause of a definition.
+
+    With 1,000 subscribers or more it is forecast what that brings, and `warnings` says what gets worse. To ask before, give the definition
+    in `resume` to POST /v1/forecast.
+    """
 
     def act() -> Response:
+        warnings = warnings_of_resume(call.platform, definition) if forecast else []
         changed = call.platform.resume_definition(definition)
-        return call.changed(_definition(call, definition), changed)
+        return call.changed(call.answer(Resumed.model_construct(**dict(_record(call, definition)), warnings=warnings)), changed)
 
     return call.once(act)
 
@@ -125,9 +136,12 @@ def list_occurrences(call: Reads, definition: DefinitionName, since: Since = Non
 
 
 def _definition(call: Call, definition: str) -> Response:
+    return call.answer(_record(call, definition))
+
+
+def _record(call: Call, definition: str) -> DefinitionRecord:
     platform = call.platform
-    record = DefinitionRecord.of(platform.definition(definition), platform.catalogue, platform.store.definition_pauses())
-    return call.answer(record)
+    return DefinitionRecord.of(platform.definition(definition), platform.catalogue, platform.store.definition_pauses())
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------

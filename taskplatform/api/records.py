@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PlainSerializer, StringConstraints, WithJsonSchema
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PlainSerializer, StringConstraints, WithJsonSchema, field_validator
 
 from taskplatform.catalogue import Catalogue
 from taskplatform.health import Health, Severity
@@ -128,6 +128,36 @@ class JobRecord(_Given):
     source: str = Field(description="schedule, catch_up, trigger, backfill or api")
     version: str = Field(description="of the definition, as its last run had it")
     poison: bool = Field(description="it ended because its workers or processes died with it again and again")
+
+
+_WAITS: dict[str, object] = {
+    "reason": "it waits for a pause to end: definition daily_user_report is paused by anna at 2027-01-15 23:50:00 UTC (the API is down)",
+    "mend": "taskplatform resume daily_user_report",
+    "facts": {"before it": "3 of its priority by time", "workers": "2 serve the queue high, with 8 slots"},
+}
+
+
+class WaitsRecord(_Given):
+    """For what a job waits."""
+
+    model_config = _example(**_WAITS)
+
+    reason: str = Field(description="one sentence: what holds it back, by whom and since when")
+    mend: str = Field(description="a command that helps; empty where nothing needs to be mended")
+    facts: dict[str, str] = Field(description="more, by name: limits, behind how many, workers")
+
+    @field_validator("facts", mode="before")
+    @classmethod
+    def _by_name(cls, pairs: object) -> object:
+        return dict(pairs) if isinstance(pairs, tuple) else pairs
+
+
+class OneJob(JobRecord):
+    """A job, and for what it waits."""
+
+    model_config = _example(**_JOB, waits=None)
+
+    waits: WaitsRecord | None = Field(description="null: it runs or has ended")
 
 
 class JobPage(_Given):
@@ -480,6 +510,16 @@ class DefinitionRecord(_Given):
             target=_target(definition),
             paused=pauses.get(definition.id),
         )
+
+
+class Resumed(DefinitionRecord):
+    """A definition whose pause ended."""
+
+    model_config = _example(**_DEFINITION, warnings=[])
+
+    warnings: list[str] = Field(
+        default=[], description="what that spoils in the next 24 hours, by a forecast, where it has many subscribers"
+    )
 
 
 def _target(definition: Definition) -> str:

@@ -9,7 +9,7 @@ import click
 
 from taskplatform.cli.arguments import connected, definition_argument, example, json_option, moment, user_argument
 from taskplatform.cli.completion import definitions
-from taskplatform.cli.output import Columns, moment_text, plain, remark, show_fields, show_json, show_rows
+from taskplatform.cli.output import Columns, exact_text, moment_text, plain, remark, show_fields, show_json, show_rows
 
 if TYPE_CHECKING:
     from taskplatform.answers import Answer, Moment
@@ -29,16 +29,10 @@ _MOMENTS: Columns[Moment] = {
     "moment": lambda one: moment_text(one.moment_ms),
     "local": lambda one: one.local,
     "zone": lambda one: one.timezone,
-    "slot": lambda one: f"{one.slot:.4f} of {_span(one.window_ms)}",
+    "slot": lambda one: f"{one.slot:.4f} of {exact_text(one.window_ms)}",
     "certain": lambda one: one.certain,
     "note": lambda one: one.note,
 }
-
-
-def _span(span_ms: int) -> str:
-    from taskplatform.answers.values import span
-
-    return span(span_ms)
 
 
 def _time_or_day(text: str) -> datetime | date:

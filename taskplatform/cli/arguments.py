@@ -24,6 +24,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 PRIORITIES = ("high", "medium", "low")
 STATES = ("pending", "queued", "assigned", "running", "retrying", "completed", "failed", "timed_out", "canceled", "rejected")
 
+#: Fewer subscriptions are imported, and definitions with fewer resumed, without a forecast.
+FEW = 1000
+
 
 def example(*lines: str) -> str:
     """A command's examples, for the end of its help."""
@@ -140,6 +143,16 @@ definition_argument = click.argument("definition", shell_complete=definitions)
 user_option = click.option("--user", shell_complete=users, help="Only those of a user.")
 definition_option = click.option("--definition", shell_complete=definitions, help="Only those of a definition.")
 job_argument = click.argument("job_id", metavar="ID", shell_complete=jobs)
+
+
+def warned_options(what: str) -> Callable[[F], F]:
+    """`--yes` and `--strict`, for what a forecast may warn of: see `output.heed`."""
+
+    def add(function: F) -> F:
+        function = click.option("--strict", is_flag=True, help=f"{what} nothing where the forecast warns, and exit with 1.")(function)
+        return click.option("--yes", is_flag=True, help="Do not ask, also where the forecast warns.")(function)
+
+    return add
 
 
 def limit_option(default: int) -> Callable[[F], F]:

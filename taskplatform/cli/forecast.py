@@ -11,7 +11,7 @@ import click
 
 from taskplatform.cli.arguments import connected, example, json_option
 from taskplatform.cli.completion import definitions
-from taskplatform.cli.output import Columns, counted, moment_text, remark, show_fields, show_json, show_rows
+from taskplatform.cli.output import Columns, counted, moment_text, remark, show_fields, show_json, show_rows, span_text
 
 if TYPE_CHECKING:
     from taskplatform.forecast import Backlog, Forecast, LimitUse, Track, Widening
@@ -125,7 +125,7 @@ def summary(found: Forecast) -> dict[str, object]:
         "requests": lambda one: f"{one.total.requests:,.0f}",
         "most in a minute": lambda one: f"{one.total.peak:,.0f} at {_clock(one.total.peak_at_ms)}" if one.total.peak else "none",
         "wait at most": lambda one: counted(round(one.total.backlog), "job"),
-        "longest delay": lambda one: _span(one.total.delay_ms),
+        "longest delay": lambda one: span_text(one.total.delay_ms),
         "windows wider or later": lambda one: f"{sum(each.windows for each in one.windows):,}",
         "limits used up": lambda one: (
             ", ".join(each.name for each in one.saturated[:4]) + ("" if len(one.saturated) < 5 else ", …") or "none"
@@ -145,12 +145,6 @@ def _clock(at_ms: int | None) -> str:
     return "" if at_ms is None else f"{moment_text(at_ms)[:16]}Z"
 
 
-def _span(span_ms: float) -> str:
-    from taskplatform.forecast.warnings import span_text
-
-    return span_text(span_ms)
-
-
 _LIMITS: Columns[LimitUse] = {
     "limit": lambda one: one.name,
     "is": lambda one: one.limit,
@@ -166,7 +160,7 @@ _BACKLOGS: Columns[Backlog] = {
     "from": lambda one: _clock(one.begin_ms),
     "to": lambda one: "beyond" if one.open else _clock(one.end_ms),
     "jobs at most": lambda one: f"{one.jobs:,.0f}",
-    "longest delay": lambda one: _span(one.delay_ms),
+    "longest delay": lambda one: span_text(one.delay_ms),
     "waits for": lambda one: ", ".join(one.because),
 }
 
@@ -174,12 +168,12 @@ _WINDOWS: Columns[Widening] = {
     "definition": lambda one: one.definition,
     "windows": lambda one: one.windows,
     "widest at": lambda one: _clock(one.at_ms),
-    "asked": lambda one: _span(one.asked_ms),
-    "becomes": lambda one: _span(one.window_ms),
-    "put off": lambda one: _span(one.delay_ms) if one.delay_ms else "",
+    "asked": lambda one: span_text(one.asked_ms),
+    "becomes": lambda one: span_text(one.window_ms),
+    "put off": lambda one: span_text(one.delay_ms) if one.delay_ms else "",
     "jobs": lambda one: f"{one.jobs:,.0f}",
     "limit": lambda one: one.limit,
-    "beyond the next": lambda one: _span(one.beyond_ms) if one.beyond_ms else "",
+    "beyond the next": lambda one: span_text(one.beyond_ms) if one.beyond_ms else "",
 }
 
 _TRACKS: Columns[Track] = {
@@ -189,5 +183,5 @@ _TRACKS: Columns[Track] = {
     "most in a minute": lambda one: f"{one.peak:,.1f}",
     "at": lambda one: _clock(one.peak_at_ms),
     "wait at most": lambda one: f"{one.backlog:,.0f}",
-    "longest delay": lambda one: _span(one.delay_ms),
+    "longest delay": lambda one: span_text(one.delay_ms),
 }

@@ -37,10 +37,10 @@ from taskplatform.cli.output import (
     moment_text,
     plain,
     remark,
-    seconds_text,
     show_fields,
     show_line,
     show_rows,
+    span_text,
 )
 from taskplatform.cli.progress import steps
 from taskplatform.errors import Conflict, UnknownDefinition, UnknownJob
@@ -57,7 +57,7 @@ _MOST_LINES = 300
 def _took(job: Job) -> str:
     if job.started_ms is None or job.finished_ms is None:
         return ""
-    return seconds_text(job.finished_ms - job.started_ms)
+    return span_text(job.finished_ms - job.started_ms)
 
 
 _COLUMNS: Columns[Job] = {
@@ -201,7 +201,8 @@ def list_(
 def show(ctx: click.Context, job_id: str, *, follow: bool, as_json: bool) -> None:
     """Show a job and its history.
 
-    With --follow and --json each line is a JSON object.
+    Of one that waits also what holds it back, by whom and since when, behind how many it is, and what helps. With --follow and --json each
+    line is a JSON object.
     """
     if not follow:
         show_job(job_id, as_json=as_json)
@@ -218,10 +219,17 @@ def show_job(job_id: str, *, as_json: bool) -> None:
         job = platform.job(job_id)
         history = platform.history(job_id)
         breaker = platform.held_back(job)
+        waits = platform.waits(job)
     fields = _fields(job)
-    if breaker is not None:
-        fields["held back"] = f"host {breaker.host} is {breaker.state}, until {moment_text(breaker.until_ms)}: {breaker.reason}"
-    show_fields(fields, as_json=as_json, record={**plain(job), "held_back": breaker, "history": history})
+    told = None
+    if waits is not None:
+        fields["waits"] = waits.reason
+        if waits.mend:
+            fields["what helps"] = waits.mend
+        # those that are not in its record
+        fields |= {name: text for name, text in waits.facts if name not in ("due", "priority")}
+        told = {**plain(waits), "facts": dict(waits.facts)}
+    show_fields(fields, as_json=as_json, record={**plain(job), "waits": told, "held_back": breaker, "history": history})
     if not as_json:
         click.echo()
         show_rows(history, _HISTORY, as_json=False)

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from taskplatform.cli.arguments import connected, definition_argument, duration, example, json_option, limit_option
+from taskplatform.cli.arguments import FEW, connected, definition_argument, duration, example, json_option, limit_option, warned_options
 from taskplatform.cli.completion import workers as worker_ids
-from taskplatform.cli.output import Columns, counted, moment_text, plain, remark, seconds_text, show_json, show_rows
+from taskplatform.cli.output import Columns, counted, exact_text, heed, moment_text, plain, remark, show_json, show_rows, span_text
 from taskplatform.errors import TaskPlatformError
 
 # the same as Role, without its module's imports
 ROLES = ("platform", "observer")
 
 if TYPE_CHECKING:
+    from taskplatform.cli.arguments import AnyPlatform
     from taskplatform.health import Problem
     from taskplatform.store import Beat, Change, Garbage, Occurrence, Worker
 
@@ -42,7 +43,7 @@ def trigger(definition: str, window: timedelta | None, key: str | None, *, as_js
             for one in platform.health().problems:
                 if (one.code, one.subject) == ("definition_paused", definition):
                     remark(f"this occurrence is skipped: {one.text}")
-    over = _window_text(opened[0]) if opened else _span_text(round(asked / timedelta(milliseconds=1)))
+    over = _window_text(opened[0]) if opened else exact_text(round(asked / timedelta(milliseconds=1)))
     if as_json:
         show_json({"definition": definition, "at": moment_text(at_ms), "subscribers": subscribers, "over": over})
         return
@@ -63,27 +64,43 @@ def pause(definition: str, why: str) -> None:
 
 @click.command(epilog=example("resume daily_user_report"))
 @definition_argument
-def resume(definition: str) -> None:
-    """End the pause of a definition."""
+@warned_options("Resume")
+@click.pass_context
+def resume(ctx: click.Context, definition: str, *, yes: bool, strict: bool) -> None:
+    """End the pause of a definition.
+
+    With 1,000 subscribers or more it is first forecast what they bring in the next 24 hours, with what waits. Where a limit would be used
+    up or jobs would wait, that is said; on a terminal you are asked, elsewhere it goes on, unless --strict.
+    """
     with connected() as platform:
+        warnings = _warnings_of_resume(platform, definition)
+        heed(ctx, warnings, question="Resume all the same?", refused="nothing was resumed", yes=yes, strict=strict)
         click.echo(f"{definition} {'resumed' if platform.resume_definition(definition) else 'was not paused'}")
+
+
+def _warnings_of_resume(platform: AnyPlatform, definition: str) -> list[str]:
+    """What a forecast says against it; nothing where there are few subscribers."""
+    from taskplatform.errors import InvalidInput, NotFound
+    from taskplatform.forecast import warnings_of
+
+    if platform.count_subscribers(definition) < FEW:
+        return []
+    try:
+        return warnings_of(platform.forecast(resume=[definition]))
+    except (InvalidInput, NotFound) as fault:
+        remark(f"what it brings cannot be forecast: {fault}")
+        return []
 
 
 def _window_text(one: Occurrence) -> str:
     """How long its window is, and what it would be without limits where that is another."""
-    used, asked = _span_text(one.window_ms), _span_text(one.asked_ms)
+    used, asked = exact_text(one.window_ms), exact_text(one.asked_ms)
     return used if used == asked else f"{used} (asked {asked})"
 
 
 def _occurrence_record(one: Occurrence) -> dict[str, object]:
     """In JSON its windows are durations, not instants like all else in ms."""
-    return {**plain(one), "window": _span_text(one.window_ms), "asked": _span_text(one.asked_ms)}
-
-
-def _span_text(span_ms: int) -> str:
-    from taskplatform.model import format_duration
-
-    return format_duration(timedelta(milliseconds=span_ms))
+    return {**plain(one), "window": exact_text(one.window_ms), "asked": exact_text(one.asked_ms)}
 
 
 _CHANGES: Columns[Change] = {
@@ -162,7 +179,7 @@ def nodes(ctx: click.Context, *, as_json: bool) -> None:
         "queues": lambda one: ",".join(one.queues),
         "running": lambda one: f"{len(one.running)} of {one.slots}{' (drained)' if one.drained else ''}",
         "heartbeat": lambda one: moment_text(one.heartbeat_ms),
-        "silent for": lambda one: seconds_text(max(0, now_ms - one.heartbeat_ms)),
+        "silent for": lambda one: span_text(max(0, now_ms - one.heartbeat_ms)),
     }
     show_rows(workers, columns, as_json=as_json)
 
@@ -203,7 +220,7 @@ def beats(*, as_json: bool) -> None:
         "number": lambda one: one.number,
         "since": lambda one: moment_text(one.since_ms),
         "heartbeat": lambda one: moment_text(one.heartbeat_ms),
-        "silent for": lambda one: seconds_text(max(0, now_ms - one.heartbeat_ms)),
+        "silent for": lambda one: span_text(max(0, now_ms - one.heartbeat_ms)),
     }
     show_rows(found, columns, as_json=as_json)
 

@@ -49,6 +49,19 @@ def remark(text: str) -> None:
     click.echo(text, err=True)
 
 
+def heed(ctx: click.Context, warnings: Iterable[str], *, question: str, refused: str, yes: bool, strict: bool) -> None:
+    """Say what a forecast warns of. With `strict` that is the end, and where it is answered no on a terminal: exit code 1."""
+    found = list(warnings)
+    for line in found:
+        remark(f"warning: {line}")
+    if found and strict:
+        complain(f"{refused}, because of the warnings and --strict")
+        ctx.exit(1)
+    if found and not yes and sys.stdin.isatty() and not click.confirm(question, err=True):
+        complain(refused)
+        ctx.exit(1)
+
+
 def show_rows(items: Iterable[T], columns: Columns[T], *, as_json: bool, record: Callable[[T], Any] | None = None) -> None:
     """Show a listing. In JSON it is an array of `record(item)`, which is `plain` unless given."""
     if as_json:
@@ -115,9 +128,18 @@ def moment_text(instant_ms: int | None) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{milliseconds:03}Z"
 
 
-def seconds_text(span_ms: int | None) -> str:
-    """A span of time as text; nothing for None."""
-    return "" if span_ms is None else f"{span_ms / 1000:.1f} s"
+def span_text(span_ms: float) -> str:
+    """A span of time for people."""
+    from taskplatform.model import span_text
+
+    return span_text(span_ms)
+
+
+def exact_text(span_ms: float) -> str:
+    """A span of time as settings have it."""
+    from taskplatform.model import format_ms
+
+    return format_ms(span_ms)
 
 
 def rate_text(per_second: float | None) -> str:

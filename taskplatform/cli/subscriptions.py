@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from taskplatform.cli.arguments import (
+    FEW,
     all_option,
     connected,
     cursor_option,
@@ -22,12 +22,14 @@ from taskplatform.cli.arguments import (
     param_option,
     schedule_options,
     user_argument,
+    warned_options,
 )
 from taskplatform.cli.output import (
     Columns,
     all_items,
     complain,
     counted,
+    heed,
     json_text,
     moment_text,
     remark,
@@ -43,9 +45,8 @@ if TYPE_CHECKING:
     from taskplatform.model import Subscription
 
 MOST_FAULTS_SHOWN = 20
-#: Fewer subscriptions are imported without a forecast, and so is a file that cannot have more: a line has three characters at the least.
-_FEW = 1000
-_SMALL_BYTES = 3 * _FEW
+#: A file that cannot have more than a few subscriptions is not looked at: a line has three characters at the least.
+_SMALL_BYTES = 3 * FEW
 
 COLUMNS: Columns[Subscription] = {
     "definition": lambda one: one.definition,
@@ -230,8 +231,7 @@ _FORMATS: Mapping[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "
 @click.argument("file", type=click.File("rb"))
 @click.option("--format", "format_", type=click.Choice(("csv", "jsonl")), help="Default: by the file's name.")
 @click.option("--create-users", is_flag=True, help="Create users that do not exist; without it their lines are faults.")
-@click.option("--yes", is_flag=True, help="Do not ask, also where the forecast warns.")
-@click.option("--strict", is_flag=True, help="Import nothing where the forecast warns, and exit with 1.")
+@warned_options("Import")
 @json_option
 @click.pass_context
 def import_(
@@ -259,14 +259,7 @@ def import_(
     with connected() as platform:
         if size is not None:
             warnings = _warnings(platform, file, chosen, size)
-            for line in warnings:
-                remark(f"warning: {line}")
-            if warnings and strict:
-                complain("nothing was imported, because of the warnings and --strict")
-                ctx.exit(1)
-            if warnings and not yes and sys.stdin.isatty() and not click.confirm("Import all the same?", err=True):
-                complain("nothing was imported")
-                ctx.exit(1)
+            heed(ctx, warnings, question="Import all the same?", refused="nothing was imported", yes=yes, strict=strict)
         with bytes_read("importing", size) as progress:
             report = import_subscriptions(platform, file, format=chosen, create_users=create_users, progress=progress)
     shown = {field.replace("_", " "): getattr(report, field) for field in ("created", "changed", "unchanged", "users_created", "faulty")}
@@ -301,7 +294,7 @@ def _warnings(platform: AnyPlatform, file: BinaryIO, format_: Format, size: int)
     there = sum(platform.subscribed(sample)) / len(sample) if sample and isinstance(platform, Platform) else 0.0
     added = [one._replace(users=round(one.users * (1 - there))) for one in more if one.definition in known]
     added = [one for one in added if one.users]
-    if sum(one.users for one in added) < _FEW:
+    if sum(one.users for one in added) < FEW:
         return []
     try:
         return warnings_of(platform.forecast(enable=added))

@@ -10,9 +10,8 @@ from itertools import islice
 from taskplatform.capacity import Demand, fit
 from taskplatform.doctor.nodes import living_workers
 from taskplatform.doctor.report import Finding, Severity
-from taskplatform.doctor.server import span_text
 from taskplatform.doctor.visit import Nothing, Visit
-from taskplatform.model import Limit, LimitRule, Priority, Schedule, format_rate
+from taskplatform.model import Limit, LimitRule, Priority, Schedule, format_rate, span_text
 from taskplatform.schedule import occurrences
 from taskplatform.store.diagnosis import InForce
 
@@ -77,8 +76,8 @@ def _alone(one: InForce, rates: Mapping[str, float], period_ms: float, raised: M
             code="definition_cannot_be_met",
             severity=Severity.CRITICAL,
             subject=one.id,
-            what=f"{one.subscribers:,} subscribers need a window of {span_text(found.window_ms / 1000)} under limit {found.limit}, "
-            f"and it comes due every {span_text(period_ms / 1000)}.",
+            what=f"{one.subscribers:,} subscribers need a window of {span_text(found.window_ms)} under limit {found.limit}, "
+            f"and it comes due every {span_text(period_ms)}.",
             why="The next occurrence comes due before this one is done: each is later than the one before.",
             mend=f"{raised[found.limit]}, or a longer interval",
         )
@@ -87,7 +86,7 @@ def _alone(one: InForce, rates: Mapping[str, float], period_ms: float, raised: M
             code="windows_overlap",
             severity=Severity.WARNING,
             subject=one.id,
-            what=f"Its window is {span_text(one.window_ms / 1000)} long, and it comes due every {span_text(period_ms / 1000)}.",
+            what=f"Its window is {span_text(one.window_ms)} long, and it comes due every {span_text(period_ms)}.",
             why="Several occurrences run side by side, and a user's job can come after the time of the user's next one.",
             mend=f"a shorter window or a longer interval for {one.id} in its file; taskplatform tasks check",
         )
@@ -96,7 +95,7 @@ def _alone(one: InForce, rates: Mapping[str, float], period_ms: float, raised: M
             code="window_widened",
             severity=Severity.INFO,
             subject=one.id,
-            what=f"Its window of {span_text(one.window_ms / 1000)} becomes {span_text(found.window_ms / 1000)} under limit {found.limit}.",
+            what=f"Its window of {span_text(one.window_ms)} becomes {span_text(found.window_ms)} under limit {found.limit}.",
             why="Its users' jobs come later than its window says.",
             mend=f"taskplatform occurrences {one.id}; then taskplatform limits set, see there, or a longer window",
         )
@@ -139,7 +138,7 @@ def runs(visit: Visit) -> Iterator[Finding]:
                 code="runs_overlap",
                 severity=Severity.WARNING,
                 subject=one.id,
-                what=f"Its runs take {span_text(mean_ms / 1000)} on average, and it comes due every {span_text(period_ms / 1000)}.",
+                what=f"Its runs take {span_text(mean_ms)} on average, and it comes due every {span_text(period_ms)}.",
                 why="With `overlap: skip` occurrences are skipped while a user's last job runs."
                 if skips
                 else "Several jobs of a user run side by side.",

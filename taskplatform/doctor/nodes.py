@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 
 from taskplatform.doctor.report import Finding, Severity
-from taskplatform.doctor.server import clock_finding, span_text
+from taskplatform.doctor.server import clock_finding
 from taskplatform.doctor.trend import growth
 from taskplatform.doctor.visit import Nothing, Visit
-from taskplatform.model import Priority, format_duration
+from taskplatform.model import Priority, format_duration, span_text
 from taskplatform.node import digest, read_clock, versions
 from taskplatform.store import Beat, Worker
 
@@ -212,7 +212,7 @@ def sets(visit: Visit) -> Iterator[Finding]:
             code="garbage",
             severity=Severity.WARNING if age_ms < _FRESH_GARBAGE_MS else Severity.INFO,
             subject=newest[0].queue,
-            what=f"What was no message lay in a queue, the last {span_text(age_ms / 1000)} ago: {newest[0].reason}",
+            what=f"What was no message lay in a queue, the last {span_text(age_ms)} ago: {newest[0].reason}",
             why="Somebody else writes into the platform's queues.",
             mend="taskplatform garbage list; when it is clear who it was, taskplatform garbage clear",
         )
@@ -226,7 +226,7 @@ def _queue(priority: Priority, released: int, messages: int, oldest_ms: int | No
             code="queue_old",
             severity=Severity.WARNING,
             subject=priority,
-            what=f"A {priority} job was released {span_text((now_ms - oldest_ms) / 1000)} ago and has not started.",
+            what=f"A {priority} job was released {span_text(now_ms - oldest_ms)} ago and has not started.",
             why="It keeps its place in the queue from those that come after it; all slots may be held by long runs.",
             mend="taskplatform jobs list --state running; start more workers",
         )
@@ -248,7 +248,7 @@ def _growth(visit: Visit) -> Iterator[Finding]:
     time.sleep(min(_SAMPLE_SECONDS, visit.left / 2))
     second = store.figures()
     before, after = sum(first.due.values()), sum(second.due.values())
-    noted = f", noted for {span_text((samples[-1].at_ms - samples[0].at_ms) / 1000)}" if len(samples) > 1 else ""
+    noted = f", noted for {span_text(samples[-1].at_ms - samples[0].at_ms)}" if len(samples) > 1 else ""
     visit.seen(f"{sum(second.waiting.values()):,} jobs wait, {after:,} of them are due, {second.dead_letters:,} dead letters{noted}")
     due_ms = [at_ms for place, at_ms in second.oldest_ms.items() if place in second.due]
     oldest_ms = min(due_ms, default=second.now_ms)
@@ -260,7 +260,7 @@ def _growth(visit: Visit) -> Iterator[Finding]:
             code="backlog_grows",
             severity=Severity.WARNING,
             subject=", ".join(holders[:3]),
-            what=f"{after:,} jobs are due and wait, the first for {span_text((second.now_ms - oldest_ms) / 1000)}, {how}.",
+            what=f"{after:,} jobs are due and wait, the first for {span_text(second.now_ms - oldest_ms)}, {how}.",
             why="More comes due than is done: jobs are late, and later every minute.",
             mend="taskplatform limits list, if a limit holds them; else start more workers, or more slots (TASKPLATFORM_WORKER_SLOTS)",
         )
@@ -287,7 +287,7 @@ def _kept_too_long(visit: Visit) -> Iterator[Finding]:
                 code="sweep_behind",
                 severity=Severity.WARNING,
                 subject=what,
-                what=f"A {what} job is kept that ended {span_text((now_ms - at_ms) / 1000)} ago; TASKPLATFORM_{name} is "
+                what=f"A {what} job is kept that ended {span_text(now_ms - at_ms)} ago; TASKPLATFORM_{name} is "
                 f"{format_duration(retention)}.",
                 why="What is past its retention is not forgotten, and Redis grows until it is full.",
                 mend="celery -A taskplatform.app call taskplatform.sweep --queue high; taskplatform beats, to see why none comes",

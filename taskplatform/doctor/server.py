@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from datetime import timedelta
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -12,7 +11,7 @@ from taskplatform.doctor.report import Finding, Severity
 from taskplatform.doctor.trend import growth
 from taskplatform.doctor.visit import Visit
 from taskplatform.errors import Outage, StoreError, StoreUnavailable
-from taskplatform.model import format_duration
+from taskplatform.model import span_text
 from taskplatform.node import ClockGauge
 from taskplatform.settings import shown_url
 from taskplatform.store.acl import Role, rules
@@ -166,7 +165,7 @@ def _fills(visit: Visit, used: int, room: int) -> Iterator[Finding]:
             severity=Severity.WARNING,
             subject="",
             what=f"Redis' data grew by {_megabytes(grown.per_hour)} an hour; so it is full, at {_megabytes(room)}, in "
-            f"{span_text(round(hours * 60) * 60)}.",
+            f"{span_text(hours * 3_600_000)}.",
             why="A full Redis takes no new jobs; without maxmemory the kernel ends it.",
             mend="taskplatform jobs list; redis-cli CONFIG SET maxmemory …, or a shorter TASKPLATFORM_RETENTION",
         )
@@ -305,8 +304,3 @@ def is_loopback(host: str) -> bool:
 
 def _megabytes(size: float) -> str:
     return f"{size / 1024 / 1024:,.0f} MiB"
-
-
-def span_text(seconds: float) -> str:
-    """`3m`, as settings have it."""
-    return format_duration(timedelta(seconds=round(seconds)))

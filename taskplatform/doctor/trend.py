@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from statistics import median
 
-from taskplatform.model import format_duration
+from taskplatform.model import span_text
 from taskplatform.store import Sample
 
 #: Fewer samples, or a shorter time, say nothing.
@@ -24,8 +23,8 @@ class Growth:
 
     @property
     def span_text(self) -> str:
-        """In whole minutes."""
-        return format_duration(timedelta(minutes=round(self.span_ms / 60_000)))
+        """For people."""
+        return span_text(self.span_ms)
 
     @property
     def per_hour(self) -> float:

@@ -16,7 +16,7 @@ from taskplatform.forecast.result import Cost, Forecast, Slots, Track
 from taskplatform.forecast.simulation import Added, Simulation
 from taskplatform.model import Definition, Limit, Priority
 from taskplatform.settings import Settings
-from taskplatform.store import Outlook, Store
+from taskplatform.store import BackfillState, Outlook, Store
 from taskplatform.windows import limit_of
 
 #: The longest forecast.
@@ -38,11 +38,13 @@ def look_ahead(
     limits: Mapping[str, Limit] | None = None,
     slots: int | None = None,
     came: Sequence[Added] = (),
+    resume: Sequence[str] = (),
 ) -> Forecast:
     """What the next hours bring, as things are, or with what is asked for beside that.
 
     `enable` are more subscribers; `came` those who just came, without whom things were before. `limits` go before those in force, each as a
     whole; one without rate and concurrency is none. `slots` is how many places workers have; without it those of the workers that live.
+    `resume` are definitions that are not paused any more.
 
     Raises InvalidInput, StoreError.
     """
@@ -52,6 +54,8 @@ def look_ahead(
         raise InvalidInput(f"slots {slots!r} is not accepted: 0 to 1,000,000 is", field="slots")
     for one in (*enable, *came):
         _check(one, catalogue)
+    if unknown := [name for name in resume if name not in catalogue]:
+        raise InvalidInput(f"definition {unknown[0]!r} is not known; `taskplatform tasks list` shows all", field="resume")
     for name in limits or {}:
         if name.partition(":")[0] not in ("total", "definition", "host"):
             raise InvalidInput(f"limit {name!r} cannot be forecast: total, definition:ID and host:HOST can", field="limits")
@@ -59,12 +63,21 @@ def look_ahead(
     bin_ms = _MINUTE_MS * max(1, math.ceil(span_ms / _MINUTE_MS / _MOST_BINS))
     horizon = _horizon(store, settings)
     outlook = store.outlook(horizon=horizon, until_ms=store.now_ms() + span_ms)
-    ahead = _Ahead(outlook, catalogue, settings, horizon=horizon, end_ms=outlook.now_ms + span_ms, bin_ms=bin_ms)
-    found = ahead.forecast(enable, limits or {}, slots)
-    if not (enable or limits or came or slots is not None):
+
+    def ahead(of: Outlook) -> _Ahead:
+        return _Ahead(of, catalogue, settings, horizon=horizon, end_ms=outlook.now_ms + span_ms, bin_ms=bin_ms)
+
+    found = ahead(_resumed(outlook, resume)).forecast(enable, limits or {}, slots)
+    if not (enable or limits or came or resume or slots is not None):
         return found
     less = [replace(one, users=-one.users) for one in came]
-    return replace(found, before=ahead.forecast(less, {}, None, points=False))
+    return replace(found, before=ahead(outlook).forecast(less, {}, None, points=False))
+
+
+def _resumed(outlook: Outlook, names: Sequence[str]) -> Outlook:
+    """With these definitions not paused."""
+    known = {name: replace(outlook.definitions[name], paused="") for name in names if name in outlook.definitions}
+    return replace(outlook, definitions={**outlook.definitions, **known}) if known else outlook
 
 
 def _check(more: Added, catalogue: Mapping[str, Definition]) -> None:
@@ -145,7 +158,7 @@ class _Ahead:
                 if any(lane.definition == name for lane in stream.lanes.values())
             ),
             assumptions=tuple(self._assumptions(simulation, pools, slots)),
-            left_out=tuple(self._left_out(more)),
+            left_out=tuple(self._left_out(simulation, more)),
         )
 
     def _simulate(self, more: Sequence[Added], limits: Mapping[str, Limit], pools: Sequence[Pool] | None) -> Simulation:
@@ -171,6 +184,7 @@ class _Ahead:
             limits=chosen,
             tokens=tokens,
             pools=pools,
+            share=self._settings.lower_share if self._outlook.share is None else self._outlook.share,
             more=more,
         )
         simulation.run()
@@ -209,17 +223,28 @@ class _Ahead:
                 found.append(f"Too few runs were measured of {_named(names)}: {what}.")
         if any(name.startswith("user") for name in (one.name for one in self._outlook.limits)):
             found.append("Limits of users are not simulated: what they hold back goes at once here.")
-        if self._settings.fairness or self._settings.lower_share:
-            found.append("Fairness between users and the share of lower priorities are not simulated: priority is strict here.")
+        if self._settings.fairness if self._outlook.fairness is None else self._outlook.fairness:
+            found.append("Turns of users (fairness) are not simulated: inside a priority the longest due goes first here.")
+        going = [one for one in self._outlook.backfills if one.definition in simulation.definitions and one.state is BackfillState.RUNNING]
+        if going:
+            jobs = sum(one.left for one in going)
+            found.append(
+                f"Backfills go on, with {jobs:,.0f} jobs still to make at the most; those are fewer that exist already: "
+                f"{_named([f'{one.id} of {one.definition}' for one in going])}."
+            )
         return found
 
-    def _left_out(self, more: Sequence[Added]) -> list[str]:
+    def _left_out(self, simulation: Simulation, more: Sequence[Added]) -> list[str]:
         outlook, found = self._outlook, []
         paused = sorted(name for name, one in outlook.definitions.items() if one.paused)
         if paused:
             found.append(f"Paused, and left out with what waits of it: {_named(paused)}.")
         if asked := sorted(name for name in _sums(more) if name in paused):
             found.append(f"More subscribers change nothing while it is paused: {_named(asked)}.")
+        if skipped := [f"{round(jobs):,} of {name}" for name, jobs in simulation.one_at_a_time.skipped.items() if jobs >= 1]:
+            found.append(f"Skipped, because the user's last job would not be finished (overlap: skip): {_named(skipped)}.")
+        if waits := [f"{one.id} of {one.definition}" for one in outlook.backfills if one.state is BackfillState.PAUSED]:
+            found.append(f"Backfills that are paused: {_named(waits)}.")
         unknown = sorted(outlook.definitions.keys() - self._catalogue.keys())
         if unknown:
             found.append(f"Published, but not among the definitions here: {_named(unknown)}.")

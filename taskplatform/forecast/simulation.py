@@ -8,7 +8,8 @@ with users.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -17,9 +18,10 @@ from typing import NamedTuple
 
 from taskplatform.fluid import Lane, Pool, Stream
 from taskplatform.forecast.measures import Measure
+from taskplatform.forecast.overlap import OneAtATime
 from taskplatform.model import Definition, Limit, Priority, Schedule, schedule_to_json
 from taskplatform.schedule import next_occurrence
-from taskplatform.store import Commitment, Group, Outlook, commitment_of
+from taskplatform.store import BackfillState, Commitment, Group, Outlook, commitment_of
 from taskplatform.windows import TOGETHER, Round, Windows
 
 
@@ -77,9 +79,10 @@ class Simulation:
         limits: Mapping[str, Limit],
         tokens: Mapping[str, float],
         pools: Sequence[Pool] | None,
+        share: float,
         more: Sequence[Added],
     ) -> None:
-        """`pools` as for `Stream`."""
+        """`pools` and `share` as for `Stream`."""
         self._outlook = outlook
         self._measures = measures
         self._horizon = horizon
@@ -95,8 +98,9 @@ class Simulation:
         self._hosts = hosts
         self._windows = Windows(self, self.definitions, horizon=horizon, hosts=hosts)
         held = {one.name.removeprefix("host:"): one.held_until_ms for one in outlook.limits if one.held_until_ms is not None}
-        self.stream = Stream(outlook.now_ms, end_ms, bin_ms, limits=limits, tokens=tokens, pools=pools, holds=held)
+        self.stream = Stream(outlook.now_ms, end_ms, bin_ms, limits=limits, tokens=tokens, pools=pools, holds=held, share=share)
         self.opened: list[Opened] = []
+        self.one_at_a_time = OneAtATime(self.stream, self._horizon_ms, lambda name: self._lane(name, self._priority(name)))
         self._groups: dict[str, Group] = {}
         self._members: dict[str, int] = {}
         self._jobs: dict[str, float] = {}
@@ -108,16 +112,24 @@ class Simulation:
     def run(self) -> None:
         """To the end."""
         end_ms = self.stream.end_ms
-        while self._due and self._due[0][0] <= end_ms:
-            now_ms = max(round(self._due[0][0]), self.stream.now_ms)
+        while (next_ms := self._next_ms()) < end_ms:
+            now_ms = max(round(next_ms), self.stream.now_ms)
             self.stream.advance(now_ms)
             if now_ms >= end_ms:
                 break
+            self.one_at_a_time.decide()
             together: list[str] = []
             while self._due and self._due[0][0] <= now_ms and len(together) < TOGETHER:
                 together.append(heappop(self._due)[1])
-            self._plan(together, now_ms)
+            if together:
+                self._plan(together, now_ms)
         self.stream.advance(end_ms)
+
+    def _next_ms(self) -> float:
+        """When something is to be planned."""
+        due_ms = self._due[0][0] if self._due else math.inf
+        decide_ms = self.one_at_a_time.next_ms
+        return due_ms if decide_ms is None else min(due_ms, decide_ms)
 
     # --- what the windows ask ---------------------------------------------------------------------------------------
 
@@ -159,27 +171,67 @@ class Simulation:
             if added.definition in self.definitions:
                 self._add_subscribers(added)
         heapify(self._due)
+        of_backfills = self._begin_backfills()
+
+        def others(place: tuple[str, Priority], jobs: int) -> int:
+            some = min(jobs, of_backfills[place])
+            of_backfills[place] -= some
+            return jobs - some
+
         for place, jobs in outlook.queued.items():
-            self._come(place, now_ms, now_ms, jobs)
+            self._come(place, now_ms, now_ms, others(place, jobs))
         for place, waiting in outlook.waiting.items():
-            self._come(place, now_ms, now_ms, waiting.due)
+            self._come(place, now_ms, now_ms, others(place, waiting.due))
             soon_ms = now_ms + self._horizon_ms
-            self._come(place, now_ms, soon_ms, waiting.soon)
+            self._come(place, now_ms, soon_ms, others(place, waiting.soon))
             for hour, jobs in enumerate(waiting.later):
                 begin_ms = soon_ms + hour * 3_600_000
                 self._come(place, begin_ms, begin_ms + 3_600_000, jobs)
+        users: defaultdict[str, float] = defaultdict(float)
+        for gid, jobs_of in self._jobs.items():
+            users[self._groups[gid].definition] += jobs_of
+        for name in filter(self._lets_one_be, self.definitions):
+            runs, measure = outlook.running.get(name, 0), self._measures[name]
+            self.one_at_a_time.begin(
+                name, users=users[name], running=runs, until_ms=self._ends_ms(name, measure.seconds * measure.attempts)
+            )
         for occurrence in outlook.open:
             if occurrence.definition in self.definitions:
                 known = outlook.definitions[occurrence.definition]
                 end_ms = occurrence.start_ms + occurrence.window_ms
                 begin_ms = max(occurrence.start_ms, now_ms + self._horizon_ms)
-                self._come((occurrence.definition, known.priority), begin_ms, end_ms, occurrence.left * known.present)
+                left = occurrence.left * known.present
+                if self._lets_one_be(occurrence.definition):
+                    gid = occurrence.id.partition("|")[0]
+                    self.one_at_a_time.open(gid, occurrence.definition, occurrence.start_ms, occurrence.window_ms, left, begin_ms=begin_ms)
+                else:
+                    self._come((occurrence.definition, known.priority), begin_ms, end_ms, left)
                 self._open[occurrence.definition, occurrence.start_ms, occurrence.window_ms] += occurrence.members
         for name, runs in outlook.running.items():
             if name in self.definitions:
                 lane = self._lane(name, outlook.definitions[name].priority)
-                # halfway through, as the mean of those that are seen running
-                self.stream.run(lane, runs, now_ms + lane.seconds * 500)
+                self.stream.run(lane, runs, self._ends_ms(name, lane.seconds))
+
+    def _ends_ms(self, name: str, seconds: float) -> float:
+        """When those end that run now, if each takes so long."""
+        now_ms = self._outlook.now_ms
+        # halfway through, as the mean of those that are seen running, where nothing else is known
+        return max(now_ms, self._outlook.running_since_ms.get(name, now_ms - seconds * 500) + seconds * 1000)
+
+    def _begin_backfills(self) -> Counter[tuple[str, Priority]]:
+        """Let those that run go on. Returns how many jobs of theirs wait, which are no others'."""
+        outlook, found = self._outlook, Counter[tuple[str, Priority]]()
+        for one in outlook.backfills:
+            if one.definition in self.definitions and one.state is BackfillState.RUNNING:
+                # its jobs are low, whatever the definition is
+                place = (one.definition, Priority.LOW)
+                lane = self._lane(*place, backfill=one.id)
+                waiting = outlook.waiting.get(place)
+                there = outlook.queued.get(place, 0) + (waiting.due + waiting.soon if waiting else 0) - found[place]
+                found[place] += (unfinished := min(one.unfinished, there))
+                self.stream.add(lane, outlook.now_ms, outlook.now_ms, unfinished)
+                self.stream.supply(lane, one.per_second, one.left * outlook.definitions[one.definition].present, one.most_unfinished)
+        return found
 
     def _add_subscribers(self, added: Added) -> None:
         if added.users < 0:
@@ -215,9 +267,15 @@ class Simulation:
         if jobs and place[0] in self.definitions:
             self.stream.add(self._lane(*place), start_ms, end_ms, jobs)
 
-    def _lane(self, definition: str, priority: Priority) -> Lane:
-        measure = self._measures[definition]
-        return self.stream.lane(definition, priority, host=self._hosts[definition], attempts=measure.attempts, seconds=measure.seconds)
+    def _lane(self, definition: str, priority: Priority, *, backfill: str = "") -> Lane:
+        measure, host = self._measures[definition], self._hosts[definition]
+        return self.stream.lane(definition, priority, backfill=backfill, host=host, attempts=measure.attempts, seconds=measure.seconds)
+
+    def _priority(self, definition: str) -> Priority:
+        return self.definitions[definition].priority
+
+    def _lets_one_be(self, definition: str) -> bool:
+        return self.definitions[definition].overlap == "skip"
 
     # --- planning ---------------------------------------------------------------------------------------------------
 
@@ -237,7 +295,8 @@ class Simulation:
                 Opened(key.definition, key.at_ms, key.start_ms, key.window_ms, asked_ms, int(members), jobs, key.limit, key.following_ms)
             )
             self._open[key.definition, key.start_ms, key.window_ms] += int(members)
-            self._come((key.definition, self.definitions[key.definition].priority), key.start_ms, key.start_ms + key.window_ms, jobs)
+            if not self._lets_one_be(key.definition):
+                self._come((key.definition, self._priority(key.definition)), key.start_ms, key.start_ms + key.window_ms, jobs)
 
     def _open_round(self, one: Round, now_ms: int, found: Mapping[_Window, list[float]]) -> None:
         by_limit = {opening.at_ms: window.limit for opening, _, window in one.widened}
@@ -260,3 +319,5 @@ class Simulation:
             sums = found[key]
             sums[0] += self._members[one.group.id]
             sums[1] += self._jobs[one.group.id]
+            if self._lets_one_be(one.definition.id):
+                self.one_at_a_time.open(one.group.id, one.definition.id, start_ms, window_ms, self._jobs[one.group.id])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from taskplatform.forecast.result import Forecast, LimitUse
-from taskplatform.model import format_duration
+from taskplatform.model import span_text
 
 #: So many of a kind are named; the rest are counted.
 _MOST_NAMED = 3
@@ -48,12 +48,6 @@ def warnings_of(forecast: Forecast) -> list[str]:
     if short and slots.there is not None and (not was_short or slots.needed > before.slots.needed):
         found.append(f"{slots.needed:,} worker slots would be needed at {_clock(slots.needed_at_ms)}, and there are {slots.there:,}")
     return found
-
-
-def span_text(span_ms: float) -> str:
-    """A span in words, as exact as its size needs."""
-    unit = 1 if span_ms < 1000 else 1000 if span_ms < 3_600_000 else _MINUTE_MS
-    return format_duration(timedelta(milliseconds=round(span_ms / unit) * unit))
 
 
 def _used_up_ms(one: LimitUse) -> int:

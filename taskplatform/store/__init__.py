@@ -10,7 +10,7 @@ from taskplatform.store.evidence import Background, Entry, Evidence, Forgotten, 
 from taskplatform.store.figures import DefinitionCounts, Figures, Histogram
 from taskplatform.store.keys import BOUNDS_MS
 from taskplatform.store.levels import LOG_LEVELS, LogLevel, LogLevels
-from taskplatform.store.outlook import KnownDefinition, KnownGroup, OpenOccurrence, Outlook, Waiting
+from taskplatform.store.outlook import KnownDefinition, KnownGroup, OpenBackfill, OpenOccurrence, Outlook, Waiting
 from taskplatform.store.records import (
     Beat,
     Breaker,
@@ -75,6 +75,7 @@ __all__ = [
     "Membership",
     "Newer",
     "Occurrence",
+    "OpenBackfill",
     "OpenOccurrence",
     "Opening",
     "Orders",

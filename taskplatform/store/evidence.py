@@ -15,8 +15,20 @@ from typing import Any, cast
 
 import redis
 
-from taskplatform.model import Job, Limit, Priority, schedule_from_json
-from taskplatform.store.records import Breaker, Group, Occurrence, Worker, batches, read_breaker, read_limit, read_occurrence, read_worker
+from taskplatform.model import Job, Limit, Priority, Transition, schedule_from_json
+from taskplatform.store.records import (
+    Breaker,
+    Group,
+    Occurrence,
+    Worker,
+    batches,
+    read_breaker,
+    read_creation,
+    read_limit,
+    read_occurrence,
+    read_transition,
+    read_worker,
+)
 from taskplatform.store.scripts import Clock
 
 #: Retention that the scripts take where no beat has told them one.
@@ -24,6 +36,10 @@ _RETENTION_MS = 259_200_000
 #: Outages that are kept, and triggers that are looked at.
 _MOST_OUTAGES = 1000
 _MOST_TRIGGERS = 1000
+#: A history has some 200 lines at the most, and the server answers nobody else meanwhile.
+_HISTORIES_AT_ONCE = 50
+#: Of a job's record: what `read_creation` asks for.
+_CREATION = ("made", "source", "backfill", "maker")
 #: How lib.lua says for what a lane waits that waits for no time.
 EVENT, GATED = 8e15, 9e15
 
@@ -247,6 +263,24 @@ class Evidence:
             at_ms = places[number][2]
             if fields and int(fields["at"]) <= at_ms <= int(fields["last"]):
                 found[number] = _seen(oid, fields)
+        return found
+
+    def histories(self, jobs: Sequence[Job]) -> dict[str, tuple[Transition, ...]]:
+        """What `Store.history` tells of each of these jobs, by id. One that was removed since it was read is not among them."""
+        found: dict[str, tuple[Transition, ...]] = {}
+        for batch in batches(jobs, _HISTORIES_AT_ONCE):
+            pipe = self._redis.pipeline(transaction=True)
+            for job in batch:
+                pipe.hmget(self._key("job", job.id), _CREATION)
+                pipe.lrange(self._key("history", job.id), 0, -1)
+            for job, (created, rows) in zip(batch, batches(pipe.execute(), 2), strict=True):
+                fields = {name: value for name, value in zip(_CREATION, created, strict=True) if value is not None}
+                if "source" not in fields:
+                    if job.source == "backfill":
+                        continue  # such a job always has a record: it is gone
+                    # without a record it waits as it was planned
+                    fields = {"made": str(job.created_ms), "source": job.source}
+                found[job.id] = (read_creation(fields), *map(read_transition, rows))
         return found
 
     def opened(self, groups: Sequence[str]) -> list[Seen]:

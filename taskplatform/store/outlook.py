@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import redis
 
 from taskplatform.model import Priority, schedule_from_json
+from taskplatform.store.backfills import BackfillState, read_backfill
 from taskplatform.store.figures import DefinitionCounts, Place, read_definition_counts
 from taskplatform.store.records import Group, LimitState, Worker, batches, read_worker
 
@@ -71,6 +72,22 @@ class Waiting:
     """Due after that, hour by hour: submitted for later, and retries."""
 
 
+@dataclass(frozen=True, slots=True)
+class OpenBackfill:
+    """A backfill that has not ended."""
+
+    id: str
+    definition: str
+    state: BackfillState
+    per_second: float
+    most_unfinished: int
+    """So many of its jobs may wait or run at a time."""
+    unfinished: int
+    """So many do now."""
+    left: float
+    """Jobs that it may still make; those are fewer that exist."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
     """All that is known now of what comes."""
@@ -89,6 +106,14 @@ class Outlook:
     workers: tuple[Worker, ...]
     """Without what they run."""
     users: int
+    backfills: tuple[OpenBackfill, ...] = ()
+    """Those that run or are paused."""
+    running_since_ms: Mapping[str, float] = field(default_factory=dict)
+    """By definition, when those that run began, in the mean."""
+    fairness: bool | None = None
+    """As the planner that leads has it; None where none ever did, as for `share`."""
+    share: float | None = None
+    """What part of all releases each lower priority gets at least while it waits."""
 
 
 def read_outlook(
@@ -100,14 +125,21 @@ def read_outlook(
         [
             ("smembers", key("definitions")),
             ("hgetall", key("committed")),
-            ("zrange", key("active"), 0, -1),
+            ("zrange", key("active"), 0, -1, False, True),
             ("zrange", key("workers"), 0, -1, False, True),
             ("zcard", key("users")),
+            ("hmget", key("options"), ["fairness", "share"]),
+            ("zrange", key("backfills"), 0, -1),
+            ("zrange", key("backfills_ended"), 0, -1),
             *(("zrange", key("queued", priority), 0, -1) for priority in Priority),
         ]
     )
-    known, committed, active, beats, users, *queued = first
+    known, committed, active, beats, users, (fairness, share), backfills, ended, *queued = first
     definitions = sorted(known)
+    running, began = Counter[str](), Counter[str]()
+    for job_id, began_ms in active:
+        running[_definition_of(job_id)] += 1
+        began[_definition_of(job_id)] += int(began_ms)
     return Outlook(
         now_ms=now_ms,
         definitions=dict(zip(definitions, _definitions(ask, key, definitions), strict=True)),
@@ -115,13 +147,17 @@ def read_outlook(
         open=tuple(_open(ask, key, committed)),
         waiting=_waiting(ask, key, definitions, now_ms, now_ms + horizon_ms, until_ms),
         queued=Counter((_definition_of(job_id), priority) for priority, ids in zip(Priority, queued, strict=True) for job_id in ids),
-        running=Counter(map(_definition_of, active)),
+        running=running,
+        running_since_ms={name: began[name] / runs for name, runs in running.items()},
         limits=tuple(limits),
         workers=tuple(
             read_worker(worker, int(beat), fields, ())
             for (worker, beat), fields in zip(beats, ask([("hgetall", key("worker", worker)) for worker, _ in beats]), strict=True)
         ),
         users=users,
+        backfills=tuple(_backfills(ask, key, sorted(set(backfills) - set(ended)))),
+        fairness=None if share is None else fairness is not None,
+        share=None if share is None else float(share),
     )
 
 
@@ -163,6 +199,17 @@ def _definitions(ask: _Asking, key: Callable[..., str], definitions: Sequence[st
         share = present / (present + absent) if present + absent else 1.0
         measured = read_definition_counts(stats)
         yield KnownDefinition(Priority(priority or Priority.MEDIUM), host or "", paused or "", measured, share, version or "")
+
+
+def _backfills(ask: _Asking, key: Callable[..., str], ids: Sequence[str]) -> Iterator[OpenBackfill]:
+    asked = [command for one in ids for command in (("hgetall", key("backfill", one)), ("zcard", key("backfill_jobs", one)))]
+    for one, (fields, unfinished) in zip(ids, batches(ask(asked), 2), strict=True):
+        if fields:
+            found = read_backfill(one, fields, unfinished)
+            # of an occurrence that was left to the planner, or is too long ago, nobody was looked at
+            each = found.total / found.occurrences if found.occurrences else 0.0
+            left = found.total - found.looked - each * (found.left + found.forgotten)
+            yield OpenBackfill(one, found.definition, found.state, found.per_second, int(fields["most"]), unfinished, max(0.0, left))
 
 
 def _groups(ask: _Asking, key: Callable[..., str], definitions: Sequence[str]) -> Iterator[KnownGroup]:

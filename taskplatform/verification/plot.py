@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
+from taskplatform.drawing import Colour, Drawing, svg
 from taskplatform.verification.judges import histogram
 
 _BARS = " ▁▂▃▄▅▆▇█"
+_PLANNED: Colour = "second"
+_STARTED: Colour = "third"
+_SHARE: Colour = "first"
+_EVEN: Colour = "faint"
 
 
 def bars(points: Sequence[float], *, bins: int, label: str) -> str:
@@ -25,36 +29,29 @@ def window_svg(planned: Sequence[float], started: Sequence[float], *, title: str
     `planned` and `started` are parts of the window.
     """
     width, height, left, top, bins = 720, 300, 40, 40, 20
+    floor = top + height
     counts = [histogram(points, bins) for points in (planned, started)]
     most = max([1, *counts[0], *counts[1]])
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + 2 * left} {height + 2 * top + 30}" font-family="sans-serif" '
-        f'font-size="12" role="img" aria-label="{escape(title, quote=True)}">',
-        f'<rect width="{width + 2 * left}" height="{height + 2 * top + 30}" fill="#ffffff"/>',
-        f'<text x="{left}" y="24" font-size="14">{escape(title)}</text>',
-    ]
+    drawing = Drawing(width + 2 * left, height + 2 * top + 30, title)
+    drawing.text(left, 24, title)
     part = width / bins
-    for of, (colour, offset) in zip(counts, (("#9ecae1", 0.08), ("#3182bd", 0.50)), strict=True):
+    for of, (colour, offset) in zip(counts, ((_PLANNED, 0.08), (_STARTED, 0.50)), strict=True):
         for place, count in enumerate(of):
             tall = height * 0.5 * count / most
-            x, y = left + (place + offset) * part, top + height - tall
-            parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{part * 0.4:.1f}" height="{tall:.1f}" fill="{colour}"/>')
-    parts.append(f'<line x1="{left}" y1="{top + height}" x2="{left + width}" y2="{top}" stroke="#999999" stroke-dasharray="4 4"/>')
+            drawing.box(left + (place + offset) * part, floor - tall, part * 0.4, tall, colour)
+    drawing.line([(left, floor), (left + width, top)], _EVEN, dashed=True)
     begun = sorted(min(1.0, max(0.0, one)) for one in started)
     corners = [(0.0, 0.0)]
     for place, one in enumerate(begun):
         corners += [(one, place / len(begun)), (one, (place + 1) / len(begun))]
     corners.append((1.0, 1.0 if begun else 0.0))
-    steps = " ".join(f"{left + x * width:.1f},{top + height * (1 - y):.1f}" for x, y in corners)
-    parts.append(f'<polyline points="{steps}" fill="none" stroke="#d94801" stroke-width="1.5"/>')
-    parts.append(f'<line x1="{left}" y1="{top + height}" x2="{left + width}" y2="{top + height}" stroke="#333333"/>')
+    drawing.line([(left + x * width, floor - y * height) for x, y in corners], _SHARE, width=1.5)
+    drawing.line([(left, floor), (left + width, floor)], "ink")
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        x = left + share * width
-        text = f"{share * window_seconds:g} s"
-        parts.append(f'<text x="{x:.1f}" y="{top + height + 18}" text-anchor="middle">{text}</text>')
-    legend = (("#9ecae1", "planned"), ("#3182bd", "started"), ("#d94801", "share started"), ("#999999", "even"))
+        drawing.text(left + share * width, floor + 18, f"{share * window_seconds:g} s", size=12, anchor="middle")
+    legend: tuple[tuple[Colour, str], ...] = ((_PLANNED, "planned"), (_STARTED, "started"), (_SHARE, "share started"), (_EVEN, "even"))
     for place, (colour, text) in enumerate(legend):
         x = left + place * 140
-        parts.append(f'<rect x="{x}" y="{top + height + 36}" width="12" height="12" fill="{colour}"/>')
-        parts.append(f'<text x="{x + 18}" y="{top + height + 46}">{text}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+        drawing.box(x, floor + 36, 12, 12, colour)
+        drawing.text(x + 18, floor + 46, text, size=12)
+    return svg(drawing)

@@ -101,7 +101,7 @@ def refuses_to_stop(job: Job) -> None:
 
 
 def _tell(job: Job, what: str) -> None:
-    requests.post(f"{os.environ['TARGET']}/{what}", headers={"X-Job-ID": job.id, "X-User-ID": job.user}, timeout=5)
+    requests.post(f"{os.environ['TARGET']}/{what}", headers={"X-Job-ID": job.id, "X-User-ID": job.user}, timeout=30)
 
 
 def blurts(job: Job) -> str:

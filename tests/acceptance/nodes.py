@@ -104,7 +104,7 @@ class ProcessNode:
         elif self.status == "running":
             os.kill(self.pid, number)
 
-    def restart(self, timeout: float = 10) -> None:
+    def restart(self, timeout: float = 30) -> None:
         self.stop(timeout)
         self._start()
         self.ready()
@@ -160,14 +160,14 @@ class ProcessNode:
         for process in self.processes():
             guardian.send(process, signal.SIGCONT)
 
-    def wait(self, seconds: float) -> int:
+    def wait(self, seconds: float = 60) -> int:
         """Its exit code, when it has ended by itself."""
         try:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self.name} has not ended within {seconds:g} s:\n{self.logs()[-3000:]}") from None
 
-    def stop(self, seconds: float = 10) -> None:
+    def stop(self, seconds: float = 30) -> None:
         """End it by SIGTERM, and by SIGKILL what is left."""
         self.kill("SIGTERM")
         self.resume()
@@ -227,7 +227,7 @@ class FlowerNode(CeleryNode):
 
     def is_ready(self) -> bool:
         try:
-            return requests.get(f"{self.url}/healthcheck", timeout=5).status_code == 200
+            return requests.get(f"{self.url}/healthcheck", timeout=30).status_code == 200
         except requests.RequestException:
             return False
 

@@ -87,7 +87,7 @@ class Proxy:
                 _reset(client)
                 continue
             try:
-                server = socket.create_connection(("127.0.0.1", self._upstream), timeout=5)
+                server = socket.create_connection(("127.0.0.1", self._upstream), timeout=30)
             except OSError:
                 _reset(client)
                 continue

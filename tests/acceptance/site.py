@@ -32,6 +32,8 @@ N = TypeVar("N", bound=ProcessNode)
 
 HEARTBEAT_TIMEOUT_SECONDS = 4.0
 BEAT_LOCK_SECONDS = 2.0
+#: Within so long after the timeout a lost worker's jobs are taken back.
+LATE_SECONDS = 5.0
 SETTINGS = {
     "TASKPLATFORM_TASKS_DIR": str(Path(__file__).parent / "definitions"),
     "TASKPLATFORM_HEARTBEAT_INTERVAL": "500ms",
@@ -174,7 +176,7 @@ class Site:
         self.platform.create_user(name)
         return name
 
-    def wait_for(self, job_id: str, *states: JobState, seconds: float = 30) -> Job:
+    def wait_for(self, job_id: str, *states: JobState, seconds: float = 60) -> Job:
         """The job, when it is in one of the states; without any, when it is finished."""
 
         def reached() -> bool:
@@ -189,7 +191,7 @@ class Site:
             ) from None
         return self.platform.job(job_id)
 
-    def wait_for_all(self, jobs: Sequence[str], *, seconds: float = 30) -> list[Job]:
+    def wait_for_all(self, jobs: Sequence[str], *, seconds: float = 60) -> list[Job]:
         """The jobs, when all are finished."""
         return [self.wait_for(job_id, seconds=seconds) for job_id in jobs]
 
@@ -198,7 +200,7 @@ class Site:
         ended = self.wait_for(job.id, seconds=60)
         back = next(line for line in self.changes(job.id) if line.at_ms >= since_ms)
         assert back.to_state in (JobState.PENDING, JobState.RETRYING), self.story(job.id)
-        assert back.at_ms - since_ms < (HEARTBEAT_TIMEOUT_SECONDS + 5) * 1000, self.story(job.id)
+        assert back.at_ms - since_ms < (HEARTBEAT_TIMEOUT_SECONDS + LATE_SECONDS) * 1000, self.story(job.id)
         return ended
 
     def story(self, job_id: str) -> str:
@@ -259,6 +261,6 @@ def _fresh_app(environment: Mapping[str, str]) -> ModuleType:
     return module
 
 
-def eventually(holds: Callable[[], bool], message: str, *, seconds: float = 25) -> None:
+def eventually(holds: Callable[[], bool], message: str, *, seconds: float = 60) -> None:
     """Wait until it holds; `message` says what did not."""
     wait_until(holds, seconds=seconds, message=message)

@@ -7,10 +7,13 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.support import wait_until
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Call:
     number: int = 0
     """The how manieth it is."""
     ended_seconds: float | None = None
-    """When the answer was sent, or the caller was found to be gone, by the same clock; None while neither is."""
+    """Just before the answer was sent, or when the caller was found to be gone, by the same clock; None while neither is."""
 
     @property
     def job(self) -> str:
@@ -92,15 +95,26 @@ class Target:
             return [call for call in self._calls if user in (None, call.user) and job in (None, call.job)]
 
     def ended_ms(self, call: Call) -> int | None:
-        """When the answer to a call was sent, or the caller was found to be gone. None: not yet."""
+        """When the answer to a call was about to be sent, or the caller was found to be gone. None: not yet."""
         with self._lock:
             return self._ended.get(call.number)
 
-    def end(self, call: Call) -> None:
-        """Log that a call is over."""
+    def end(self, call: Call, at_ms: int, at_seconds: float) -> None:
+        """Log that a call was over then."""
         with self._lock:
-            self._ended[call.number] = time.time_ns() // 1_000_000
-            self._calls[call.number] = replace(call, ended_seconds=time.monotonic())
+            self._ended[call.number] = at_ms
+            self._calls[call.number] = replace(call, ended_seconds=at_seconds)
+
+    @contextmanager
+    def together(self, user: str, count: int) -> Iterator[None]:
+        """The user's requests get their answers when the block has ended and so many have come: they must run at the same time."""
+        all_here = threading.Event()
+        self.answer(user, Answer(until=all_here))
+        try:
+            yield
+            wait_until(lambda: len(self.calls(user=user)) >= count, message=f"{count} calls do not run at the same time")
+        finally:
+            all_here.set()
 
     def take(self, call: Call) -> tuple[Call, Answer | None]:
         """Log a request and choose its answer. Returns when it is to be sent; None when the caller has gone before."""
@@ -168,10 +182,12 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
         arrived = Call(at_ms, at_seconds, self.command, self.path, dict(self.headers.items()), body, self.connection)
         call, answer = self.server.target.take(arrived)
+        # before the caller can have it: else the next call could come before this thread has looked at the clock
+        at_ms, at_seconds = time.time_ns() // 1_000_000, time.monotonic()
         try:
             self._answer(answer)
         finally:
-            self.server.target.end(call)
+            self.server.target.end(call, at_ms, at_seconds)
 
     def _answer(self, answer: Answer | None) -> None:
         if answer is None or answer.hang:

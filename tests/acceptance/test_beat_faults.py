@@ -23,6 +23,8 @@ from tests.acceptance.target import Target
 from tests.support import wait_until
 
 MINUTE_MS = 60_000
+#: Longer than nobody leads: what is planned after its moment would be moved.
+HORIZON = "8s"
 #: Each time is the same in all of them, and each is a group of its own, which the next leader opens.
 ZONES = ("Africa/Abidjan", "Africa/Lagos", "America/Lima", "Asia/Tokyo", "Asia/Dubai", "Asia/Manila", "Asia/Kolkata", "America/Bogota")
 FAULTS = (
@@ -38,9 +40,9 @@ FAULTS = (
 
 
 @pytest.fixture
-def site(own_site: Site) -> Site:
-    """Its beats are this module's alone."""
-    return own_site
+def site(calm_site: Site) -> Site:
+    """Its beats are this module's alone. Its worker is not to be lost."""
+    return calm_site
 
 
 @dataclass
@@ -52,9 +54,9 @@ class Load:
     users: list[str] = field(default_factory=list)
     beats: list[BeatNode] = field(default_factory=list)
 
-    def beat(self, *, fault: Fault | None = None, horizon: str = "6s") -> BeatNode:
+    def beat(self, *, fault: Fault | None = None) -> BeatNode:
         """Start one. As a standby it leads soon, and before the moments come that the last leader has not planned."""
-        self.beats.append(self.site.beat(fault=fault, beat_lock_timeout="1s", plan_horizon=horizon))
+        self.beats.append(self.site.beat(fault=fault, beat_lock_timeout="1s", plan_horizon=HORIZON))
         return self.beats[-1]
 
     def subscribe(self, count: int, zone: str | None = None) -> None:
@@ -80,10 +82,10 @@ class Load:
     def check(self) -> None:
         """All moments up to now had their calls, one each, and nothing else was called."""
         store = self.site.platform.store
-        wait_until(lambda: len(self.expected(store.now_ms())) >= 15, seconds=30, message="no moments came")
+        wait_until(lambda: len(self.expected(store.now_ms())) >= 15, message="no moments came")
         expected = self.expected(store.now_ms())
         with suppress(AssertionError):
-            wait_until(lambda: expected.keys() <= self.calls().keys(), seconds=10)
+            wait_until(lambda: expected.keys() <= self.calls().keys())
         calls = self.calls()
         assert not expected.keys() - calls.keys(), "some users had no call"
         assert set(calls.values()) == {1}, f"doubled: {[job for job, count in calls.items() if count > 1]}"
@@ -123,21 +125,20 @@ def _stepped_down(beat: BeatNode) -> bool:
     return "stepping down" in beat.logs()
 
 
-@pytest.mark.timeout(120)
 def test_leaders_die_and_freeze_in_the_midst_of_planning(site: Site, load: Load) -> None:
     faults = [site.fault(point, nth, signal=number) for point, nth, number in FAULTS]
     beats = [load.beat(fault=fault) for fault in faults]
-    wait_until(lambda: all("beat: Starting" in beat.logs() for beat in beats), seconds=40, message="not all have started")
+    wait_until(lambda: all("beat: Starting" in beat.logs() for beat in beats), message="not all have started")
     load.subscribe(200)
     for zone in ZONES:
         happened = _happened(faults)
         if happened < len(faults):
             load.subscribe(3, zone)
-            wait_until(partial(_more_happened, faults, happened), seconds=15, message="nobody came to a fault")
+            wait_until(partial(_more_happened, faults, happened), message="nobody came to a fault")
     assert _happened(faults) == len(faults)
     # none of those that have a fault to make is left
     last = load.beat()
-    wait_until(lambda: last.leads, seconds=15, message="nobody leads after all that")
+    wait_until(lambda: last.leads, message="nobody leads after all that")
     load.subscribe(3, "Asia/Seoul")
     frozen = [beat for beat, fault in zip(beats, faults, strict=False) if fault.signal == signal.SIGSTOP]
     for beat in frozen:
@@ -150,23 +151,25 @@ def test_leaders_die_and_freeze_in_the_midst_of_planning(site: Site, load: Load)
     assert not [beat.name for beat in load.beats if "Traceback" in beat.logs()]
 
 
-@pytest.mark.timeout(60)
 def test_the_lock_is_lost_again_and_again(site: Site, load: Load) -> None:
     """As with a server that lost its last second, or was emptied of it: then two lead for a moment."""
-    beats = [load.beat(horizon="3s") for _ in range(3)]
+    beats = [load.beat() for _ in range(3)]
     for beat in beats:
         beat.ready()
     wait_until(lambda: any(beat.leads for beat in beats), message="nobody leads")
     load.subscribe(300)
     terms = int(site.platform.store.planner()["term"])
-    deadline = time.monotonic() + 20
-    while len(load.expected(site.platform.store.now_ms())) < 15:
+    deadline = time.monotonic() + 90
+
+    def led() -> int:
+        return int(site.platform.store.planner()["term"]) - terms
+
+    while len(load.expected(site.platform.store.now_ms())) < 15 or led() <= 3:
+        assert time.monotonic() < deadline, f"the lead has changed {led()} times"
         for _ in range(20):
             site.redis.delete("tp:redbeat::lock")
-            time.sleep(0.03)
-        assert time.monotonic() < deadline
+            time.sleep(0.03)  # apart from each other, so that somebody leads in between
     wait_until(lambda: [beat.leads for beat in beats].count(True) == 1, message="not one leads")
-    assert int(site.platform.store.planner()["term"]) > terms + 3, "the lead has not changed"
     assert any("stepping down" in beat.logs() for beat in beats)
     load.check()
     assert not [beat.name for beat in load.beats if "Traceback" in beat.logs()]

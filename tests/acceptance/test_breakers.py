@@ -92,9 +92,9 @@ def test_a_host_that_fails_is_left_alone_and_nothing_is_lost(site: Site, fragile
     assert shown.host == host
     assert [one.code for one in site.platform.health().problems if one.subject == host] == ["breaker_open"]
 
-    eventually(lambda: _breaker(site, host).openings == 2, "no probe, or it does not open the breaker again", seconds=20)
+    eventually(lambda: _breaker(site, host).openings == 2, "no probe, or it does not open the breaker again")
     fragile.answer(user, Answer(200))
-    done = site.wait_for_all(jobs, seconds=30)
+    done = site.wait_for_all(jobs)
     assert {job.state for job in done} == {JobState.COMPLETED}
     assert max(job.failures for job in done) <= RETRIES
     assert _breaker(site, host).state is BreakerState.CLOSED
@@ -132,7 +132,7 @@ def test_a_pause_that_a_host_asks_for_holds_back_all_of_its_jobs(site: Site, ste
     assert limit.held_until_ms is not None
     jobs += _submit(site, "stern", user, 8)
     elsewhere = _submit(site, "other", user, 8)
-    assert {job.state for job in site.wait_for_all([*elsewhere, *jobs], seconds=20)} == {JobState.COMPLETED}
+    assert {job.state for job in site.wait_for_all([*elsewhere, *jobs])} == {JobState.COMPLETED}
 
     asked, probe, *rest = stern.calls(user=user)
     assert probe.at_seconds - asked.at_seconds >= 2

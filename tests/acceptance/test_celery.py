@@ -61,7 +61,7 @@ def test_a_worker_announces_itself_to_the_platform(celery_setup: CeleryTestSetup
     node = celery_setup.worker.hostname()
     (worker,) = (one for one in site.platform.store.workers() if one.id.startswith(f"{node}#"))
     assert (worker.slots, worker.queues) == (4, ("high", "medium", "low"))
-    assert site.platform.store.now_ms() - worker.heartbeat_ms < 10_000
+    assert site.platform.store.now_ms() - worker.heartbeat_ms < 60_000
     assert int(worker.info["pid"]) == celery_setup.worker.container.pid
 
 
@@ -81,7 +81,7 @@ def test_a_worker_of_celerys_test_kit_runs_jobs(calm_site: Site) -> None:
         try:
             job = calm_site.platform.enqueue("returning", user=calm_site.user())
             assert calm_site.wait_for(job.id).state is JobState.COMPLETED
-            process.communicate(b"\n", timeout=20)
+            process.communicate(b"\n", timeout=120)
         finally:
             process.kill()
     assert process.returncode == 0

@@ -24,7 +24,7 @@ HOUR = 3600
 RUN = ["pending", "queued", "assigned", "running", "completed"]
 USERS = 25
 #: Nobody may be taken for lost here, on a busy machine either.
-PATIENCE_SECONDS = 5
+PATIENCE_SECONDS = 8
 
 
 class ServerClock(SteppedClock):
@@ -87,7 +87,7 @@ def beat(own_site: Site, node_clock: SteppedClock) -> BeatNode:
 def _all_run(site: Site, workers: list[WorkerNode], beat: BeatNode, node_clock: SteppedClock) -> None:
     """Each test begins with the right time, and with all of them at work."""
     node_clock.set(0)
-    eventually(lambda: beat.status == "running" and beat.leads, "beat does not lead", seconds=20)
+    eventually(lambda: beat.status == "running" and beat.leads, "beat does not lead")
 
 
 def _subscribers(site: Site, server_clock: ServerClock) -> tuple[list[str], int]:
@@ -110,7 +110,10 @@ def _subscribers(site: Site, server_clock: ServerClock) -> tuple[list[str], int]
 def _check(site: Site, target: Target, ids: list[str]) -> None:
     """That each of these jobs ran once, not before its time by the server's clock, and without anybody having been taken for lost."""
     for job_id in ids:
-        assert [line for line in site.states(job_id) if line != "retrying"] == RUN, site.story(job_id)
+        # what was released and has not started when the clock is set back is given back first
+        entered = site.states(job_id)
+        assert (entered[0], entered[-4:]) == (RUN[0], RUN[1:]), site.story(job_id)
+        assert set(entered[1:-4]) <= {"queued", "pending", "retrying"}, site.story(job_id)
         assert len(target.calls(job=job_id)) == 1, site.story(job_id)
         job = site.platform.job(job_id)
         assert job.started_ms is not None
@@ -130,14 +133,14 @@ def test_the_clocks_of_a_worker_and_of_beat_are_set(
     by_hand = site.user()
     delayed = [JobRequest(definition="call", user=by_hand, countdown=number / 8) for number in range(64)]
     ids = [job.id for job in site.platform.enqueue_many(delayed)]
-    wait_until(lambda: any(target.calls(user=user) for user in users), seconds=20, message="the window has not begun")
+    wait_until(lambda: any(target.calls(user=user) for user in users), message="the window has not begun")
     for offset in (HOUR, -HOUR, 0):
         node_clock.set(offset)
-        time.sleep(1.2)  # each for a part of the window
+        time.sleep(1.2)  # each for a part of the window; nothing is asked of what happens in it
     planned = [f"minutely:{user}:{minute_ms}" for user in users]
     eventually(lambda: len(site.platform.store.jobs_by_id(planned)) == USERS, "a user has no job")
     ids += planned
-    site.wait_for_all(ids, seconds=20)
+    site.wait_for_all(ids)
     _check(site, target, ids)
     assert all(minute_ms in found for found in _planned(site, users).values())
 
@@ -145,11 +148,9 @@ def test_the_clocks_of_a_worker_and_of_beat_are_set(
 def test_the_servers_clock_is_set(site: Site, workers: list[WorkerNode], target: Target, server_clock: ServerClock) -> None:
     store = site.platform.store
     users, minute_ms = _subscribers(site, server_clock)
-    runs = site.platform.enqueue("sleeping", user=site.user(), params={"seconds": 16}, priority="high")
+    runs = site.platform.enqueue("sleeping", user=site.user(), params={"seconds": 20}, priority="high")
     wait_until(lambda: target.calls(job=runs.id), message="the long job does not run")
-    wait_until(
-        lambda: len([call for user in users for call in target.calls(user=user)]) >= 3, seconds=20, message="the window has not begun"
-    )
+    wait_until(lambda: len([call for user in users for call in target.calls(user=user)]) >= 3, message="the window has not begun")
 
     server_clock.step(HOUR)
     in_between = site.user()
@@ -160,14 +161,14 @@ def test_the_servers_clock_is_set(site: Site, workers: list[WorkerNode], target:
     time.sleep(PATIENCE_SECONDS + 1)  # longer than it would take to be taken for silent
 
     server_clock.step(-HOUR)
-    hourly_late = site.wait_for_all([job.id for job in fast], seconds=15)
+    hourly_late = site.wait_for_all([job.id for job in fast])
     assert {job.state for job in hourly_late} == {JobState.COMPLETED}
-    assert site.wait_for(again.id, seconds=15).state is JobState.COMPLETED
+    assert site.wait_for(again.id).state is JobState.COMPLETED
     assert site.wait_for(runs.id).state is JobState.COMPLETED
-    eventually(lambda: all(minute_ms in found for found in _planned(site, users).values()), "a user has no job", seconds=15)
+    eventually(lambda: all(minute_ms in found for found in _planned(site, users).values()), "a user has no job")
     # what was planned for the next moment of the hour that was too early waits for it
     made = [job.id for user in users for job in site.platform.jobs(user=user, limit=1000).items if job.execute_after_ms <= store.now_ms()]
-    site.wait_for_all(made, seconds=15)
+    site.wait_for_all(made)
     _check(site, target, [*made, *(job.id for job in fast)])
     assert [call.path for call in target.calls(job=runs.id)] == ["/began", "/ended"]
     # what of the hour was passed over is the policy's, and recorded; nobody has a job twice
@@ -175,12 +176,13 @@ def test_the_servers_clock_is_set(site: Site, workers: list[WorkerNode], target:
     # whoever is dead is found all the same
     victim = site.worker("--concurrency", "1", "-Q", "high", machine="c")
     victim.ready()
+    eventually(lambda: any(worker.id.startswith(f"{victim.node}#") for worker in store.workers()), "it has no heartbeat")
     before = {worker.id for worker in store.workers()}
     server_clock.step(-HOUR)
     victim.kill("SIGKILL")
     # whose question the server would answer in an hour, as its clock goes, gets a message: deaf for the second time, it would end
     site.wait_for_all([site.platform.enqueue("call", user=in_between).id for _ in range(4)])
-    eventually(lambda: "workers_lost" in store.counters(), "nobody finds it", seconds=PATIENCE_SECONDS + 10)
+    eventually(lambda: "workers_lost" in store.counters(), "nobody finds it")
     lost = before - {worker.id for worker in store.workers()}
     assert [worker.partition("#")[0] for worker in lost] == [victim.node], "\n".join(worker.logs() for worker in workers)
     assert store.counters()["workers_lost"] == 1

@@ -219,7 +219,7 @@ class Terminal:
 
 def _answers(url: str) -> bool:
     try:
-        return requests.get(url, timeout=5).status_code == 200
+        return requests.get(url, timeout=30).status_code == 200
     except requests.RequestException:
         return False
 

@@ -21,7 +21,7 @@ def flower(shared_site: Site) -> FlowerNode:
     node = shared_site.flower()
     node.ready()
     # it shows what happens while it listens
-    wait_until(lambda: "Connected to" in node.logs(), seconds=20)
+    wait_until(lambda: "Connected to" in node.logs())
     return node
 
 
@@ -34,7 +34,7 @@ def seen(flower: FlowerNode, celery_setup: CeleryTestSetup) -> str:
 
 
 def _workers(url: str) -> list[dict[str, Any]]:
-    return list(requests.get(f"{url}/workers", params={"json": 1}, timeout=5).json()["data"])
+    return list(requests.get(f"{url}/workers", params={"json": 1}, timeout=30).json()["data"])
 
 
 def _tasks(url: str) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def _tasks(url: str) -> list[dict[str, Any]]:
         "order[0][column]": 0,
         "order[0][dir]": "asc",
     }
-    return list(requests.post(f"{url}/tasks/datatable", data=form, timeout=5).json()["data"])
+    return list(requests.post(f"{url}/tasks/datatable", data=form, timeout=30).json()["data"])
 
 
 def test_it_shows_jobs_by_definition_with_their_user(seen: str, site: Site, target: Target, user: str) -> None:
@@ -67,7 +67,7 @@ def test_it_shows_jobs_by_definition_with_their_user(seen: str, site: Site, targ
         task = shown()[job.id]
         assert (task["name"], task["state"]) == (name, state)
         assert task["kwargs"] == str({"user": user})
-        page = requests.get(f"{seen}/task/{job.id}", timeout=5)
+        page = requests.get(f"{seen}/task/{job.id}", timeout=30)
         assert page.status_code == 200
         assert name in page.text
         assert user in page.text
@@ -78,15 +78,15 @@ def test_it_shows_jobs_by_definition_with_their_user(seen: str, site: Site, targ
 def test_its_metrics_count_by_definition(seen: str, site: Site, user: str) -> None:
     site.wait_for(site.platform.enqueue("call", user=user).id)
     wanted = 'flower_events_total{task="call",type="task-succeeded"'
-    eventually(lambda: wanted in requests.get(f"{seen}/metrics", timeout=5).text, "no metric of the definition")
+    eventually(lambda: wanted in requests.get(f"{seen}/metrics", timeout=30).text, "no metric of the definition")
 
 
 def test_it_links_to_the_dashboard(shared_site: Site, celery_setup: CeleryTestSetup, site: Site, user: str) -> None:
     node = shared_site.flower(dashboard_url="https://ops.example.com/ui/")
     node.ready()
-    wait_until(lambda: "Connected to" in node.logs(), seconds=20)
+    wait_until(lambda: "Connected to" in node.logs())
     job = site.wait_for(site.platform.enqueue("returning", user=user).id)
-    assert '<a class="nav-link" href="https://ops.example.com/ui/"' in requests.get(f"{node.url}/workers", timeout=5).text
-    eventually(lambda: requests.get(f"{node.url}/task/{job.id}", timeout=5).status_code == 200, "Flower does not know the job")
-    assert f'href="https://ops.example.com/ui/jobs/{quote(job.id, safe="")}"' in requests.get(f"{node.url}/task/{job.id}", timeout=5).text
+    assert '<a class="nav-link" href="https://ops.example.com/ui/"' in requests.get(f"{node.url}/workers", timeout=30).text
+    eventually(lambda: requests.get(f"{node.url}/task/{job.id}", timeout=30).status_code == 200, "Flower does not know the job")
+    assert f'href="https://ops.example.com/ui/jobs/{quote(job.id, safe="")}"' in requests.get(f"{node.url}/task/{job.id}", timeout=30).text
     shared_site.remove(node)

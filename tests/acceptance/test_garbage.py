@@ -131,13 +131,13 @@ def test_garbage_is_set_aside_and_the_work_goes_on(site: Site, target: Target, w
     assert worker.status == "running"
     # none of it holds a slot, or is left in the broker
     eventually(lambda: site.redis.exists("high", "medium", "low", "unacked", "unacked_index") == 0, "something is left in the broker")
-    inspect = site.app.control.inspect([worker.node])
+    inspect = site.app.control.inspect([worker.node], timeout=60, limit=1)
     eventually(lambda: (inspect.active(), inspect.reserved()) == ({worker.node: []}, {worker.node: []}), "something holds a slot")
-    again = [site.platform.enqueue("sleeping", user=user, params={"seconds": 3}).id for _ in range(2)]
+    again = [site.platform.enqueue("sleeping", user=user, params={"seconds": 6}).id for _ in range(2)]
     ran = site.wait_for_all(again)
     assert ran[0].started_ms is not None
     assert ran[1].started_ms is not None
-    assert abs(ran[0].started_ms - ran[1].started_ms) < 3000, "the one waited for the other"
+    assert abs(ran[0].started_ms - ran[1].started_ms) < 6000, "the one waited for the other"
 
 
 def test_plain_tasks_still_run(site: Site, worker: WorkerNode) -> None:
@@ -194,7 +194,7 @@ def test_a_job_of_a_newer_definition_waits_for_a_newer_worker(site: Site, target
     older.kill("SIGTERM")
     newer = site.worker("--concurrency", "1", tasks_dir=str(tmp_path / "tasks"))
     newer.ready()
-    done = site.wait_for(job_id, seconds=20)
+    done = site.wait_for(job_id)
     assert (done.state, done.attempt) == (JobState.COMPLETED, 1), site.story(job_id)
     assert done.worker.startswith(f"{newer.node}#")
     assert len(target.calls(job=job_id)) == 1

@@ -19,7 +19,7 @@ from tests.acceptance.nodes import Guard
 from tests.acceptance.site import Site, base_environment, running_site
 
 DEADLINE_MS = 1000
-TOO_LATE_MS = 5000
+TOO_LATE_MS = 15_000
 """More than a deadline, and much less than the servers would go on."""
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok"
@@ -170,7 +170,7 @@ def test_every_call_ends_in_time_and_leaves_its_slot(own_site: Site, hostile: Ho
         return site.platform.enqueue("hostile", user=user, params={"path": path}).id
 
     calls = {how: call(how) for how in ENDINGS}
-    endings = {how: site.wait_for(job_id, seconds=30) for how, job_id in calls.items()}
+    endings = {how: site.wait_for(job_id) for how, job_id in calls.items()}
     assert {how: (job.state, job.reason) for how, job in endings.items()} == ENDINGS
     for how, job in endings.items():
         detail = site.changes(job.id)[-1].detail

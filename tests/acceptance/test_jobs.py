@@ -125,7 +125,7 @@ def test_celerys_priorities_are_the_platforms(site: Site, user: str, given: int 
     result = site.app.tasks["call"].apply_async(kwargs={"user": user}, countdown=3600, priority=given)
     job = site.platform.job(result.id)
     assert job.priority is Priority(expected)
-    assert abs(job.execute_after_ms / 1000 - time.time() - 3600) < 10
+    assert abs(job.execute_after_ms / 1000 - time.time() - 3600) < 60
     site.platform.cancel(job.id)
 
 
@@ -157,11 +157,11 @@ def test_celerys_results_are_read_from_the_history(celery_setup: CeleryTestSetup
     target.answer(user, Answer(body="well", after_seconds=0.5), Answer(404))
     result = task.delay(user=user)
     eventually(lambda: result.state == "STARTED", "Celery does not see that it runs")
-    assert result.get(timeout=10)["excerpt"] == "well"
+    assert result.get(timeout=60)["excerpt"] == "well"
     assert result.state == "SUCCESS"
     refused = task.delay(user=user)
     with pytest.raises(TaskPlatformError, match="HTTP 404"):
-        refused.get(timeout=10)
+        refused.get(timeout=60)
     assert refused.state == "FAILURE"
     waiting = task.apply_async(kwargs={"user": user}, countdown=3600)
     assert waiting.state == "PENDING"

@@ -45,7 +45,7 @@ BREAKER_CALLS = 4
 def ask(port: int, path: str) -> tuple[int, dict[str, Any]]:
     """The status and the answer; 0 where nobody answers."""
     try:
-        answer = requests.get(f"http://127.0.0.1:{port}{path}", timeout=10)
+        answer = requests.get(f"http://127.0.0.1:{port}{path}", timeout=30)
     except requests.ConnectionError:
         return 0, {}
     return answer.status_code, answer.json()
@@ -61,7 +61,7 @@ def faults(port: int, path: str) -> str:
 
 def metrics(port: int) -> dict[tuple[str, ...], float]:
     """By name and the values of the labels, in the order of the labels' names."""
-    text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
+    text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
     return by_name(text_string_to_metric_families(text))
 
 
@@ -159,7 +159,7 @@ def test_every_run_is_counted_whichever_process_ran_it_and_however_that_ended(to
     failing = platform.enqueue("raising", user=user, params={"times": 1}).id
     site.wait_for_all(jobs)
     dying = platform.enqueue("dying", user=user, params={"how": "killed"}).id
-    assert site.wait_for(dying, seconds=30).reason.startswith("poison pill")
+    assert site.wait_for(dying).reason.startswith("poison pill")
     jobs += [platform.enqueue("returning", user=user, priority="high").id for _ in range(15)]
     site.wait_for_all([*jobs, failing])
     log = town.worker_node.logs()
@@ -254,7 +254,7 @@ class Prometheus:
         self._url = url
 
     def get(self, path: str, **query: str) -> Any:
-        answer = requests.get(f"{self._url}/api/v1/{path}", params=query, timeout=10)
+        answer = requests.get(f"{self._url}/api/v1/{path}", params=query, timeout=30)
         content = answer.json()
         assert content["status"] == "success", content
         return content["data"]
@@ -264,7 +264,7 @@ class Prometheus:
 
     def answers(self) -> bool:
         try:
-            return requests.get(f"{self._url}/-/ready", timeout=5).status_code == 200
+            return requests.get(f"{self._url}/-/ready", timeout=30).status_code == 200
         except requests.ConnectionError:
             return False
 
@@ -290,7 +290,7 @@ def prometheus(binaries: tuple[str, str], town: Town, guard: Guard, tmp_path_fac
         )
         running = Prometheus(f"http://127.0.0.1:{port}")
         try:
-            wait_until(running.answers, seconds=30, message="prometheus does not answer")
+            wait_until(running.answers, message="prometheus does not answer")
             yield running
         finally:
             process.send_signal(signal.SIGTERM)
@@ -312,10 +312,10 @@ def watched(prometheus: Prometheus, town: Town, target: Target) -> Prometheus:
     found = re.search(r"listening on (http://\S+)", town.api_node.logs())
     assert found is not None
     for path, code in (("/health", 200), ("/v1/jobs/no-such-job", 401)):
-        assert requests.get(found.group(1) + path, timeout=10).status_code == code
+        assert requests.get(found.group(1) + path, timeout=30).status_code == code
     # a rate takes a second request after the first was scraped
     wait_until(lambda: prometheus.value("sum(taskplatform_api_requests_total)") == [2], seconds=60)
-    assert requests.get(f"{found.group(1)}/health", timeout=10).status_code == 200
+    assert requests.get(f"{found.group(1)}/health", timeout=30).status_code == 200
     site.wait_for_all(jobs)
     host = target.url.removeprefix("http://")
     happened = {
@@ -394,7 +394,7 @@ def alerts() -> list[dict[str, Any]]:
 
 def test_promtool_finds_no_fault(binaries: tuple[str, str], town: Town) -> None:
     for port in (town.leader, town.worker, town.api):
-        text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=10).content
+        text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=30).content
         done = subprocess.run([binaries[1], "check", "metrics"], input=text, capture_output=True, check=False)
         assert (done.returncode, done.stdout + done.stderr) == (0, b"")
 
@@ -423,11 +423,11 @@ def ill_site(new_site: Callable[[], Site]) -> Site:
 
 def test_a_port_that_is_taken_stops_nothing_and_a_loop_that_stands_still_is_ill_health(ill_site: Site) -> None:
     hangs = ill_site.deafness("loop")
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
+    port = find_port()  # which nobody else is given, when it is free
+    with socket.create_server(("127.0.0.1", port)):
         worker = ill_site.worker("--concurrency", "1", fault=hangs, ops_port=str(port), ops_patience="1500ms", heartbeat_timeout="20s")
         worker.ready()
-        assert ill_site.wait_for(ill_site.platform.enqueue("returning", user=ill_site.user()).id, seconds=30).state is JobState.COMPLETED
+        assert ill_site.wait_for(ill_site.platform.enqueue("returning", user=ill_site.user()).id).state is JobState.COMPLETED
         assert f"serves no /health, /ready and /metrics: 127.0.0.1:{port}: Address already in use" in worker.logs()
     eventually(lambda: status(port, "/ready") == 200, "it has not taken the port when it was free", seconds=READY_SECONDS)
     assert status(port, "/health") == 200
@@ -441,7 +441,7 @@ def test_a_port_that_is_taken_stops_nothing_and_a_loop_that_stands_still_is_ill_
     hangs.since.unlink()
     eventually(lambda: status(port, "/health") == 200, "it has not recovered")
     worker.kill("SIGTERM")
-    assert worker.wait(30) == 0
+    assert worker.wait() == 0
     assert status(port, "/health") == 0
     ill_site.remove(worker)
 
@@ -458,7 +458,7 @@ def test_a_beat_whose_tick_hangs_is_ill(ill_site: Site, proxy: Proxy) -> None:
     assert (found["taskplatform_figures_read",], found["taskplatform_live",]) == (0, 0)
     assert ("taskplatform_workers",) not in found
     proxy.heal()
-    eventually(lambda: status(port, "/health") == status(port, "/ready") == 200, "it has not recovered", seconds=30)
+    eventually(lambda: status(port, "/health") == status(port, "/ready") == 200, "it has not recovered")
     ill_site.remove(beat)
 
 
@@ -478,11 +478,11 @@ def test_without_redis_all_are_alive_and_none_is_ready(ill_site: Site, proxy: Pr
     for port in (beat, worker, late, late_api):
         eventually(lambda port=port: status(port, "/ready") == 503, "it is said to be ready", seconds=READY_SECONDS)  # type: ignore[misc]
         assert status(port, "/health") == 200
-        eventually(lambda port=port: "Redis cannot be reached" in faults(port, "/ready"), "it does not say why", seconds=30)  # type: ignore[misc]
+        eventually(lambda port=port: "Redis cannot be reached" in faults(port, "/ready"), "it does not say why")  # type: ignore[misc]
     for port in (beat, late_api):
         assert metrics(port)["taskplatform_figures_read",] == 0
     assert [node.status for node in (*nodes, api)] == ["running"] * 4
     proxy.heal()
     for port in (beat, worker, late, late_api):
-        eventually(lambda port=port: status(port, "/ready") == 200, "it has not recovered", seconds=30)  # type: ignore[misc]
+        eventually(lambda port=port: status(port, "/ready") == 200, "it has not recovered")  # type: ignore[misc]
     ill_site.remove(*nodes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,13 +39,17 @@ def default_worker_container(one_slot: WorkerNode) -> WorkerNode:
 
 @contextmanager
 def _busy_slot(site: Site, target: Target) -> Iterator[None]:
-    """Inside, the one slot runs a job that ends when the block does, or shortly after."""
+    """Inside, the one slot runs a job that ends when the block does."""
     holder = site.user()
-    target.answer(holder, Answer(after_seconds=1.5))
+    over = threading.Event()
+    target.answer(holder, Answer(until=over))
     job = site.platform.enqueue("call", user=holder, priority=HIGH)
     wait_until(lambda: target.calls(user=holder), message="the slot is not taken")
-    yield
-    assert site.platform.job(job.id).state is JobState.RUNNING, "the slot was free too soon"
+    try:
+        yield
+        assert site.platform.job(job.id).state is JobState.RUNNING, "the slot was free too soon"
+    finally:
+        over.set()
 
 
 def _submit(site: Site, user: str, *priorities: Priority) -> list[Job]:

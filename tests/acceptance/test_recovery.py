@@ -41,7 +41,7 @@ def _begun(hanging: tuple[WorkerNode, str]) -> None:
 
 
 def _id(site: Site, node: WorkerNode) -> str:
-    return next(worker.id for worker in site.platform.store.workers() if worker.id.startswith(f"{node.node}#"))
+    return next((worker.id for worker in site.platform.store.workers() if worker.id.startswith(f"{node.node}#")), "")
 
 
 def _on(node: WorkerNode, job: Job) -> bool:
@@ -59,7 +59,7 @@ def _running(site: Site, *nodes: WorkerNode) -> Iterator[None]:
 
 
 def _serve_high(site: Site, node: WorkerNode) -> None:
-    (reply,) = site.app.control.add_consumer("high", destination=[node.node], reply=True, timeout=5)
+    (reply,) = site.app.control.add_consumer("high", destination=[node.node], reply=True, timeout=60, limit=1)
     assert "ok" in next(iter(reply.values()))
 
 
@@ -86,7 +86,7 @@ def test_pool_processes_end_with_their_worker_and_its_jobs_run_again(site: Site,
         since_ms = site.platform.store.now_ms()
         for victim in (near, far):
             os.kill(victim.pid, signal.SIGKILL)
-        eventually(lambda: not near.processes() and not far.processes(), "pool processes outlive their worker", seconds=2)
+        eventually(lambda: not near.processes() and not far.processes(), "pool processes outlive their worker", seconds=10)
         ended = {node: site.wait_for_loss(job, since_ms) for node, job in jobs.items()}
     for node, how in ((near, "its process has ended"), (far, f"silent for {HEARTBEAT_TIMEOUT_SECONDS:g}s")):
         job = ended[node]
@@ -142,18 +142,16 @@ def test_a_worker_that_comes_back_stops_what_is_no_longer_its_own(how: str, site
         # both serve on, with all their slots
         eventually(lambda: {_id(site, node) for node in victims} == {job.worker for job in jobs.values()}, "they have not come back")
         user = site.user()
-        together = 5.0  # a worker that has just come back may take some seconds on a busy machine
-        target.answer(user, Answer(after_seconds=together))
-        ran = site.wait_for_all([site.platform.enqueue("call", user=user, priority="high").id for _ in range(4)])
-        arrivals = [call.at_seconds for call in target.calls(user=user)]
-        assert max(arrivals) - min(arrivals) < together, "the four did not run at the same time"
+        with target.together(user, 4):
+            submitted = [site.platform.enqueue("call", user=user, priority="high").id for _ in range(4)]
+        ran = site.wait_for_all(submitted)
         assert {node for node in victims for job in ran if _on(node, job)} == set(victims)
 
 
 def test_a_function_that_hangs_in_a_thread_is_found(site: Site, target: Target, hanging: tuple[WorkerNode, str]) -> None:
     worker, job_id = hanging
     limit = 1 + HARD_LIMIT_MARGIN.total_seconds()
-    job = site.wait_for(job_id, seconds=limit + STUCK_MARGIN.total_seconds() + 15)
+    job = site.wait_for(job_id, seconds=limit + STUCK_MARGIN.total_seconds() + 60)
     assert site.states(job_id) == AGAIN, site.story(job_id)
     what = f"stuck: ran longer than its time limit of {limit:g}s"
     assert site.changes(job_id)[4].reason == f"{what}; again in 1 s"

@@ -32,7 +32,9 @@ from tests.acceptance.target import Answer, Target
 from tests.support import wait_until
 
 #: Longer than a worker may be silent, so that one who forgot this would take jobs from those that live.
-OUTAGE_SECONDS = HEARTBEAT_TIMEOUT_SECONDS + 1
+OUTAGE_SECONDS = HEARTBEAT_TIMEOUT_SECONDS + 2
+#: Of the two workers together.
+SLOTS = 4
 #: A process that says the same again and again would need no minute for so many lines.
 MOST_LINES = 40
 
@@ -58,7 +60,7 @@ class Crew:
 @pytest.fixture(scope="module")
 def crew(own_site: Site) -> Crew:
     """The same processes for all tests: they live through all of it."""
-    made = Crew([own_site.worker("--concurrency", "2") for _ in range(2)], own_site.beat(plan_batch="5"))
+    made = Crew([own_site.worker("--concurrency", str(SLOTS // 2)) for _ in range(2)], own_site.beat(plan_batch="5"))
     for node in made.nodes:
         node.ready()
     eventually(lambda: made.beat.leads, "beat does not lead")
@@ -140,12 +142,13 @@ REFUSALS = [
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.outage)
 def test_a_server_refuses_for_a_time(refusal: Refusal, crew: Crew, site: Site, target: Target, user: str) -> None:
-    target.answer(user, Answer(after_seconds=0.5))
+    target.answer(user, Answer(after_seconds=0.4))
     before = [len(node.logs()) for node in crew.nodes]
     # the time limit of a run passes while there is no connection
-    jobs = _submit(site, user, 10, definition="short_call")
+    jobs = _submit(site, user, 24, definition="brief_call")
     wait_until(lambda: len(target.calls(user=user)) >= 4, message="four jobs must run")
     refusal.begin(site.redis)
+    begun = len(target.calls(user=user))
     try:
         with pytest.raises(StoreUnavailable, match=refusal.words) as refused:
             site.platform.enqueue("call", user=user)
@@ -155,11 +158,9 @@ def test_a_server_refuses_for_a_time(refusal: Refusal, crew: Crew, site: Site, t
             assert (told.returncode, told.stdout) == (3, "")
             assert refusal.words in told.stderr
             assert len(told.stderr.splitlines()) == 1
-        time.sleep(1)
-        begun = len(target.calls(user=user))
-        assert begun < len(jobs)
+        # what must not happen meanwhile, and what of it may: what had started before calls, one for each slot
         time.sleep(OUTAGE_SECONDS)
-        assert len(target.calls(user=user)) == begun
+        assert len(target.calls(user=user)) <= begun + SLOTS < len(jobs)
     finally:
         refusal.end(site.redis)
     _assert_each_ran_once(site, target, jobs)
@@ -183,7 +184,7 @@ def _command(site: Site, *words: str) -> subprocess.CompletedProcess[str]:
     """The command line."""
     program = "import sys; from taskplatform.cli import main; sys.exit(main())"
     return subprocess.run(
-        [sys.executable, "-c", program, *words], cwd=ROOT, env=site.environment, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", program, *words], cwd=ROOT, env=site.environment, capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -203,8 +204,8 @@ def test_processes_that_start_while_it_refuses(crew: Crew, site: Site, target: T
     try:
         nodes = [site.worker("--concurrency", "1"), site.beat()]
         for node in nodes:
-            eventually(lambda node=node: refusal.words in node.logs(), f"{node.name} says nothing", seconds=20)  # type: ignore[misc]
-        time.sleep(1)
+            eventually(lambda node=node: refusal.words in node.logs(), f"{node.name} says nothing")  # type: ignore[misc]
+        time.sleep(1)  # neither may end of it
     finally:
         refusal.end(site.redis)
     for node in nodes:
@@ -240,9 +241,10 @@ def test_it_restarts_while_jobs_are_planned_released_and_run(crew: Crew, site: S
         site.server._server.start()
         watch.join()
         site.redis.script_flush()
-        time.sleep(0.5)
+        time.sleep(0.5)  # they are at work again, as a rule
         site.redis.script_flush()
-    assert loading.is_set()
+    # who looked at the right time was told so
+    assert loading.is_set() or any("Redis reads its data from disk" in node.logs() for node in crew.nodes)
     _wait_until_planned(site, jobs)
     _assert_each_ran_once(site, target, jobs)
     assert {call.user for call in target.calls() if call.job in set(jobs)} == {*users, by_hand}
@@ -251,7 +253,7 @@ def test_it_restarts_while_jobs_are_planned_released_and_run(crew: Crew, site: S
 
 
 def _wait_until_planned(site: Site, jobs: Sequence[str]) -> None:
-    eventually(lambda: all(_exists(site, job) for job in jobs), "not all are planned", seconds=20)
+    eventually(lambda: all(_exists(site, job) for job in jobs), "not all are planned")
 
 
 def _watch_for_loading(url: str, seen: threading.Event) -> None:
@@ -287,9 +289,13 @@ def test_what_it_forgets_heals_by_itself(crew: Crew, site: Site, target: Target)
         kept = _submit(site, users[0], 10)
         jobs = [f"call:{user}:t{round(at.timestamp() * 1000)}" for user in users] + kept
         wait_until(lambda jobs=jobs: sum(call.job in jobs for call in target.calls()) >= 4)  # type: ignore[misc]
-        on_disk, on_disk_at = file.stat().st_size, time.monotonic()
+        # the server may be late to write: what has ended by now must be in the file
+        done = {job.id for job in site.platform.store.jobs_by_id(jobs) if job.state is JobState.COMPLETED}
+        wait_until(lambda: site.redis.info("persistence")["aof_buffer_length"] == 0)
+        on_disk = file.stat().st_size
         accepted = _submit(site, users[1], 5)
-        time.sleep(0.8)
+        time.sleep(0.8)  # so that jobs begin and end in what is forgotten
+        wait_until(lambda before=on_disk: file.stat().st_size > before)  # type: ignore[misc]
         site.server.kill("SIGKILL")
         size = file.stat().st_size
         assert size > on_disk
@@ -297,11 +303,11 @@ def test_what_it_forgets_heals_by_itself(crew: Crew, site: Site, target: Target)
             content.truncate(chance.randint(on_disk, size))
         site.server._server.start()
         _wait_until_planned(site, jobs)
-        finished = site.wait_for_all(jobs, seconds=40)
+        finished = site.wait_for_all(jobs)
         assert {job.state for job in finished} == {JobState.COMPLETED}
         # what it had just accepted it may know or not, but nothing in between
         known = [job for job in accepted if _exists(site, job)]
-        site.wait_for_all(known, seconds=40)
+        site.wait_for_all(known)
         calls: dict[str, list[float]] = {}
         for call in target.calls():
             if call.job in {*jobs, *accepted}:
@@ -311,7 +317,7 @@ def test_what_it_forgets_heals_by_itself(crew: Crew, site: Site, target: Target)
         for job, times in calls.items():
             assert len(times) <= 2, site.story(job)
             # only what had begun or ended in what was forgotten
-            assert len(times) == 1 or times[0] > on_disk_at - CALL_SECONDS - 0.5, site.story(job)
+            assert len(times) == 1 or job not in done, site.story(job)
     eventually(lambda: _in_flight(site) == 0, "the limit counts what does not run")
     site.platform.reset_limit("definition:call")
     for user in users:
@@ -349,15 +355,15 @@ def test_answers_that_come_late_and_connections_that_are_half_open(new_site: Cal
         network.slow(1.0)
         _assert_each_ran_once(site, target, _submit(site, user, 2))
         network.heal()
-        time.sleep(1.0)
-        # a BRPOP that waits at the server for a connection that is dead would take a message with it
+        time.sleep(1.0)  # so that what was held back has come through
         network.strand()
-        time.sleep(1.2)
+        # a BRPOP that waits at the server for a connection that is dead would take a message with it
+        eventually(lambda: not any("b" in one["flags"] for one in site.redis.client_list()), "somebody still waits for a message")
         _assert_each_ran_once(site, target, _submit(site, user, 2))
         site.platform.subscribe(user, "call")
         known = len(target.calls(user=user))
         site.platform.trigger("call", window=timedelta())
-        eventually(lambda: len(target.calls(user=user)) == known + 1, "beat does not plan", seconds=20)
+        eventually(lambda: len(target.calls(user=user)) == known + 1, "beat does not plan")
         for node in (worker, beat):
             assert node.status == "running"
             assert "Traceback" not in node.logs(), node.logs()

@@ -44,7 +44,7 @@ def _assert_refused(commands: Sequence[str], environment: Mapping[str, str], *wa
         for command in commands
     }
     for command, process in started.items():
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=120)
         assert process.returncode not in (0, None), f"{command} started"
         assert "Traceback" not in output, output
         for text in wanted:

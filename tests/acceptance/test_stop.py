@@ -29,7 +29,7 @@ QUEUE, OTHER_QUEUE = "medium", "low"
 #: Celery's talk among workers takes a second at each start.
 QUIET = ("--without-mingle", "--without-gossip")
 #: On a busy machine a pool process may be slow to start a job that its worker has taken, and that must not be taken for a loss.
-TIMEOUT = "5s"
+TIMEOUT = "15s"
 #: Longer than anything here takes.
 LONG = "120s"
 
@@ -67,7 +67,7 @@ def start(site: Site, heir: WorkerNode, keep: Keep[WorkerNode]) -> Iterator[Star
         return node
 
     yield begin
-    site.app.control.cancel_consumer(QUEUE, destination=[heir.node], reply=True, limit=1, timeout=5)
+    site.app.control.cancel_consumer(QUEUE, destination=[heir.node], reply=True, limit=1, timeout=60)
     eventually(lambda: not _serves(site, heir), "the heir still serves")
 
 
@@ -98,7 +98,7 @@ def _serves(site: Site, node: WorkerNode) -> bool:
 
 
 def _inherit(site: Site, heir: WorkerNode) -> None:
-    site.app.control.add_consumer(QUEUE, destination=[heir.node], reply=True, limit=1, timeout=5)
+    site.app.control.add_consumer(QUEUE, destination=[heir.node], reply=True, limit=1, timeout=60)
     eventually(lambda: _serves(site, heir), "the heir does not serve")
 
 
@@ -124,7 +124,7 @@ def _assert_given_back(site: Site, target: Target, user: str, job: Job, leaver: 
     first, second = target.calls(user=user)
     assert first.key == second.key == job.id
     assert not first.answered.is_set()
-    assert second.answered.wait(5)
+    assert second.answered.wait(60)
     assert finished.failures == 0
 
 
@@ -134,15 +134,17 @@ def _assert_apart(target: Target, user: str) -> None:
 
 @POOLS
 def test_what_runs_may_end_and_the_rest_is_given_back(site: Site, target: Target, start: Starts, heir: WorkerNode, pool: str) -> None:
-    leaver = start(pool, stop_grace="1500ms")
-    ending, soon = _running(site, target, Answer(after_seconds=0.8))
+    leaver = start(pool, stop_grace="4s")
+    may_end = threading.Event()
+    ending, soon = _running(site, target, Answer(until=may_end))
     hanging, late = _running(site, target, Answer(hang=True), Answer(200))
     _inherit(site, heir)
     leaver.kill("SIGTERM")
     eventually(lambda: "Warm shutdown" in leaver.logs(), "it does not stop")
+    may_end.set()
     later = site.platform.enqueue("call", user=site.user())
     assert _is(heir, site.wait_for(later.id).worker)
-    assert leaver.wait(15) == 0, leaver.logs()
+    assert leaver.wait() == 0, leaver.logs()
 
     assert site.platform.job(soon.id).state is JobState.COMPLETED, site.story(soon.id)
     assert _is(leaver, site.platform.job(soon.id).worker)
@@ -164,7 +166,7 @@ def test_a_second_signal_gives_all_back_now(
     for number in signals:
         leaver.kill(number)
         eventually(lambda: "Warm shutdown" in leaver.logs(), "it does not stop")
-    assert leaver.wait(15) == 0, leaver.logs()
+    assert leaver.wait() == 0, leaver.logs()
     _assert_given_back(site, target, hanging, job, leaver, heir)
     _assert_apart(target, hanging)
     assert leaver.processes() == []
@@ -176,7 +178,7 @@ def test_what_is_canceled_while_its_worker_stops_is_stopped(site: Site, target: 
     leaver.kill("SIGTERM")
     eventually(lambda: "Warm shutdown" in leaver.logs(), "it does not stop")
     site.platform.cancel(job.id)
-    assert leaver.wait(20) == 0, leaver.logs()
+    assert leaver.wait() == 0, leaver.logs()
     assert site.platform.job(job.id).state is JobState.CANCELED
     assert "stopped" in site.notes(job.id)
 
@@ -201,7 +203,7 @@ def test_what_was_taken_and_has_not_started_is_given_back_at_once(site: Site, ta
     assert leaver.status == "running", "it has not waited for what it runs"
     # what it holds does not come alive when its processes do
     leaver.resume()
-    assert leaver.wait(15) == 0, leaver.logs()
+    assert leaver.wait() == 0, leaver.logs()
     assert len(target.calls(user=user)) == 2
     assert site.redis.llen(QUEUE) == 0
 
@@ -218,9 +220,9 @@ def test_without_its_server_a_worker_ends_all_the_same(site: Site, target: Targe
         else:
             proxy.freeze()
         leaver.kill("SIGTERM")
-        assert leaver.wait(25) == 0, leaver.logs()
+        assert leaver.wait() == 0, leaver.logs()
         assert leaver.processes() == []
-    finished = site.wait_for(job.id, seconds=30)
+    finished = site.wait_for(job.id)
     assert finished.state is JobState.COMPLETED
     assert _is(heir, finished.worker)
     assert re.fullmatch(r"worker \S+ lost: .*; again in 1 s", site.changes(job.id)[4].reason)
@@ -231,16 +233,16 @@ def test_a_worker_that_waits_for_its_server_at_the_start_ends_too(site: Site, st
     with Proxy(site.server.port) as proxy:
         proxy.cut()
         leaver = start("prefork", proxy=proxy, ready=False, stop_grace=LONG)
-        eventually(lambda: " waits: " in leaver.logs(), "it does not wait for its server", seconds=30)
+        eventually(lambda: " waits: " in leaver.logs(), "it does not wait for its server")
         leaver.kill("SIGTERM")
-        assert leaver.wait(25) == 0, leaver.logs()
+        assert leaver.wait() == 0, leaver.logs()
         assert leaver.processes() == []
 
 
 def test_beats_end_at_once_and_the_standby_leads(site: Site, keep: Keep[Any]) -> None:
     """With the usual interval. The lock would last for minutes: only its release lets the standby lead."""
     first, second = (keep(site.beat(beat_interval="1s", beat_lock_timeout=LONG, plan_batch="1")) for _ in range(2))
-    wait_until(lambda: first.leads or second.leads, seconds=20, message="nobody leads")
+    wait_until(lambda: first.leads or second.leads, message="nobody leads")
     leader, standby = (first, second) if first.leads else (second, first)
     standby.ready()
     users = [site.user() for _ in range(200)]
@@ -250,38 +252,38 @@ def test_beats_end_at_once_and_the_standby_leads(site: Site, keep: Keep[Any]) ->
     assert count >= len(users)
     wait_until(lambda: site.platform.jobs(definition="call", state=JobState.PENDING).items, message="nothing is planned")
     leader.kill("SIGTERM")
-    assert leader.wait(10) == 0, leader.logs()
+    assert leader.wait() == 0, leader.logs()
     wait_until(lambda: standby.leads, message="the standby waits for the lock to run out")
     for user in users:
         site.platform.unsubscribe(user, "call")
     standby.kill("SIGINT")
-    assert standby.wait(10) == 0, standby.logs()
+    assert standby.wait() == 0, standby.logs()
 
 
 def test_beats_end_without_their_server(site: Site, keep: Keep[Any]) -> None:
     with Proxy(site.server.port) as proxy:
         leader = keep(site.beat(proxy=proxy))
-        wait_until(lambda: leader.leads, seconds=20, message="it does not lead")
+        wait_until(lambda: leader.leads, message="it does not lead")
         proxy.freeze()
         leader.kill("SIGTERM")
-        assert leader.wait(15) == 0, leader.logs()
+        assert leader.wait() == 0, leader.logs()
         assert "was not released" in leader.logs()
     with Proxy(site.server.port) as proxy:
         proxy.cut()
         waiting = keep(site.beat(proxy=proxy))
-        eventually(lambda: " waits: " in waiting.logs(), "it does not wait for its server", seconds=30)
+        eventually(lambda: " waits: " in waiting.logs(), "it does not wait for its server")
         waiting.kill("SIGTERM")
-        assert waiting.wait(15) == 0, waiting.logs()
+        assert waiting.wait() == 0, waiting.logs()
 
 
 def test_a_rolling_restart_under_load_loses_and_doubles_nothing(site: Site, target: Target, keep: Keep[Any]) -> None:
     """Two workers and two beats, each of which is replaced in turn, while jobs are submitted and planned."""
     # whatever had to be recovered would be late by their timeout
-    workers = [site.worker("--concurrency", "3", "--pool", pool, *QUIET, heartbeat_timeout="30s") for pool in ("prefork", "threads")]
-    beats = [site.beat(beat_interval="200ms", beat_lock_timeout="30s") for _ in range(2)]
+    workers = [site.worker("--concurrency", "3", "--pool", pool, *QUIET, heartbeat_timeout="60s") for pool in ("prefork", "threads")]
+    beats = [site.beat(beat_interval="200ms", beat_lock_timeout="60s") for _ in range(2)]
     for node in (*workers, *beats):
         keep(node).ready()
-    wait_until(lambda: any(beat.leads for beat in beats), seconds=20, message="nobody leads")
+    wait_until(lambda: any(beat.leads for beat in beats), message="nobody leads")
     submitting, planned = site.user(), [site.user() for _ in range(60)]
     for user in (submitting, *planned):
         target.answer(user, Answer(after_seconds=0.1))
@@ -305,12 +307,12 @@ def test_a_rolling_restart_under_load_loses_and_doubles_nothing(site: Site, targ
         try:
             for node in (*workers, *beats):
                 node.kill("SIGTERM")
-                assert node.wait(40) == 0, node.logs()
+                assert node.wait() == 0, node.logs()
                 node.restart()
         finally:
             over.set()
         loading.result()
-    eventually(lambda: len(site.platform.store.jobs_by_id(ids)) == len(ids), "not everybody has a job", seconds=30)
+    eventually(lambda: len(site.platform.store.jobs_by_id(ids)) == len(ids), "not everybody has a job")
     jobs = site.wait_for_all(ids, seconds=60)
     assert len(jobs) > 100
     assert {job.state for job in jobs} == {JobState.COMPLETED}
@@ -324,7 +326,7 @@ def test_a_rolling_restart_under_load_loses_and_doubles_nothing(site: Site, targ
     lags.sort()
     handed = sum(any("stops: not started" in line.reason for line in site.platform.history(job.id)) for job in jobs)
     print(f"{len(jobs)} jobs, {handed} given back unstarted; lag median {lags[len(lags) // 2]} ms, max {lags[-1]} ms")
-    assert lags[-1] < 30_000, "something had to be recovered"
+    assert lags[-1] < 60_000, "something had to be recovered"
     assert "recovered" not in "".join(worker.logs() for worker in workers)
     for user in planned:
         site.platform.unsubscribe(user, "retried_call")

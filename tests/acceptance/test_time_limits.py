@@ -16,6 +16,9 @@ from tests.acceptance.site import Site
 from tests.acceptance.target import Answer, Target
 from tests.support import wait_until
 
+#: Of `failing_deeply`, which takes half a second and must not meet it by itself.
+LONG_SECONDS = 3
+
 
 @pytest.fixture(scope="module")
 def single_worker(calm_site: Site) -> WorkerNode:
@@ -45,9 +48,9 @@ def test_a_function_is_interrupted_and_retried_and_then_timed_out(
     assert site.states(job.id) == ["pending", *once, "retrying", *once, "timed_out"]
     changes = site.changes(job.id)
     assert {line.reason for line in changes if line.to_state in (JobState.RETRYING, JobState.TIMED_OUT)} == {"time limit of 1s exceeded"}
-    for began, ended in ((changes[3], changes[4]), (changes[7], changes[8])):
-        # the limit counts from when the process took the task
-        assert ended.at_ms - began.at_ms >= 500
+    for received, ended in ((changes[2], changes[4]), (changes[6], changes[8])):
+        # the limit counts from when the process took the task: after the worker got it, and perhaps well before it began
+        assert ended.at_ms - received.at_ms >= 950
     assert [call.path for call in target.calls(user=user)] == ["/began", "/began"]
 
 
@@ -57,15 +60,13 @@ def test_a_function_that_ignores_the_soft_limit_is_killed(celery_setup: CeleryTe
     hard_seconds = 1 + HARD_LIMIT_MARGIN.total_seconds()
     assert site.states(job.id) == ["pending", "queued", "assigned", "running", "timed_out"]
     assert job.reason == f"killed at the hard time limit of {hard_seconds:g} s"
-    began, ended = site.changes(job.id)[-2:]
-    assert (ended.at_ms - began.at_ms) / 1000 >= hard_seconds - 1
+    received, _, ended = site.changes(job.id)[-3:]
+    assert (ended.at_ms - received.at_ms) / 1000 >= hard_seconds - 0.1
     # the worker lives, all its slots too
     other = site.user()
-    target.answer(other, Answer(after_seconds=3.0))
-    after = [site.platform.enqueue("call", user=other).id for _ in range(4)]
+    with target.together(other, 4):
+        after = [site.platform.enqueue("call", user=other).id for _ in range(4)]
     assert {job.state for job in site.wait_for_all(after)} == {JobState.COMPLETED}
-    arrivals = [call.at_seconds for call in target.calls(user=other)]
-    assert max(arrivals) - min(arrivals) < 3, "one waited for another"
     assert worker.status == "running"
 
 
@@ -94,7 +95,8 @@ def test_a_long_result_counts_though_it_is_read_after_the_limit(calm_site: Site,
     os.kill(single_worker.pid, signal.SIGSTOP)
     try:
         ended = calm_site.wait_for(job)
-        time.sleep(1 + HARD_LIMIT_MARGIN.total_seconds() + 1)
+        # the limit must have passed while it looks at nothing; that it has, nobody could tell
+        time.sleep(LONG_SECONDS + HARD_LIMIT_MARGIN.total_seconds() + 1)
     finally:
         os.kill(single_worker.pid, signal.SIGCONT)
     assert (ended.state, ended.reason) == (JobState.FAILED, "ValueError: deep down")

@@ -65,7 +65,7 @@ def _beat(site: Site, tasks_dir: str, fault: Fault | None = None) -> BeatNode:
 
 def _soon(holds: Callable[[], bool], message: str) -> None:
     """Long enough for a beat to start and to show that it lives, on a busy machine."""
-    wait_until(holds, seconds=30, message=message)
+    wait_until(holds, message=message)
 
 
 def _leads(store: Store, beat: BeatNode) -> bool:
@@ -76,7 +76,7 @@ def _log(store: Store) -> list[tuple[str, str]]:
     return [(one.kind, one.subject) for one in reversed(store.changes()) if one.kind.startswith("definition")]
 
 
-@pytest.mark.timeout(100)
+@pytest.mark.timeout(300)
 def test_a_rolling_deployment_and_back(site: Site, store: Store, releases: dict[str, str], target: Target) -> None:
     old = [_beat(site, releases["old"]), _beat(site, releases["old"])]
     _soon(lambda: store.published() == OLD, "the old release is not published")
@@ -118,7 +118,7 @@ def test_a_rolling_deployment_and_back(site: Site, store: Store, releases: dict[
     assert site.redis.sismember("tp:redbeat::statics", "other")
     assert site.redis.exists("tp:redbeat:other", "tp:redbeat:forget-finished-jobs") == 2
     worker = site.worker("--concurrency", "1", tasks_dir=releases["new"])
-    assert site.wait_for(job_id, seconds=40).state is JobState.COMPLETED
+    assert site.wait_for(job_id).state is JobState.COMPLETED
     assert [call.job for call in target.calls(user=user)] == [job_id]
     site.remove(worker)
 
@@ -129,9 +129,14 @@ def test_a_rolling_deployment_and_back(site: Site, store: Store, releases: dict[
     _soon(lambda: site.redis.smembers("tp:redbeat::statics") == {"forget-finished-jobs"}, "the entries are not its own")
     for beat in old:
         beat.kill(signal.SIGTERM)
-        assert beat.wait(10) == 0
-    living = [one for one in store.beats() if one.heartbeat_ms > store.now_ms() - 1000]
-    assert [(one.leads, one.id.endswith(f"#{second.pid}")) for one in living] == [(True, True)]
+        assert beat.wait() == 0
+    # the others are forgotten, or long silent; the one that leads says so all the time
+    gone_ms = store.now_ms()
+
+    def living() -> list[tuple[bool, bool]]:
+        return [(one.leads, one.id.endswith(f"#{second.pid}")) for one in store.beats() if one.heartbeat_ms > gone_ms]
+
+    _soon(lambda: living() == [(True, True)], f"not the new one alone lives and leads: {store.beats()}")
     assert (store.published(), _log(store)) == (NEW, logged)
 
     # and back: there is no beat of the old release any more, so one that comes now is a deployment

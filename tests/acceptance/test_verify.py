@@ -150,7 +150,7 @@ def test_all_is_well(site: Site, chosen: Settings, tmp_path: Path) -> None:
     assert data["counts"] == {"passed": len(TITLES) - 2, "failed": 0, "not run": 2}
     plot = ElementTree.parse(tmp_path / "report" / "distribution.svg").getroot()
     assert plot.tag.endswith("svg")
-    assert len(list(plot.iter("{http://www.w3.org/2000/svg}rect"))) > 20
+    assert len(list(plot.iter("{http://www.w3.org/2000/svg}polygon"))) > 20
 
     # nothing of it is left, and nothing of others is gone
     assert _left(site) == [f"{PREFIX}somebody"]

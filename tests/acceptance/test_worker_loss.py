@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from pytest_celery import CeleryTestSetup, CeleryTestWorker, CeleryWorkerCluster
 
@@ -110,13 +112,14 @@ def test_a_frozen_workers_late_result_does_not_count(
         return {_is(victim, job.worker) for job in ran} == {True, False}
 
     # its slot is free when the stopped process has been replaced
-    eventually(both_run, "it takes no jobs any more", seconds=20)
+    eventually(both_run, "it takes no jobs any more")
 
 
 def test_a_worker_that_is_asked_to_stop_finishes_what_it_runs(
     celery_setup: CeleryTestSetup, workers: list[WorkerNode], site: Site, target: Target, user: str
 ) -> None:
-    target.answer(user, Answer(after_seconds=2.0))
+    may_end = threading.Event()
+    target.answer(user, Answer(until=may_end))
     job, leaving, other = _run(site, target, user, workers)
     rest = site.user()
     target.answer(rest, Answer(after_seconds=0.1))
@@ -124,8 +127,9 @@ def test_a_worker_that_is_asked_to_stop_finishes_what_it_runs(
     leaving.kill("SIGTERM")
     eventually(lambda: "Warm shutdown" in leaving.logs(), "it does not shut down")
     later = [site.platform.enqueue("call", user=rest).id for _ in range(3)]
+    may_end.set()
 
-    assert leaving.wait(15) == 0, leaving.logs()
+    assert leaving.wait() == 0, leaving.logs()
     finished = site.platform.job(job.id)
     assert finished.state is JobState.COMPLETED, site.story(job.id)
     assert _is(leaving, finished.worker)
@@ -146,7 +150,7 @@ def test_a_job_that_takes_its_process_down_becomes_a_poison_pill(
     job = site.platform.enqueue("dying", user=user, params={"how": how})
     beside = site.wait_for_all([site.platform.enqueue("call", user=site.user()).id for _ in range(5)])
     assert {one.state for one in beside} == {JobState.COMPLETED}
-    poison = site.wait_for(job.id, seconds=30)
+    poison = site.wait_for(job.id)
     run = ["queued", "assigned", "running"]
     assert site.states(job.id) == ["pending", *run, "retrying", *run, "retrying", *run, "failed"]
     assert poison.reason.startswith("poison pill: the process that ran it died")

@@ -69,6 +69,9 @@ class Stack:
         found: list[dict[str, Any]] = json.loads(self.run("docker", "inspect", *ids))
         return found
 
+    def _health(self, service: str) -> list[str]:
+        return [str(one["State"].get("Health", one["State"])["Status"]) for one in self.containers(service)]
+
     # over the published ports
 
     @cached_property
@@ -131,12 +134,14 @@ class Stack:
         return [one for one in self.api("GET", "/v1/nodes")["items"] if one["silent_ms"] < 15_000]
 
     def settle(self, *, workers: int = 2) -> None:
-        """Wait until two beats and just so many workers are ready, one beat leads, and the API is ready."""
+        """Wait until two beats and just so many workers are ready, one beat leads, and the API and the mock API are ready."""
         wanted = {**BEATS, **{f"worker {place}": port for place, port in enumerate(WORKERS[:workers], 1)}}
 
         def missing() -> list[str]:
             found = [f"{name}: {answer}" for name, port in wanted.items() if (answer := self.ops(port))[0] != 200]
             found += [] if self.leader() else ["no beat leads, or more than one"]
+            # one that was paused is unhealthy for the engine until it is asked again, some seconds later
+            found += [f"mock API: {one}" for one in self._health("mock-api") if one != "healthy"]
             try:
                 ready = self._session.get(f"{API}/ready", timeout=10)
                 found += [] if ready.ok else [f"api: {ready.text}"]

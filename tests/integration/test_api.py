@@ -198,10 +198,13 @@ def test_a_job_from_submission_to_its_end(api: Api, platform: Platform) -> None:
     job = answer.json()
     assert (job["state"], job["priority"], job["params"], job["source"]) == ("pending", "low", {"source": "erp"}, "api")
     assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
-    assert api("GET", f"/v1/jobs/{job['id']}") == job
+    waits = api("GET", f"/v1/jobs/{job['id']}")
+    assert waits.pop("waits")["reason"] == "no worker serves the queue low"
+    assert waits == job
     assert api("PUT", f"/v1/jobs/{job['id']}/priority", {"priority": "high"})["priority"] == "high"
     end(platform, job["id"], JobState.FAILED)
     failed = api("GET", f"/v1/jobs/{job['id']}")
+    assert failed["waits"] is None
     assert (failed["state"], failed["reason"], failed["worker"], failed["attempt"]) == ("failed", "HTTP 500", WORKER, 1)
     assert datetime.fromisoformat(failed["finished"]) >= datetime.fromisoformat(failed["started"])
     assert "dead letter" not in refused(api, "PUT", f"/v1/jobs/{job['id']}/priority", {"priority": "low"}, status=409)["detail"]
@@ -580,7 +583,7 @@ def test_definitions(api: Api, platform: Platform) -> None:
     paused = api("POST", "/v1/definitions/sync/pause", {"why": "the API is down"})
     assert paused == {**shown["sync"], "paused": "the API is down"}
     assert api("GET", "/v1/definitions/sync") == paused
-    assert api("POST", "/v1/definitions/sync/resume") == shown["sync"]
+    assert api("POST", "/v1/definitions/sync/resume") == {**shown["sync"], "warnings": []}
     changes = api("GET", "/v1/changes", params={"about": "sync"})["items"]
     assert [(one["actor"], one["kind"]) for one in changes[:2]] == [
         ("api:bootstrap", "definition resumed"),

@@ -121,8 +121,11 @@ LOOKING = [
     "next u1 --count 3",
     "next u2 report --count 2",
 ]
-#: What changes with each look, and means nothing here.
-PASSING = re.compile(r"\d+\.\d s\b|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z|\b\d+\.\d{3,}\b|\b(?:\d+(?:d|h|ms|m|s))+\b")
+#: What changes with each look, and means nothing here: also how wide its column is.
+PASSING = re.compile(
+    r"\b\d+\.\d free now\b|(?:\b\d+(?:\.\d)? (?:ms|s|min|h|days?)\b *)+| {2,}"
+    r"|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z|\b\d+\.\d{3,}\b|\b(?:\d+(?:d|h|ms|m|s))+\b"
+)
 
 
 def test_what_is_shown_is_the_same(api: Api) -> None:
@@ -359,7 +362,49 @@ def test_a_job_that_waits_for_a_host_says_so(api: Api) -> None:
     api.platform.open_breaker("api.example", span=timedelta(hours=1), reason="maintenance")
     job = api.platform.enqueue("sync", user="u1")
     for over in (None, api):
-        assert re.search(r"held back\thost api.example is open, until .*: maintenance", run(f"jobs show {job.id}", over=over).stdout)
+        shown = run(f"jobs show {job.id}", over=over).stdout
+        assert re.search(r"waits\tits host api.example is held back since .* until .*: its breaker is open \(maintenance\)", shown)
+
+
+def test_a_job_that_waits_says_for_what_by_whom_and_behind_how_many(api: Api) -> None:
+    """The same over Redis and over the API, and of each only while it waits."""
+    store = api.platform.store
+    api.platform.create_user("u1")
+    held = api.platform.acting_as("ann")
+    held.pause_user("u1")
+    of_user = api.platform.enqueue("sync", user="u1")
+    held.resume_user("u1")
+    api.platform.create_user("u2")
+    held.pause_definition("sync", why="the target moves")
+    first, job = (api.platform.enqueue("sync", user="u2") for _ in range(2))
+    assert of_user.state == first.state == job.state == "pending"
+    told = []
+    for over in (None, api):
+        shown = run(f"jobs show {job.id}", over=over).stdout
+        assert re.search(r"waits\tit waits for a pause to end: definition sync is paused by ann at .* UTC \(the target moves\)\n", shown)
+        assert "what helps\ttaskplatform resume sync\n" in shown
+        (before,) = re.findall(r"before it\t(.*)", shown)
+        assert sum(map(int, re.findall(r"(\d+) of its priority", before))) == 2, before  # by time, or of the same millisecond
+        assert re.search(r"workers\t\d+ serve the queue", shown)
+        told.append(json.loads(run(f"jobs show {job.id} --json", over=over).stdout)["waits"])
+    answer = api("GET", f"/v1/jobs/{job.id}")
+    assert answer["state"] == "pending"
+    told.append(answer["waits"])
+    for one in told:
+        assert " ago" in one["facts"].pop("due")
+    assert told[0] == told[1] == told[2]
+    assert told[0]["mend"] == "taskplatform resume sync"
+
+    held.resume_definition("sync")
+    store.heartbeat(WORKER, slots=1, queues=list(Priority), buffer=1.0)
+    store.release()
+    flying = api.platform.job(of_user.id)
+    assert flying.state == "queued"
+    assert api("GET", f"/v1/jobs/{of_user.id}")["waits"]["reason"].startswith("it lies in the queue")
+    assert store.start(flying.id, delivery=flying.delivery, worker=WORKER).go
+    for over in (None, api):
+        assert json.loads(run(f"jobs show {of_user.id} --json", over=over).stdout)["waits"] is None
+        assert "waits\t" not in run(f"jobs show {of_user.id}", over=over).stdout
 
 
 def test_the_rights_of_a_key_are_those_of_the_commands(api: Api, remote: RemotePlatform, tmp_path: Path) -> None:

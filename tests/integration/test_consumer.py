@@ -66,7 +66,7 @@ def consuming(
         channel.basic_qos(prefetch_count=prefetch)
         channel.basic_consume(QUEUE, no_ack=False, callback=taken.append, consumer_tag="t")
         while len(taken) < messages:
-            connection.drain_events(timeout=10)
+            connection.drain_events(timeout=60)
         yield channel, taken
 
 

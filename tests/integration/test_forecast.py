@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from taskplatform.settings import Settings, settings
 from taskplatform.store import Store, Subscribe
 from tests.conftest import Clock
 from tests.integration.apiserver import KEY, TASKS, Api, running_api
-from tests.integration.harness import ACTOR, HORIZON, define, enqueue, offer, publish, take
+from tests.integration.harness import ACTOR, HORIZON, Message, define, enqueue, offer, publish, take
 
-SECOND, MINUTE, HOUR = 1000, 60_000, 3_600_000
+SECOND, MINUTE, HOUR, DAY = 1000, 60_000, 3_600_000, 86_400_000
 #: 2027-01-15 09:00 UTC.
 NINE = 1_800_003_600_000
 #: So far ahead that a tick in half a minute is never late.
@@ -121,7 +121,8 @@ def test_the_plan_of_hours_is_the_planners(store: Store, clock: Clock) -> None:
     made = Counter[str]()
     for (definition_id, _), count in moments.items():
         made[definition_id] += count
-    for (definition_id, _), lane in ahead.stream.lanes.items():
+    for lane in ahead.stream.lanes.values():
+        definition_id = lane.definition
         total = sum(lane.planned)
         # what is planned has come to its moment but for the windows that the end cuts
         assert abs(total - made[definition_id]) <= 4 * (total**0.5 + 1), definition_id
@@ -168,10 +169,12 @@ def test_a_forecast_begins_in_the_midst_of_things(store: Store, clock: Clock) ->
 # --- release ---------------------------------------------------------------------------------------------------------
 
 
-def test_release_goes_as_it_was_foreseen(store: Store, clock: Clock) -> None:
-    """Strict priority under a rate: what goes in each minute, and when the higher priority is done."""
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_release_goes_as_it_was_foreseen(store: Store, clock: Clock, share: float) -> None:
+    """Strict priority under a rate, or with a share for the lower one: what goes in each minute, and when each is done."""
     high, low = define("first", priority="high"), define("second", priority="low")
     publish(store, high, low)
+    store.set_options(fairness=False, share=share)
     store.create_users(names(1), actor=ACTOR)
     store.set_limit("total", Limit(1.0, 20), actor=ACTOR)
     clock.now_ms = NINE
@@ -188,20 +191,9 @@ def test_release_goes_as_it_was_foreseen(store: Store, clock: Clock) -> None:
     starts: Counter[tuple[str, int]] = Counter()
     done: dict[str, int] = {}
     while clock.now_ms < NINE + 6 * MINUTE:
-        offer(store, "celery@host#1a2b", slots=10)
-        store.release()
-        while True:
-            try:
-                message = take(store._redis)
-            except LookupError:
-                break
-            start = store.start(message.job_id, delivery=message.delivery, worker="celery@host#1a2b")
-            if not start.go:
-                continue
-            name = message.job_id.partition(":")[0]
+        for name in work(store):
             starts[name, (clock.now_ms - NINE) // MINUTE] += 1
             done[name] = clock.now_ms
-            finish(store, message.job_id, message.delivery)
         clock.advance(1)
 
     assert sum(starts.values()) == 300
@@ -218,8 +210,137 @@ def test_release_goes_as_it_was_foreseen(store: Store, clock: Clock) -> None:
     assert ended["priority:low"].delay_ms == pytest.approx(done["second"] - NINE, abs=15 * SECOND)
 
 
-def finish(store: Store, job_id: str, delivery: int) -> None:
-    store.finish(job_id, delivery=delivery, worker="celery@host#1a2b", state=JobState.COMPLETED, reason="done")
+def work(store: Store, running: list[tuple[int, Message]] | None = None, seconds: int = 0, slots: int = 100) -> list[str]:
+    """Workers do all that may go now, each in so many seconds. Returns the definitions of what they began."""
+    done: list[str] = []
+    running = [] if running is None else running
+    while running and running[0][0] <= store.now_ms():
+        finish(store, running.pop(0)[1])
+    offer(store, "celery@host#1a2b", slots=slots)
+    store.release()
+    while len(running) < slots:
+        try:
+            message = take(store._redis)
+        except LookupError:
+            return done
+        if store.start(message.job_id, delivery=message.delivery, worker="celery@host#1a2b").go:
+            done.append(message.job_id.partition(":")[0])
+            if seconds:
+                running.append((store.now_ms() + seconds * SECOND, message))
+            else:
+                finish(store, message)
+    return done
+
+
+def finish(store: Store, message: Message) -> None:
+    store.finish(message.job_id, delivery=message.delivery, worker="celery@host#1a2b", state=JobState.COMPLETED, reason="done")
+
+
+@pytest.mark.parametrize(("limit", "seconds"), [(None, 0), (0.5, 0), (None, 20)])
+def test_a_backfill_goes_on_as_it_was_foreseen(store: Store, clock: Clock, limit: float | None, seconds: int) -> None:
+    """It makes a job a second, or as many as a limit or the time of ten runs let go; no more wait than may be unfinished."""
+    clock.now_ms = NINE
+    report = define(priority="high")
+    leading = lead(store, report)
+    subscribers(store, "report", names(45))
+    clock.advance(10)
+    leading.advance()
+    site = platform(store, report)
+    if limit is not None:
+        store.set_limit("total", Limit(limit, 2), actor=ACTOR)
+    begun = site.backfill("report", since=at(NINE - 5 * DAY // 2 - 5 * HOUR), until=at(NINE - DAY // 3), rate="1/s")
+    # paused by somebody: nothing comes of it
+    held = site.backfill("report", since=at(NINE - 2 * DAY), until=at(NINE - DAY // 3), rate="1/s")
+    store.backfills.pause(held.id, actor=ACTOR)
+
+    running: list[tuple[int, Message]] = []
+
+    def second() -> int:
+        leading.advance()
+        done = len(work(store, running, seconds))
+        clock.advance(1)
+        return done
+
+    assert sum(second() for _ in range(40)) > 10
+    found = site.forecast(hours=0.2)
+    made = store.backfills.get(begun.id)
+    assert made.total == 135
+    began_ms, starts, waited = clock.now_ms, Counter[int](), 0
+    while store.backfills.get(begun.id).state.value == "running" or store.backfills.get(begun.id).unfinished:
+        assert clock.now_ms < began_ms + HOUR, store.backfills.get(begun.id)
+        starts[(clock.now_ms - found.start_ms) // MINUTE] += second()
+        waited = max(waited, store.backfills.get(begun.id).unfinished)
+
+    assert found.total.jobs == pytest.approx(135 - made.made + made.unfinished, abs=3 if not seconds else 11)
+    assert found.priorities[2].requests == found.total.requests == pytest.approx(sum(starts.values()), abs=3)
+    assert (max(starts) + 1) * MINUTE > (90 if limit is None and not seconds else 180) * SECOND
+    foreseen = {point.bin: point.requests for point in found.total.points}
+    for minute in range(max(starts) + 1):
+        assert foreseen.get(minute, 0) == pytest.approx(starts[minute], abs=6), minute
+    assert waited <= 10
+    if limit is None:
+        assert found.backlogs == ()
+    else:
+        of_all = found.backlogs[0]
+        assert of_all.jobs == pytest.approx(10, abs=1.5)
+        assert of_all.end_ms == pytest.approx(clock.now_ms, abs=1.5 * MINUTE)
+    assert any(begun.id in line for line in found.assumptions)
+    assert any(held.id in line and "paused" in line for line in found.left_out)
+
+
+def test_what_a_backfill_leaves_out_is_not_to_come(store: Store, clock: Clock) -> None:
+    """Two of three occurrences become older than the retention before it comes to them."""
+    clock.now_ms = NINE
+    report = define(priority="high")
+    leading = lead(store, report)
+    subscribers(store, "report", names(45))
+    site = platform(store, report)
+    begun = site.backfill("report", since=at(NINE - 5 * DAY // 2 - 5 * HOUR), until=at(NINE - DAY // 3), rate="1/s")
+    assert site.forecast(hours=1).priorities[2].jobs == pytest.approx(135)
+    clock.now_ms += 2 * DAY
+    for _ in range(5):
+        leading.advance()
+        clock.advance(1)
+    found = store.backfills.get(begun.id)
+    assert (found.forgotten, 0 < found.made < 10) == (2, True)
+    assert site.forecast(hours=1).priorities[2].jobs == pytest.approx(45, abs=0.1)
+
+
+@pytest.mark.parametrize(("slots", "seconds"), [(1, 20), (100, 720)])
+def test_who_is_not_finished_is_skipped_as_it_was_foreseen(store: Store, clock: Clock, slots: int, seconds: int) -> None:
+    """Where a user has one job at a time, users whose last one waits for a worker, or runs for longer than the interval, get none."""
+    clock.now_ms = NINE - 10 * SECOND
+    poll = define("poll", interval={"type": "minutely", "value": 10}, window="2m", overlap="skip")
+    leading = lead(store, poll, horizon=LONG)
+    subscribers(store, "poll", names(60))
+    running: list[tuple[int, Message]] = []
+
+    def until(end_ms: int) -> None:
+        while clock.now_ms < end_ms:
+            leading.advance()
+            work(store, running, seconds, slots)
+            clock.advance(10)
+
+    until(NINE + 26 * MINUTE)
+    found = platform(store, poll).forecast(hours=50 / 60)
+    until(NINE + 76 * MINUTE)
+    jobs = [job for job in store.jobs(definition="poll", limit=1000).items if job.execute_after_ms >= NINE + 28 * MINUTE]
+    rejected = Counter((job.execute_after_ms - NINE) // MINUTE // 10 for job in jobs if job.state is JobState.REJECTED)
+    made = Counter((job.execute_after_ms - NINE) // MINUTE // 10 for job in jobs if job.state is not JobState.REJECTED)
+    foreseen: defaultdict[int, float] = defaultdict(float)
+    for point in found.total.points:
+        at_ms = found.start_ms + point.bin * MINUTE
+        if at_ms >= NINE + 28 * MINUTE:
+            foreseen[(at_ms - NINE) // MINUTE // 10] += point.jobs
+    print(made, rejected, foreseen, found.left_out)
+    assert sum(rejected.values()) > 100
+    for occurrence in range(3, 8):
+        assert foreseen[occurrence] == pytest.approx(made[occurrence], abs=9), occurrence
+    assert sum(foreseen.values()) == pytest.approx(sum(made.values()), rel=0.08)
+
+
+def at(instant_ms: int) -> datetime:
+    return datetime.fromtimestamp(instant_ms / 1000, UTC)
 
 
 # --- what asks for it ------------------------------------------------------------------------------------------------
@@ -252,7 +373,7 @@ def run(line: str, *, over: Api | None = None, stdin: str | None = None) -> Resu
     return CliRunner().invoke(cli, [*words, *shlex.split(line)], input=stdin)
 
 
-def write_subscriptions(path: Path, count: int, *, definition: str = "report") -> None:
+def write_subscriptions(path: Path, count: int, *, definition: str = "sync") -> None:
     path.write_text("user,definition\n" + "".join(f"n{number},{definition}\n" for number in range(count)))
 
 
@@ -343,7 +464,7 @@ def test_a_batch_says_what_the_many_that_came_spoil(server: EmbeddedServer, clie
         api.platform.set_limit("total", "1/s")
 
         def warnings(start: int, count: int) -> list[str]:
-            items = [{"user": f"b{number}", "definition": "report"} for number in range(start, start + count)]
+            items = [{"user": f"b{number}", "definition": "sync"} for number in range(start, start + count)]
             found: list[str] = api("POST", "/v1/subscriptions/batch", {"items": items, "create_users": True})["warnings"]
             return found
 
@@ -352,3 +473,66 @@ def test_a_batch_says_what_the_many_that_came_spoil(server: EmbeddedServer, clie
         assert "limit total (1/s burst 2) would be used up" in first
         # it is said once, and not at each batch
         assert warnings(1400, 900) == []
+
+
+def many_paused(site: Api, count: int = 3000) -> None:
+    """So many who are subscribed to a definition that is paused. It is an hourly one: whenever that is, a day has its windows."""
+    subscribers(site.platform.store, "sync", names(count))
+    site.platform.pause_definition("sync", why="the target moves")
+
+
+@pytest.mark.parametrize("over_api", [False, True])
+def test_a_resume_warns_first(site: Api, over_api: bool) -> None:
+    """While it is paused nothing comes of it; a second start in each second is too little for what comes then."""
+    many_paused(site)
+    over = site if over_api else None
+    refused = run("resume sync --strict", over=over)
+    assert refused.exit_code == 1, refused.output
+    assert "warning: limit total (1/s burst 2) would be used up from" in refused.stderr
+    assert "nothing was resumed, because of the warnings and --strict" in refused.stderr
+    assert "sync" in site.platform.store.definition_pauses()
+    made = run("resume sync", over=over)
+    assert (made.exit_code, made.stdout) == (0, "sync resumed\n")
+    assert "warning: limit total" in made.stderr
+    assert site.platform.store.definition_pauses() == {}
+    # it is as it was: nothing gets worse
+    again = run("resume sync --strict", over=over)
+    assert (again.exit_code, again.stdout, again.stderr) == (0, "sync was not paused\n", "")
+
+
+def test_on_a_terminal_a_resume_asks(site: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(click.testing._NamedTextIOWrapper, "isatty", lambda self: self.name == "<stdin>", raising=False)
+    many_paused(site)
+    refused = run("resume sync", stdin="n\n")
+    assert "Resume all the same? [y/N]" in refused.stderr
+    assert (refused.exit_code, list(site.platform.store.definition_pauses())) == (1, ["sync"])
+    assert run("resume sync", stdin="y\n").stdout == "sync resumed\n"
+    site.platform.pause_definition("sync")
+    assert "Resume all the same?" not in run("resume sync --yes", stdin="").output
+    assert site.platform.store.definition_pauses() == {}
+
+
+def test_a_resume_of_few_is_not_forecast(site: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Platform, "forecast", lambda *_, **__: pytest.fail("it was forecast"))
+    many_paused(site, 900)
+    for over in (None, site):
+        site.platform.pause_definition("sync")
+        assert run("resume sync --strict", over=over).stdout == "sync resumed\n"
+    site.platform.pause_definition("sync")
+    assert site("POST", "/v1/definitions/sync/resume")["warnings"] == []
+
+
+def test_the_api_says_what_a_resume_spoils(site: Api) -> None:
+    many_paused(site)
+    asked = site("POST", "/v1/forecast", {"resume": ["sync"]})
+    assert asked["total"]["jobs"] > asked["before"]["total"]["jobs"] + 2900
+    assert not any("Paused" in line for line in asked["left_out"])
+    assert any("Paused" in line for line in asked["before"]["left_out"])
+    site("POST", "/v1/forecast", {"resume": ["nothing"]}, status=422)
+    first, *_ = site("POST", "/v1/definitions/sync/resume")["warnings"]
+    assert "limit total (1/s burst 2) would be used up" in first
+    # what is not paused spoils nothing, and who does not want to know is told nothing
+    assert site("POST", "/v1/definitions/sync/resume")["warnings"] == []
+    site.platform.pause_definition("sync")
+    quiet = site("POST", "/v1/definitions/sync/resume?forecast=false")
+    assert (quiet["warnings"], quiet["paused"]) == ([], None)

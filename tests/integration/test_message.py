@@ -135,7 +135,7 @@ def test_kombu_and_a_celery_worker_read_it(
     with Connection(server.url) as connection:
         consumer = Consumer(connection, queues=[Queue(priority, routing_key=priority)], accept=["json"], on_message=received.append)
         with consumer:
-            connection.drain_events(timeout=10)
+            connection.drain_events(timeout=60)
         (message,) = received
         assert message.payload == [[], {"user": "u1"}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None}]
         assert message.headers["delivery"] == 1
@@ -159,7 +159,7 @@ def test_reclaim_forgets_what_kombu_keeps_of_a_lost_worker(client: redis.Redis, 
     with Connection(server.url) as connection:
         channel = connection.channel()
         channel.basic_consume("high", no_ack=False, callback=lambda _: None, consumer_tag="t")
-        connection.drain_events(timeout=10)
+        connection.drain_events(timeout=60)
         assert client.hlen("unacked") == 1
         clock.advance(20)
         assert store.reclaim(patience=timedelta(seconds=15)) == [job_id]

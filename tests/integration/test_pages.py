@@ -8,7 +8,7 @@ import html
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ import redis
 import requests
 from fastapi.routing import APIRoute
 
+from taskplatform.api import growth
 from taskplatform.api.growth import ONE_AT_A_TIME
-from taskplatform.api.pages import views
+from taskplatform.api.pages import routes, views
 from taskplatform.api.pages.routes import pages
 from taskplatform.api.problem import Problem
 from taskplatform.api.security import Door
@@ -378,6 +379,127 @@ def test_what_a_key_may_do_is_offered_and_no_more_is_done(api: Api, platform: Pl
     assert platform.store.definition_pauses() == {}
 
 
+@pytest.mark.parametrize("verb", ["redrive", "discard"])
+def test_all_dead_letters_that_fit_are_counted_and_then_done(api: Api, platform: Platform, verb: str) -> None:
+    reason = f"HTTP 503 {MARKUP}"
+    fit = [dead_letter(platform, reason=reason) for _ in range(3)]
+    others = [dead_letter(platform), dead_letter(platform, "u2", reason)]
+    guest, path = browser(api, "admin", name="ann"), f"/ui/dead-letters/{verb}"
+    listed = guest.get(f"/ui/dead-letters?definition=&user=u1&reason={quote(reason)}")
+    (link,) = re.findall(rf'href="({path}\?[^"]*)"', listed)
+    page = html.unescape(link)
+    asked = guest.get(page)
+    assert f"<h1>{verb.title()} 3 dead letters</h1>" in asked
+    assert "<script>alert" not in asked
+    assert f"taskplatform dead-letters {verb} --user u1 --reason '" in html.unescape(asked)
+    assert {platform.job(one).state for one in (*fit, *others)} == {JobState.FAILED}  # it only asked
+    token, fields = _token(asked), dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', asked))
+    late = dead_letter(platform, reason=reason)
+    done = guest.raw("POST", path, data={**{name: html.unescape(value) for name, value in fields.items()}, "token": token})
+    assert done.status_code == 303, done.text
+    told = "Redriven: 3." if verb == "redrive" else "Discarded: 3."
+    assert f'role="status">{told}' in guest.get(done.headers["location"])
+    # what died after it was counted stays as it is
+    assert {job.id for job in platform.dead_letters().items} == {*others, late}
+    (entry,) = [one for one in platform.store.access.audit() if one.action == f"POST {path}"]
+    assert (entry.key, entry.status) == ("ann", 303)
+    assert "user=u1" in entry.about
+    if verb == "redrive":
+        assert "redriven=3" in entry.about
+        assert all("redriven by ui:ann" in [line.reason for line in platform.history(one)] for one in fit)
+    else:
+        assert "discarded=3" in entry.about
+        assert platform.store.jobs_by_id(fit) == []
+        assert "ui:ann" in {change.actor for change in platform.changes(about=["u1"])}
+
+
+def test_nobody_does_it_to_all_dead_letters_by_chance(api: Api, platform: Platform) -> None:
+    dead = [dead_letter(platform), dead_letter(platform, "u2")]
+    guest, submits = browser(api, "admin"), browser(api, "read", "submit")
+    assert "Discard all" not in submits.get("/ui/dead-letters")
+    own = _token(submits.get("/ui/"))
+    for verb in ("redrive", "discard"):
+        path = f"/ui/dead-letters/{verb}"
+        assert submits.raw("GET", path).status_code == submits.raw("POST", path, data={"token": own, "user": "u1"}).status_code == 403
+        token = _token(guest.get(path))
+        for fields in ({}, {"all": "0"}, {"user": " "}, {"all": "1", "user": "u1"}, {"user": "\0"}, {"user": "u1", "cursor": "x"}):
+            assert guest.raw("POST", path, data={"token": token, **fields}).status_code == 422, fields
+        assert "<strong>All of them</strong>" in guest.get(path)
+    assert {platform.job(one).state for one in dead} == {JobState.FAILED}
+    answer = guest.send("/ui/dead-letters/discard", "/ui/dead-letters/discard")
+    assert "Discarded: 2." in guest.get(answer.headers["location"])
+    assert platform.store.jobs_by_id(dead) == []
+    assert "<h1>Discard no dead letters</h1>" in guest.get("/ui/dead-letters/discard")
+
+
+def test_so_many_dead_letters_take_several_goes(api: Api, platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One go has a time; the next goes on where it ended, and comes to none that died meanwhile."""
+    monkeypatch.setattr(routes, "DEAD_BUDGET", timedelta(0))
+    monkeypatch.setattr(routes, "_DEAD_STEP", 2)
+    monkeypatch.setattr("taskplatform.platform._DEAD_COUNTED", 2)
+    dead = [dead_letter(platform) for _ in range(5)]
+    guest = browser(api, "admin")
+    page = "/ui/dead-letters/discard?user=u1"
+    assert "<h1>Discard more than 2 dead letters</h1>" in guest.get(page)
+    left = []
+    while page.startswith("/ui/dead-letters/discard"):
+        left.append(len(platform.store.jobs_by_id(dead)))
+        page = guest.send(page, "/ui/dead-letters/discard").headers["location"]
+        if len(left) == 1:
+            late = dead_letter(platform)
+            assert "2 are done" in guest.get(page)
+    assert left[:3] == [5, 3, 1]
+    assert len(left) <= 4  # whether there is more is seen only by looking
+    assert {job.id for job in platform.dead_letters().items} == {late}
+
+
+def test_many_are_resumed_after_it_was_said_what_that_brings(api: Api, platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in (routes, growth):
+        monkeypatch.setattr(place, "MANY", 2)
+    for user in ("u1", "u2"):
+        platform.subscribe(user, "sync")
+    platform.set_limit("total", "1/h", burst=1)
+    platform.pause_definition("sync")
+    guest, page = browser(api, "admin"), "/ui/definitions/sync/resume"
+    answer = guest.send("/ui/definitions/sync", page)
+    assert (answer.status_code, answer.headers["location"]) == (303, page)
+    asked = guest.get(page)
+    assert "It has 2 subscribers." in asked
+    assert "limit total (1/h burst 1) would be used up from" in asked
+    assert "sync" in platform.store.definition_pauses()
+    assert browser(api, "read").raw("GET", page).status_code == 403
+    assert "Resumed." in guest.get(guest.send(page, page).headers["location"])
+    assert platform.store.definition_pauses() == {}
+
+
+def test_a_backfill_is_counted_and_then_begun_once(api: Api, platform: Platform) -> None:
+    for user in ("u1", "u2"):
+        platform.subscribe(user, "sync")
+    guest, path = browser(api, "admin", name="ann"), "/ui/definitions/sync/backfill"
+    assert f'action="{path}"' in guest.get("/ui/definitions/sync")
+    assert f'action="{path}"' not in browser(api, "read").get("/ui/definitions/sync")
+    since = datetime.now(UTC) - 3 * HOUR
+    page = f"{path}?since={since:%Y-%m-%dT%H:%M}&until="
+    asked = guest.get(page)
+    fields = {name: html.unescape(value) for name, value in re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', asked)}
+    since, until = (datetime.fromisoformat(fields[name]) for name in ("since", "until"))
+    expected = platform.backfill("sync", since=since, until=until, dry_run=True)
+    assert f"<dt>would be made</dt><dd>{expected.made} jobs</dd>" in asked
+    assert expected.made >= 6
+    assert platform.backfills() == []  # it only counted
+    for refused in (path, f"{path}?since=x", f"{path}?since=2999-01-01T00:00", f"{path}?since={since:%Y-%m-%dT%H:%M}&rate=x"):
+        assert guest.raw("GET", refused).status_code == 422, refused
+    assert guest.raw("POST", path, data={"token": _token(asked), "since": "2026-11-22T09:00"}).status_code == 422
+    other = browser(api, "submit", "read")
+    assert other.raw("GET", page).status_code == other.raw("POST", path, data={"token": _token(other.get("/ui/"))}).status_code == 403
+    for _ in range(2):  # the button was pressed twice
+        answer = guest.raw("POST", path, data=fields | {"token": _token(asked)})
+        assert answer.status_code == 303, answer.text
+    (made,) = platform.backfills()
+    assert (made.definition, made.actor, made.since_ms, made.until_ms) == ("sync", "ui:ann", expected.since_ms, expected.until_ms)
+    assert "<code>taskplatform backfills list</code>" in guest.get(answer.headers["location"])
+
+
 def test_each_form_takes_the_token_of_its_session(api: Api, platform: Platform) -> None:
     platform.subscribe("u1", "report", params={"format": "pdf"})
     guest, other = browser(api, "admin", name="ann"), browser(api, "admin", name="bob")
@@ -640,6 +762,17 @@ def test_a_job_has_a_timeline_with_links_to_what_it_is_of(api: Api, platform: Pl
     for link in ("/ui/users/u1", "/ui/users/u1/subscriptions/sync", f"http://flower.example/x/task/{dead}"):
         assert f'href="{link}"' in page
     assert f"taskplatform jobs show {dead}" in page
+
+
+def test_a_job_that_waits_says_for_what(api: Api, platform: Platform) -> None:
+    platform.acting_as("ann").pause_definition("sync", why=f"the target moves {MARKUP}")
+    job = platform.enqueue("sync", user="u1")
+    page = html.unescape(browser(api, "read").get(f"/ui/jobs/{job.id}"))
+    assert "<dt>waits</dt><dd>it waits for a pause to end: definition sync is paused by ann at " in page
+    assert "<dt>what helps</dt><dd><code>taskplatform resume sync</code></dd>" in page
+    assert "<dt>before it</dt><dd>nothing</dd>" in page
+    platform.cancel(job.id)
+    assert "<dt>waits</dt>" not in browser(api, "read", name="again").get(f"/ui/jobs/{job.id}")
 
 
 def test_what_was_short_is_seen_beside_what_was_long() -> None:

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -353,10 +352,10 @@ if os.fork() == 0:
             time.sleep(0.01)
     process.die_with_parent(parent)
     print(os.getpid(), flush=True)
-    time.sleep(60)
+    time.sleep(600)
     os._exit(0)
 if not late:
-    time.sleep(60)
+    time.sleep(600)
 """
     with subprocess.Popen([sys.executable, "-c", code, "in time"], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -365,10 +364,8 @@ if not late:
         parent.wait()
         assert pid != parent.pid
         assert parent.stdout.read() == "", "the pipe is open as long as the child lives"
-    began = time.monotonic()
-    late = subprocess.run([sys.executable, "-c", code, "late"], stdout=subprocess.PIPE, text=True, check=False, timeout=30)
+    late = subprocess.run([sys.executable, "-c", code, "late"], stdout=subprocess.PIPE, text=True, check=False, timeout=120)
     assert late.stdout == ""
-    assert time.monotonic() - began < 30
 
 
 # --- what else goes by the server's clock ----------------------------------------------------------------------------
@@ -390,7 +387,7 @@ for number in range(300):
     if (child := os.fork()) == 0:
         logging.info("child %d", number)
         os._exit(0)
-    for _ in range(1000):
+    for _ in range(3000):
         if os.waitpid(child, os.WNOHANG) != (0, 0):
             break
         threading.Event().wait(0.01)

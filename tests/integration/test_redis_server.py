@@ -55,7 +55,7 @@ def _running(binary: str, port: int, folder: Path, *options: str) -> Iterator[No
             yield
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(10)
+            process.wait(60)
 
 
 def _answers(client: redis.Redis) -> bool:

@@ -60,7 +60,7 @@ def _open_door(context: ssl.SSLContext | None = None) -> Iterator[int]:
     finally:
         server.shutdown()
         server.server_close()
-        thread.join(10)
+        thread.join(60)
 
 
 def test_a_good_api_passes(store: Store, api: Api) -> None:

@@ -16,6 +16,7 @@ import redis
 
 from taskplatform.answers import Answer, Outcome, why
 from taskplatform.answers.values import instant
+from taskplatform.backfill import begin, check
 from taskplatform.errors import InvalidInput, UnknownDefinition, UnknownUser
 from taskplatform.model import Definition, JobState, Limit, Priority, slot
 from taskplatform.planner import Planner, published
@@ -545,6 +546,36 @@ def test_an_instant_belongs_to_the_occurrence_in_whose_window_it_lies(site: Site
     first, second, third = site.why(last=3)
     assert [one.occurrence_ms for one in (first, second, third)] == [MIDNIGHT_MS, MIDNIGHT_MS - HOUR, MIDNIGHT_MS - 2 * HOUR]
     assert [one.outcome for one in (first, second, third)] == [Outcome.COMPLETED, Outcome.COMPLETED, Outcome.NOT_SUBSCRIBED]
+
+
+def test_histories_are_those_of_the_store_and_read_in_one_go(site: Site, client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.to(MIDNIGHT_MS - 30 * MINUTE, plan=False)
+    for number in range(6):
+        site.to(MIDNIGHT_MS + number * HOUR + 10 * MINUTE)
+        site.run(JobState.COMPLETED if number % 2 else JobState.FAILED)
+    since = datetime.fromtimestamp((MIDNIGHT_MS - HOUR) / 1000, UTC)
+    until = since + timedelta(minutes=1)
+    span = check("report", since=since, until=until, rate="5/s", beyond_retention=False, retention=RETENTION, now_ms=site.clock.now_ms)
+    begin(site.store, span, None, actor="ann")
+    site.to(site.clock.now_ms + MINUTE)
+    site.run()
+    sent: list[int] = []
+    execute = redis.client.Pipeline.execute
+
+    def counted(self: Any, raise_on_error: bool = True) -> list[Any]:
+        sent.append(len(self.command_stack))
+        return list(execute(self, raise_on_error))
+
+    monkeypatch.setattr(redis.client.Pipeline, "execute", counted)
+    site.why(last=4)
+    of_few = len(sent)
+    sent.clear()
+    answers = site.why(last=7)
+    assert len(sent) == of_few, "however many are asked for"
+    assert [one.history[0].reason.partition(" ")[0] for one in answers] == ["planned"] * 6 + ["made"], "the last is of the backfill"
+    for one in answers:
+        assert one.job_id is not None
+        assert one.history == tuple(site.store.history(one.job_id))
 
 
 def test_a_date_is_a_day_in_the_zone_of_the_schedule(site: Site) -> None:

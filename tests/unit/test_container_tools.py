@@ -111,12 +111,12 @@ def test_the_forwarder_leads_each_port_to_its_own_target(server: ThreadingHTTPSe
             assert process.stdout is not None
             assert [process.stdout.readline().split()[1] for _ in words] == [str(there), str(nowhere)]
             for _ in range(3):
-                assert requests.get(f"http://127.0.0.1:{there}/x", timeout=10).json() == {"path": "/x"}
+                assert requests.get(f"http://127.0.0.1:{there}/x", timeout=60).json() == {"path": "/x"}
             with pytest.raises(requests.ConnectionError):
-                requests.get(f"http://127.0.0.1:{nowhere}/x", timeout=10)
-            assert requests.get(f"http://127.0.0.1:{there}/x", timeout=10).ok  # it went on
+                requests.get(f"http://127.0.0.1:{nowhere}/x", timeout=60)
+            assert requests.get(f"http://127.0.0.1:{there}/x", timeout=60).ok  # it went on
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from xml.etree import ElementTree
 
@@ -27,12 +28,14 @@ from taskplatform.forecast.simulation import Simulation
 from taskplatform.model import Definition, JobState, Limit, Priority
 from taskplatform.settings import Settings
 from taskplatform.store import (
+    BackfillState,
     DefinitionCounts,
     Group,
     Histogram,
     KnownDefinition,
     KnownGroup,
     LimitState,
+    OpenBackfill,
     OpenOccurrence,
     Outlook,
     Waiting,
@@ -160,6 +163,69 @@ def test_a_host_that_is_held_gets_nothing_until_then() -> None:
     assert lane.gone[5] == pytest.approx(100)
 
 
+def test_a_share_goes_to_each_lower_priority_that_waits() -> None:
+    """A tenth of all runs for each that waits; nothing for one that waits for nothing, nor for what nobody has to share."""
+    found = stream(limits={"total": Limit(10.0, 1)}, tokens={"total": 0.0}, share=0.1)
+    high, medium, low = (found.lane(name, priority) for name, priority in zip("abc", Priority, strict=True))
+    rate = (Limit(10.0, 1).sustained or 0) * 60
+    found.add(high, 0, 0, 20 * rate)
+    found.add(low, 0, 0, 5 * rate)
+    found.add(medium, 10 * MINUTE, 10 * MINUTE, 3 * rate)
+    flowed(found)
+    for bin_, parts in ((5, (0.9, 0, 0.1)), (15, (0.8, 0.1, 0.1))):
+        assert [lane.gone[bin_] / rate for lane in (high, medium, low)] == pytest.approx(parts, abs=0.002)
+    assert sum(map(sum, (high.gone, medium.gone, low.gone))) == pytest.approx(28 * rate)
+    # medium has all but the share of the lower one when the high one is done
+    done = next(bin_ for bin_ in range(20, 60) if high.gone[bin_] < 1)
+    assert (medium.gone[done], low.gone[done]) == pytest.approx((0.9 * rate, 0.1 * rate), rel=0.1)
+
+
+def test_a_share_takes_places_of_workers_that_serve_higher_queues_alone() -> None:
+    pools = [Pool(frozenset({HIGH}), 10)]
+    for share, part in ((0.0, 0.0), (0.2, 0.2)):
+        found = stream(pools=pools, share=share)
+        high, low = found.lane("a", HIGH, seconds=1), found.lane("b", LOW, seconds=1)
+        found.add(high, 0, 0, 30_000)
+        found.add(low, 0, 0, 30_000)
+        flowed(found)
+        assert low.gone[20] / 600 == pytest.approx(part, abs=0.002)
+
+
+def test_a_share_is_one_of_runs_however_long_they_take() -> None:
+    """Five slots do 100 runs in five minutes, of which 60 take 20 s, 20 take 5 s, and 20 take 10 s."""
+    found = stream(pools=[Pool(ALL, 5)], share=0.2)
+    lanes = [found.lane("a", HIGH, seconds=20), found.lane("b", MEDIUM, seconds=5), found.lane("c", LOW, seconds=10)]
+    for lane in lanes:
+        found.add(lane, 0, 0, 1000)
+    flowed(found)
+    assert [sum(lane.gone[10:40]) / 6 for lane in lanes] == pytest.approx([60, 20, 20], rel=0.03)
+
+
+def test_a_supply_makes_its_jobs_evenly_and_waits_while_it_may_not() -> None:
+    """Sixty a minute; while the high lane has everything, ten wait, and afterwards it goes on as before."""
+    found = stream(limits={"total": Limit(2.0, 1)}, tokens={"total": 0.0})
+    high, low = found.lane("first", HIGH), found.lane("second", LOW, backfill="b1")
+    rate = (Limit(2.0, 1).sustained or 0) * 60
+    found.supply(low, 1.0, 600, 10)
+    found.add(high, 5 * MINUTE, 5 * MINUTE, 10 * rate)
+    flowed(found)
+    assert low.gone[:5].tolist() == pytest.approx([60] * 5)
+    assert [low.backlog[bin_] for bin_ in range(5, 14)] == pytest.approx([10] * 9)
+    assert sum(low.gone[5:15]) == pytest.approx(0, abs=1.5)
+    assert low.gone[15] == pytest.approx(70, abs=1)
+    assert low.gone[16:19].tolist() == pytest.approx([60] * 3)
+    assert (sum(low.gone), sum(low.planned)) == pytest.approx((600, 600))
+    assert max(low.backlog) <= 10 + 1e-6
+
+
+def test_a_supply_with_long_runs_is_slower_than_its_rate() -> None:
+    found = stream()
+    lane = found.lane("report", LOW, backfill="b1", seconds=99.5)
+    found.supply(lane, 5.0, 10_000, 50)
+    flowed(found)
+    assert lane.gone[30] == pytest.approx(30)
+
+
 LANES = st.tuples(st.sampled_from(list(Priority)), st.sampled_from(["a", "b"]), st.floats(1, 3), st.floats(0.01, 200))
 FLOWS = st.tuples(st.integers(0, 3), st.integers(0, 50 * MINUTE), st.integers(0, 40 * MINUTE), st.floats(0.1, 5000))
 
@@ -172,6 +238,8 @@ FLOWS = st.tuples(st.integers(0, 3), st.integers(0, 50 * MINUTE), st.integers(0,
     host=st.none() | st.floats(0.05, 50),
     slots=st.none() | st.integers(0, 20),
     places=st.none() | st.integers(1, 5),
+    share=st.sampled_from([0.0, 0.05, 0.3]),
+    supply=st.none() | st.tuples(st.floats(0.001, 50), st.floats(1, 20_000), st.integers(10, 500)),
 )
 def test_nothing_is_lost_and_no_limit_broken(
     lanes: list[tuple[Priority, str, float, float]],
@@ -180,16 +248,25 @@ def test_nothing_is_lost_and_no_limit_broken(
     host: float | None,
     slots: int | None,
     places: int | None,
+    share: float,
+    supply: tuple[float, float, int] | None,
 ) -> None:
     limits = {"total": Limit(total, 5) if total else None, "host:a": Limit(host, 20, places) if host else None}
-    found = stream(hours=2, limits={name: one for name, one in limits.items() if one}, pools=None if slots is None else [Pool(ALL, slots)])
+    there = {name: one for name, one in limits.items() if one}
+    found = stream(hours=2, limits=there, pools=None if slots is None else [Pool(ALL, slots)], share=share)
     made = [
         found.lane(f"d{number}", priority, host=of, attempts=attempts, seconds=seconds)
         for number, (priority, of, attempts, seconds) in enumerate(lanes)
     ]
     for number, start_ms, window_ms, jobs in flows:
         found.add(made[number], start_ms, start_ms + window_ms, jobs)
+    if supply is not None:
+        made.append(found.lane("d0", LOW, backfill="b1", host="a"))
+        found.supply(made[-1], *supply)
     flowed(found)
+    if supply is not None:
+        assert sum(made[-1].planned) <= min(supply[1], supply[0] * 2 * HOUR / SECOND) + 1e-3
+        assert max(made[-1].backlog) <= supply[2] + 1e-3
     for lane in made:
         assert sum(lane.planned) == pytest.approx(sum(lane.gone) + lane.waits, rel=1e-6, abs=1e-3)
         came = went = 0.0
@@ -350,6 +427,71 @@ def test_open_occurrences_and_what_waits_come_first() -> None:
     points = {point.bin: point.jobs for point in found.total.points}
     assert sum(points.get(bin_, 0) for bin_ in range(30)) == pytest.approx(480 + 27, abs=0.2)
     assert points[90] == pytest.approx(1)
+
+
+def hourly(found: Forecast) -> list[int]:
+    """How many jobs become due in each hour of the day, up to the last."""
+    jobs: defaultdict[int, float] = defaultdict(float)
+    for point in found.total.points:
+        jobs[(found.start_ms + point.bin * MINUTE - DAY) // HOUR] += point.jobs
+    return [round(jobs[hour]) for hour in range(max(jobs) + 1)]
+
+
+@pytest.mark.parametrize("window", ["10m", "0s"])
+def test_who_has_an_unfinished_job_is_skipped(window: str) -> None:
+    """Runs of 90 minutes, each hour: every second one. What each user had before all began is not known, and counts for all alike."""
+    report = define(interval={"type": "hourly"}, window=window, overlap="skip")
+    look = outlook((report, 1000), measured={"report": counts(100, ms=90 * MINUTE)}, now_ms=DAY + MINUTE)
+    found = ahead(look, report, hours=5.9).forecast((), {}, None)
+    assert hourly(found) == [0, 1000, 0, 1000, 0, 1000]
+    assert "Skipped, because the user's last job would not be finished (overlap: skip): 2,000 of report." in found.left_out
+    runs = replace(look, running={"report": 400}, running_since_ms={"report": look.now_ms})
+    assert hourly(ahead(runs, report, hours=5.9).forecast((), {}, None)) == [0, 600, 400, 600, 400, 600]
+    assert hourly(ahead(replace(runs, running_since_ms={}), report, hours=5.9).forecast((), {}, None))[1] == 1000
+    own = Group("report~own", "report", define(interval={"type": "hourly", "at_time": {"minute": 30}}).schedule, look.now_ms)
+    both = replace(look, groups=(*look.groups, KnownGroup(own, 500, float(look.now_ms))))
+    # users of one group have nothing to do with those of the other
+    assert hourly(ahead(both, report, hours=5.9).forecast((), {}, None)) == [500, 1000, 500, 1000, 500, 1000]
+
+
+def test_who_waits_for_a_worker_is_skipped_and_nobody_else() -> None:
+    """400 an hour can run, of 1000: so many are made, and never more wait than there are users."""
+    allow = define(interval={"type": "hourly"}, window="10m")
+    skip = define(interval={"type": "hourly"}, window="10m", overlap="skip")
+    look = outlook((skip, 1000), measured={"report": counts(100, ms=9 * SECOND)})
+    found = ahead(look, skip).forecast((), {}, 1)
+    assert found.total.jobs == pytest.approx(23 * 400 + 600, rel=0.05)
+    assert found.total.backlog <= 1000
+    assert ahead(look, allow).forecast((), {}, 1).total.jobs == 23_000
+    # with workers enough it is all one
+    assert ahead(look, skip).forecast((), {}, 4).to_dict() == ahead(look, allow).forecast((), {}, 4).to_dict()
+
+
+def test_a_paused_backfill_makes_nothing_and_one_that_runs_is_low() -> None:
+    report = define(priority="high")
+    backfills = (
+        OpenBackfill("b1", "report", BackfillState.RUNNING, 2.0, 20, 15, 600.0),
+        OpenBackfill("b2", "report", BackfillState.PAUSED, 2.0, 20, 0, 600.0),
+    )
+    # five of those that wait are others
+    look = outlook((report, 0), backfills=backfills, waiting={("report", LOW): Waiting(15, 5, ())})
+    found = ahead(look, report, hours=1).forecast((), {}, None)
+    assert found.priorities[2].jobs == found.total.jobs == pytest.approx(620, abs=0.1)
+    assert [round(point.jobs) for point in found.total.points] == [140, 120, 120, 120, 120]
+    assert any("b1 of report" in line for line in found.assumptions)
+    assert "Backfills that are paused: b2 of report." in found.left_out
+
+
+def test_share_and_fairness_are_those_of_the_leader() -> None:
+    high, low = define("first", priority="high"), define("second", priority="low")
+    waiting = {("first", HIGH): Waiting(6000, 0, ()), ("second", LOW): Waiting(6000, 0, ())}
+    look = outlook((high, 0), (low, 0), waiting=waiting, limits={"total": Limit(10.0, 1)})
+    asked = partial(_Ahead, catalogue={"first": high, "second": low}, horizon=HORIZON, end_ms=look.now_ms + HOUR // 3, bin_ms=MINUTE)
+    for share, own, part in ((None, 0.0, 0.0), (None, 0.25, 0.25), (0.1, 0.25, 0.1)):
+        known = replace(look, share=share, fairness=None if share is None else True)
+        found = asked(known, settings=Settings(lower_share=own)).forecast((), {}, None)
+        assert found.priorities[2].points[5].requests / found.total.points[5].requests == pytest.approx(part, abs=0.01)
+        assert any("fairness" in line for line in found.assumptions) == (share is not None)
 
 
 def test_measures_fall_back_and_say_so() -> None:

@@ -210,24 +210,24 @@ def test_many_scrapes_at_once_read_once() -> None:
 
     def read() -> int:
         calls.append(time.monotonic())
-        go.wait(10)
+        go.wait(60)
         return len(calls)
 
-    recent = Recent(read, keep=60)
+    recent = Recent(read, keep=600, wait=60)
     found: list[int | None] = []
     threads = [threading.Thread(target=lambda: found.append(recent.get())) for _ in range(8)]
     for thread in threads:
         thread.start()
     go.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert found == [1] * 8
     assert recent.get() == 1
 
 
 def test_what_was_read_is_kept_for_a_time_only() -> None:
     calls: list[int] = []
-    recent = Recent(lambda: calls.append(1) or len(calls), keep=0)  # type: ignore[func-returns-value]
+    recent = Recent(lambda: calls.append(1) or len(calls), keep=0, wait=60)  # type: ignore[func-returns-value]
     assert [recent.get() for _ in range(3)] == [1, 2, 3]
 
 

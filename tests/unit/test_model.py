@@ -39,6 +39,7 @@ from taskplatform.model import (
     check_host,
     check_user_id,
     format_duration,
+    format_ms,
     format_rate,
     moment,
     parse_duration,
@@ -46,6 +47,7 @@ from taskplatform.model import (
     schedule_from_json,
     schedule_to_json,
     slot,
+    span_text,
 )
 
 SECOND = timedelta(seconds=1)
@@ -170,6 +172,35 @@ def test_a_duration_of_any_length_is_refused_in_words(text: str) -> None:
 )
 def test_duration_is_written(duration: timedelta, text: str) -> None:
     assert format_duration(duration) == text
+    assert format_ms(duration / timedelta(milliseconds=1)) == text
+
+
+@pytest.mark.parametrize(
+    ("span_ms", "text"),
+    [
+        (0, "0 ms"),
+        (0.4, "0 ms"),
+        (450, "450 ms"),
+        (999.4, "999 ms"),
+        (999.6, "1.0 s"),
+        (1000, "1.0 s"),
+        (3249, "3.2 s"),
+        (9949, "9.9 s"),
+        (9950, "10 s"),
+        (10_400, "10 s"),
+        (59_499, "59 s"),
+        (59_500, "1 min"),
+        (90_000, "1 min 30 s"),
+        (3_599_999, "1 h"),
+        (3_600_000 + 1000, "1 h 1 s"),
+        (2 * 3_600_000 + 5 * 60_000 + 59_000, "2 h 5 min"),
+        (86_400_000, "1 day"),
+        (3 * 86_400_000 + 4 * 3_600_000, "3 days 4 h"),
+        (1234 * 86_400_000, "1,234 days"),
+    ],
+)
+def test_a_span_is_written_for_people_as_exact_as_its_size_needs(span_ms: float, text: str) -> None:
+    assert span_text(span_ms) == text
 
 
 # --- rates -----------------------------------------------------------------------------------------------------------

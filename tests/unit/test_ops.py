@@ -58,7 +58,7 @@ def a_process(pulse: Pulse, **more: Any) -> Process:
 
 
 def get(server: OpsServer, path: str, **options: Any) -> requests.Response:
-    return requests.get(f"http://127.0.0.1:{server.port}{path}", timeout=10, **options)
+    return requests.get(f"http://127.0.0.1:{server.port}{path}", timeout=60, **options)
 
 
 def ask(server: OpsServer, path: str) -> tuple[int, str]:
@@ -140,8 +140,8 @@ def test_other_requests(pulse: Pulse) -> None:
         assert get(server, "/health?a=1").status_code == 200
         answer = get(server, "/../etc/passwd")
         assert (answer.status_code, answer.json()) == (404, {"error": "there are /health, /ready and /metrics"})
-        assert requests.post(f"http://127.0.0.1:{server.port}/health", data="x" * 1000, timeout=10).status_code == 501
-        head = requests.head(f"http://127.0.0.1:{server.port}/health", timeout=10)
+        assert requests.post(f"http://127.0.0.1:{server.port}/health", data="x" * 1000, timeout=60).status_code == 501
+        head = requests.head(f"http://127.0.0.1:{server.port}/health", timeout=60)
         assert (head.status_code, head.text) == (200, "")
         for garbage in (b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"\r\n\r\n", b"A" * 100_000 + b"\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"):
             with socket.create_connection(("127.0.0.1", server.port or 0), 10) as one:
@@ -246,7 +246,7 @@ def test_stopping_closes_the_port_at_once(pulse: Pulse) -> None:
     with serving(a_process(pulse)) as server:
         port = server.port
     with pytest.raises(requests.ConnectionError):
-        requests.get(f"http://127.0.0.1:{port}/health", timeout=5)
+        requests.get(f"http://127.0.0.1:{port}/health", timeout=60)
 
 
 @pytest.mark.parametrize(

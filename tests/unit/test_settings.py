@@ -194,7 +194,9 @@ def test_unknown_names_of_every_source_are_told(monkeypatch: pytest.MonkeyPatch)
         "TASKPLATFORM_WORKER_SLOT (environment):",
         "taskplatform.yaml:2: plan_horizont:",
     ]
-    assert any('(did you mean "worker_slots"?)' in line for line in lines)
+    hints = {line.split(" ")[0]: line for line in lines}
+    assert '(did you mean "TASKPLATFORM_WORKER_SLOTS"?)' in hints["TASKPLATFORM_WORKER_SLOT"]  # as the environment writes it
+    assert '(did you mean "plan_horizon"?)' in hints["taskplatform.yaml:2:"]
     assert all("; settings are api_" in line for line in lines)
 
 

@@ -26,7 +26,7 @@ def telling() -> Iterator[Telling]:
 
 
 def ask(telling: Telling, path: str) -> tuple[int, str]:
-    answer = requests.get(f"http://127.0.0.1:{telling.ops.port}{path}", timeout=10)
+    answer = requests.get(f"http://127.0.0.1:{telling.ops.port}{path}", timeout=60)
     return answer.status_code, answer.text
 
 
@@ -45,7 +45,7 @@ def test_an_event_loop_that_stands_still_is_ill_and_one_that_turns_again_is_well
     wait_until(lambda: ask(telling, "/health")[0] == 200)
     loop.call_soon_threadsafe(turning.cancel)
     loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
+    thread.join(60)
     loop.close()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -145,9 +146,12 @@ def test_even_points_are_not_called_uneven() -> None:
 def test_plots_hold_what_they_are_given() -> None:
     assert bars([0.0, 0.1, 0.9], bins=4, label="x") == "x        |█  ▄| at most 2 in a part"
     svg = window_svg([0.1, 0.9], [0.15, 1.2], title='a < b & "c"', window_seconds=10)
-    assert svg.count("<polyline") == 1
     assert "a &lt; b &amp;" in svg
     assert "10 s" in svg
+    lines = [one.attrib for one in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}polyline")]
+    assert [("stroke-dasharray" in one) for one in lines] == [True, False, False], "the even line, the share that started, the axis"
+    # two started, the second after the window: each is a step of a half
+    assert lines[1]["points"] == "40.0,340.0 148.0,340.0 148.0,190.0 760.0,190.0 760.0,40.0 760.0,40.0"
 
 
 def _report(*lines: Line) -> Report:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+import secrets
+import shlex
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Annotated
 from urllib.parse import quote
@@ -11,21 +15,26 @@ import anyio.to_thread
 from fastapi import Path, Query, Request
 from fastapi.responses import Response
 
+from taskplatform.api.growth import MANY, warnings_of_resume
 from taskplatform.api.jobs import known_job
 from taskplatform.api.pages import frame, views
-from taskplatform.api.pages.visit import Administers, Leaves, Looks, Pages, Submits, check_origin, read_form
+from taskplatform.api.pages.visit import Administers, Leaves, Looks, Pages, Submits, Visit, check_origin, read_form
 from taskplatform.api.problem import Problem, with_status
 from taskplatform.api.routing import MOST_LOOKED_AT, cursor_of, token_of
 from taskplatform.api.security import Door
 from taskplatform.api.sessions import ROOT, SIGN_IN
+from taskplatform.backfill import DEFAULT_RATE
 from taskplatform.errors import InvalidInput, UnknownDefinition, UnknownSubscription
 from taskplatform.forecast import MOST_HOURS, asked_limit
 from taskplatform.keys import Scope
 from taskplatform.model import check_definition_id, check_user_id
+from taskplatform.platform import DeadFilters
 from taskplatform.schedule import next_occurrence
 
 pages = Pages()
 
+#: So long a page counts what a backfill would make.
+BACKFILL_BUDGET = timedelta(seconds=2)
 #: Occurrences of which a subscription's page says what became, and moments that it tells ahead.
 WHY_LAST, NEXT_COUNT = 10, 5
 #: What a forecast may be asked for at the most.
@@ -170,8 +179,58 @@ def pause_definition(visit: Administers, definition: Name) -> Response:
 
 @pages.post("/definitions/{definition}/resume")
 def resume_definition(visit: Administers, definition: Name) -> Response:
-    """End its pause."""
+    """End its pause; of one with many subscribers after it was said what that brings."""
+    if visit.form.get("sure") != "1" and visit.platform.count_subscribers(definition) >= MANY:
+        return frame.to(f"{ROOT}/definitions/{_part(definition)}/resume")
     return visit.done("resumed" if visit.platform.resume_definition(definition) else "unchanged")
+
+
+@pages.get("/definitions/{definition}/resume")
+def ask_resume(visit: Looks, definition: Name) -> Response:
+    """What the end of its pause brings, and whether it is to end."""
+    _check_admin(visit, "to resume a definition")
+    warnings = warnings_of_resume(visit.platform, definition)
+    return visit.page("resume.html", definition=definition, subscribers=visit.platform.count_subscribers(definition), warnings=warnings)
+
+
+@pages.get("/definitions/{definition}/backfill")
+def ask_backfill(visit: Looks, definition: Name, since: Text = "", until: Text = "", rate: Text = "") -> Response:
+    """What a backfill would make: a dry run, before it is begun."""
+    _check_admin(visit, "to begin a backfill")
+    begin, rate = _moment(since.strip()), rate.strip() or DEFAULT_RATE
+    if begin is None:
+        raise InvalidInput("from when on is not given: 2026-11-22T09:00 is a time, in UTC", field="since")
+    counted, rest = visit.platform.count_backfill(
+        definition,
+        since=begin,
+        until=_moment(until.strip()),
+        users=None,
+        rate=rate,
+        beyond_retention=False,
+        cursor=None,
+        budget=BACKFILL_BUDGET,
+    )
+    # what is begun is what was counted, though it was "until now", and once, however often the form is sent
+    fields = {"since": _iso(counted.since_ms), "until": _iso(counted.until_ms), "rate": rate, "key": secrets.token_hex(8)}
+    return visit.page("backfill.html", counted=counted, whole=rest is None, fields=fields)
+
+
+def _iso(at_ms: int) -> str:
+    return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="milliseconds")
+
+
+@pages.post("/definitions/{definition}/backfill")
+def begin_backfill(visit: Administers, definition: Name) -> Response:
+    """Begin it, for all subscribers."""
+    form = visit.form
+    begin, end, key = _moment(form.get("since", "")), _moment(form.get("until", "")), form.get("key", "")
+    if begin is None or end is None or not key:
+        raise InvalidInput("a backfill is begun with since, until, rate and key, as its dry run gives them", field="since")
+    made = visit.platform.backfill(
+        definition, since=begin, until=end, rate=form.get("rate", DEFAULT_RATE), idempotency_key=f"ui:{visit.key.name}:{key}"
+    )
+    visit.note(backfill=made.id)
+    return visit.done("backfill")
 
 
 # --- users -----------------------------------------------------------------------------------------------------------
@@ -292,6 +351,95 @@ def list_dead_letters(visit: Looks, definition: Text = "", user: Text = "", reas
     return visit.page(
         "dead.html", now_ms=visit.platform.now_ms(), jobs=found.items, next=token_of(found.cursor), filters=filters, cursor=cursor
     )
+
+
+#: What is asked, and what is said when it is done, by what is done to all dead letters that fit.
+_DEAD = {"redrive": "redriven_all", "discard": "discarded_all"}
+#: So long one page counts dead letters, and one form redrives or discards them; what is left then takes another.
+DEAD_BUDGET = timedelta(seconds=5)
+_DEAD_STEP = 500
+
+
+@pages.get("/dead-letters/redrive")
+def ask_redrive_all(
+    visit: Looks, definition: Text = "", user: Text = "", reason: Text = "", cursor: Token = "", done: Text = ""
+) -> Response:
+    """Whether all that fit are to run again."""
+    return _ask_dead(visit, "redrive", {"definition": definition, "user": user, "reason": reason}, cursor, done)
+
+
+@pages.get("/dead-letters/discard")
+def ask_discard_all(
+    visit: Looks, definition: Text = "", user: Text = "", reason: Text = "", cursor: Token = "", done: Text = ""
+) -> Response:
+    """Whether all that fit are to be forgotten."""
+    return _ask_dead(visit, "discard", {"definition": definition, "user": user, "reason": reason}, cursor, done)
+
+
+def _ask_dead(visit: Visit, verb: str, given: Mapping[str, str], token: str, done: str) -> Response:
+    _check_admin(visit, f"to {verb} many dead letters")
+    filters, fields = _dead_filters(given)
+    count, whole, cursor = visit.platform.count_dead(filters, cursor=cursor_of(token or None), budget=DEAD_BUDGET)
+    options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in fields.items()) or "--all"
+    return visit.page(
+        "dead_all.html",
+        verb=verb,
+        fields=fields,
+        options=options,
+        count=count,
+        whole=whole,
+        cursor=token_of(cursor),
+        done=int(done) if done.isascii() and done.isdigit() else 0,
+    )
+
+
+def _check_admin(visit: Visit, what: str) -> None:
+    """For a page that only asks whether to do what takes that scope."""
+    if not visit.key.allows(Scope.ADMIN):
+        raise with_status(403, f"{what} takes a key with the scope {Scope.ADMIN}")
+
+
+def _dead_filters(given: Mapping[str, str]) -> tuple[DeadFilters, dict[str, str]]:
+    """What fields of a form or a query select, and those that do."""
+    fields = {name: text for name in ("definition", "user", "reason") if (text := given.get(name, "").strip())}
+    return DeadFilters(definition=fields.get("definition"), user=fields.get("user"), reason=fields.get("reason", "")), fields
+
+
+@pages.post("/dead-letters/redrive")
+def redrive_all(visit: Administers) -> Response:
+    """Run all again that fit, as far as the time goes."""
+    return _act_on_dead(visit, "redrive")
+
+
+@pages.post("/dead-letters/discard")
+def discard_all(visit: Administers) -> Response:
+    """Forget all that fit, as far as the time goes."""
+    return _act_on_dead(visit, "discard")
+
+
+def _act_on_dead(visit: Visit, verb: str) -> Response:
+    filters, fields = _dead_filters(visit.form)
+    if bool(fields) == (visit.form.get("all") == "1"):
+        raise InvalidInput("give filters (user, definition, reason), or all=1: nobody does it to all by forgetting a word")
+    cursor = cursor_of(visit.form.get("cursor") or None)
+    deadline = time.monotonic() + DEAD_BUDGET.total_seconds()
+    number = left = 0
+    try:
+        while True:
+            if verb == "redrive":
+                redriven, removed, cursor = visit.platform.redrive_page(filters, cursor=cursor, limit=_DEAD_STEP)
+                number, left = number + redriven, left + removed
+            else:
+                discarded, cursor = visit.platform.discard_page(filters, cursor=cursor, limit=_DEAD_STEP)
+                number += discarded
+            if cursor is None or time.monotonic() >= deadline:
+                break
+    finally:
+        # also of a call that broke off in the midst
+        visit.note(**(fields or {"all": "1"}), **{_DEAD[verb].removesuffix("_all"): str(number)})
+    if cursor is not None:
+        return frame.to(f"{ROOT}/dead-letters/{verb}", **fields, cursor=token_of(cursor) or "", done=str(number))
+    return visit.done("left" if left else _DEAD[verb], number=number)
 
 
 @pages.post("/dead-letters/{job_id}/redrive")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from taskplatform.answers import Answer
+from taskplatform.answers import Answer, Waits
 from taskplatform.api.growth import ONE_AT_A_TIME
 from taskplatform.api.problem import RETRY_SECONDS, with_status
 from taskplatform.forecast import Forecast, warnings_of
@@ -281,7 +281,8 @@ class JobPage:
     job: Job
     history: Sequence[Transition]
     stretches: Sequence[Stretch]
-    held_back: Breaker | None
+    waits: Waits | None
+    """What holds it back, while it waits."""
     dead: bool
 
 
@@ -295,7 +296,7 @@ def job(platform: Platform, job_id: str) -> JobPage:
         job=found,
         history=history,
         stretches=timeline(history, now_ms),
-        held_back=platform.held_back(found),
+        waits=platform.waits(found),
         dead=found.state in _ENDED_BADLY,
     )
 

@@ -8,6 +8,7 @@ going back or loading a page again never does a thing twice. What goes wrong is 
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
@@ -37,7 +38,13 @@ _SAID = {
     "redriven": "Redriven: it runs again, with a fresh budget of retries.",
     "discarded": "Discarded. The change log keeps that it was done.",
     "canceled": "Canceled.",
+    "redriven_all": "Redriven: {number}. They run again, each with a fresh budget of retries.",
+    "left": "Redriven: {number}. Others are left: their definitions were removed from the catalogue.",
+    "backfill": "Begun. How far it is says `taskplatform backfills list`.",
+    "discarded_all": "Discarded: {number}. The change log keeps that it was done.",
 }
+#: How many things were done, in such an address.
+_NUMBER = re.compile(r"[0-9]{1,9}", re.ASCII)
 FORM = "application/x-www-form-urlencoded"
 _MOST_FIELDS = 50
 
@@ -64,22 +71,26 @@ class Visit:
         """Tell the audit log what the call is about, beside the ids in its path."""
         note(self.request, **about)
 
-    def done(self, said: str) -> Response:
-        """Lead the browser back to where the form stood, and say there what was done."""
+    def done(self, said: str, *, number: int | None = None) -> Response:
+        """Lead the browser back to where the form stood, and say there what was done, or how often."""
         back, _, query = frame.own_path(self.form.get("back", "")).partition("?")
         kept = dict(parse_qsl(query, max_num_fields=_MOST_FIELDS)) | {"said": said}
-        return frame.to(back, **kept)
+        return frame.to(back, **kept, **({} if number is None else {"number": str(number)}))
 
 
 def around(request: Request, session: Session | None) -> dict[str, Any]:
     """What every page shows beside its own."""
     flower = request.app.state.platform.settings.flower_url
-    query = {name: value for name, value in request.query_params.items() if name != "said"}
+    query = {name: value for name, value in request.query_params.items() if name not in ("said", "number")}
+    number = request.query_params.get("number", "")
     here = str(request.url.replace(scheme="", netloc="", query="")) + ("?" + "&".join(_pairs(query)) if query else "")
     return {
         "session": session,
         "flower": flower,
-        "said": _SAID.get(request.query_params.get("said", ""), ""),
+        # whoever made the link chose the number too: it is nothing else
+        "said": _SAID.get(request.query_params.get("said", ""), "").format(
+            number=f"{int(number):,}" if _NUMBER.fullmatch(number) else "some"
+        ),
         "here": frame.own_path(here),
         "may_submit": session is not None and session.key.allows(Scope.SUBMIT),
         "may_admin": session is not None and session.key.allows(Scope.ADMIN),

@@ -10,10 +10,9 @@ from zoneinfo import ZoneInfo
 
 from markupsafe import Markup
 
-from taskplatform.model import JobState, Limit, format_rate
+from taskplatform.model import JobState, Limit, format_rate, span_text
 from taskplatform.store import BOUNDS_MS, BreakerState, Histogram
 
-_UNITS = (("day", 86_400_000), ("h", 3_600_000), ("min", 60_000), ("s", 1000))
 #: A mark for each state beside its name and its colour, for who sees no colours.
 _MARKS: Mapping[str, str] = {
     JobState.PENDING: "◷",
@@ -62,19 +61,8 @@ _COLOURS: Mapping[str, str] = {
 
 
 def span(span_ms: float | None) -> str:
-    """A duration: `450 ms`, `3.2 s`, `2 h 5 min`, `3 days 4 h`."""
-    if span_ms is None:
-        return "–"
-    if span_ms < 1000:
-        return f"{round(span_ms)} ms"
-    if span_ms < 10_000:
-        return f"{span_ms / 1000:.1f} s"
-    left, parts = round(span_ms / 1000) * 1000, []
-    for name, size in _UNITS:
-        amount, left = divmod(left, size)
-        if amount:
-            parts.append(f"{amount:,} {name}{'s' if name == 'day' and amount > 1 else ''}")
-    return " ".join(parts[:2])
+    """A duration, as `span_text` has it; a dash for None."""
+    return "–" if span_ms is None else span_text(span_ms)
 
 
 def away(at_ms: float, now_ms: float) -> str:
