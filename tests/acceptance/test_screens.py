@@ -341,7 +341,7 @@ def test_the_dashboard_fits_a_desk_and_a_phone_and_loads_nothing(
         "/": ("Health", *(worker.id for worker in platform.workers()), "leads", "high", "medium", "low", "taskplatform limits list"),
         "/definitions?q=daily_user": ("daily_user_report", "every day at"),
         f"/definitions/{failed.definition}": (failed.reason, "Occurrences"),
-        "/users/user2": ("daily_user_report", "retrying", "taskplatform users show user2"),
+        "/users/user2": ("daily_user_report", jobs[-2].id.split(":")[2], "taskplatform users show user2"),
         "/users/user2/subscriptions/daily_user_report": ("daily_user_report for user2", "Europe/Berlin", "completed"),
         f"/jobs/{failed.id}": (failed.id, "Timeline", "assigned", "running", failed.reason),
         "/dead-letters": (failed.id.split(":")[2], "Redrive"),
