@@ -20,7 +20,7 @@ from taskplatform import tracing
 from taskplatform.backfill import Backfiller
 from taskplatform.errors import StoreError, StoreUnavailable
 from taskplatform.message import message_template
-from taskplatform.model import Definition, format_duration
+from taskplatform.model import Definition, format_duration, format_ms
 from taskplatform.store import DueItem, Outage, PublishedDefinition, Store
 from taskplatform.windows import GRACE, TOGETHER, Round, Windows, hosts_of, limit_of, warning
 
@@ -180,7 +180,7 @@ class Planner:
         planned = 0
         now_ms = self._store.now_ms()
         if now_ms < self._seen_ms - _SET_BACK_MS:
-            log.warning("the clock of Redis was set back by %s: all that was put off is looked at again", _text(self._seen_ms - now_ms))
+            log.warning("the clock of Redis was set back by %s: all that was put off is looked at again", format_ms(self._seen_ms - now_ms))
             self._store.look_again()
         self._seen_ms = now_ms
         due = self._store.due(now_ms)
@@ -309,10 +309,6 @@ class Planner:
             window_ms=_ms(one.definition.window),
             horizon=self._horizon,
         )
-
-
-def _text(span_ms: int) -> str:
-    return format_duration(timedelta(milliseconds=span_ms))
 
 
 def _ms(duration: timedelta) -> int:

@@ -197,7 +197,7 @@ class Site:
 
     def wait_for_loss(self, job: Job, since_ms: int) -> Job:
         """The job, which a worker began that was lost at `since_ms`, when it has ended elsewhere. It was taken back in time."""
-        ended = self.wait_for(job.id, seconds=60)
+        ended = self.wait_for(job.id)
         back = next(line for line in self.changes(job.id) if line.at_ms >= since_ms)
         assert back.to_state in (JobState.PENDING, JobState.RETRYING), self.story(job.id)
         assert back.at_ms - since_ms < (HEARTBEAT_TIMEOUT_SECONDS + LATE_SECONDS) * 1000, self.story(job.id)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
 
+import pytest
 import redis
 
 from taskplatform.model import TRANSITIONS, Definition, JobState, Priority, Transition, slot
@@ -72,6 +73,19 @@ def recover(
             how = f"silent for {silence.total_seconds():g}s"
             return store.recover(worker, seen_ms=at_ms, how=how, max_losses=max_losses, backoff=backoff, limit=limit)
     return []
+
+
+def count_pipelines(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many commands each pipeline has that is sent from now on."""
+    sent: list[int] = []
+    execute = redis.client.Pipeline.execute
+
+    def counted(self: Any, raise_on_error: bool = True) -> list[Any]:
+        sent.append(len(self.command_stack))
+        return list(execute(self, raise_on_error))
+
+    monkeypatch.setattr(redis.client.Pipeline, "execute", counted)
+    return sent
 
 
 def arrive(client: redis.Redis, clock: Clock, run_id: str) -> bool:

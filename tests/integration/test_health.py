@@ -27,7 +27,7 @@ from taskplatform.recovery import Endings, RecoveryLoop
 from taskplatform.settings import Settings, settings
 from taskplatform.store import Store, connect
 from tests.conftest import Clock
-from tests.integration.harness import ACTOR, HORIZON, define, enqueue, offer, publish, recover, subscribe, take
+from tests.integration.harness import ACTOR, HORIZON, count_pipelines, define, enqueue, offer, publish, recover, subscribe, take
 from tests.support import wait_until
 
 SECOND = timedelta(seconds=1)
@@ -429,14 +429,7 @@ def test_it_takes_three_round_trips_whatever_there_is(world: World, client: redi
         enqueue(world.store, name=f"m{number}")
     for number in range(20):
         offer(world.store, f"worker{number}")
-    sent: list[int] = []
-    execute = redis.client.Pipeline.execute
-
-    def counted(self: Any, raise_on_error: bool = True) -> list[Any]:
-        sent.append(len(self.command_stack))
-        return list(execute(self, raise_on_error))
-
-    monkeypatch.setattr(redis.client.Pipeline, "execute", counted)
+    sent = count_pipelines(monkeypatch)
     world.store.vitals()
     assert len(sent) == 2, "and the time"
     assert sum(sent) < 25 + 2 * 21 + 2

@@ -22,7 +22,7 @@ from taskplatform.model import Definition, JobState, Limit, Priority, slot
 from taskplatform.planner import Planner, published
 from taskplatform.store import Enqueue, Store
 from tests.conftest import Clock
-from tests.integration.harness import HORIZON, define, offer, subscribe, take
+from tests.integration.harness import HORIZON, count_pipelines, define, offer, subscribe, take
 
 MINUTE = 60_000
 HOUR = 60 * MINUTE
@@ -559,14 +559,7 @@ def test_histories_are_those_of_the_store_and_read_in_one_go(site: Site, client:
     begin(site.store, span, None, actor="ann")
     site.to(site.clock.now_ms + MINUTE)
     site.run()
-    sent: list[int] = []
-    execute = redis.client.Pipeline.execute
-
-    def counted(self: Any, raise_on_error: bool = True) -> list[Any]:
-        sent.append(len(self.command_stack))
-        return list(execute(self, raise_on_error))
-
-    monkeypatch.setattr(redis.client.Pipeline, "execute", counted)
+    sent = count_pipelines(monkeypatch)
     site.why(last=4)
     of_few = len(sent)
     sent.clear()
